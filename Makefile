@@ -1,0 +1,50 @@
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+BUILD_TOOLS := setuptools pybind11 ninja cmake
+
+# Stamps: the first is as old as the installed dependencies, the second as the compiled extension.
+INSTALLED := .venv/.installed
+BUILT := .venv/.built
+
+.DEFAULT_GOAL := help
+# Installing builds the extension too and touches both stamps, so $(INSTALLED) must be looked at first.
+.NOTPARALLEL:
+.PHONY: help demo test lint bench clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) $(BUILT)  ## Mark a small model and verify suspects.
+	$(BIN)/activemark demo
+
+test: $(INSTALLED) $(BUILT)  ## Run the tests (make test PYTEST_ARGS="tests/ops -x").
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/mypy activemark_fast
+
+bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks.
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+clean:  ## Remove everything that make and the tools made, .venv included.
+	rm -rf .venv build dist *.egg-info activemark_fast/*.so
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into .venv: several GB with torch, about two minutes"
+	$(PYTHON) -m venv .venv
+	$(PIP) install --constraint constraints.txt $(BUILD_TOOLS)
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test,dev]'
+	@touch $(INSTALLED) $(BUILT)
+
+$(BUILT): setup.py CMakeLists.txt $(wildcard csrc/*)
+	@echo "Building the extension"
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $(BUILT)
