@@ -1,0 +1,535 @@
+"""Model strings, safe loading, saving.
+
+A model is named by a string:
+
+    open_clip:ViT-L-14/openai             timm:vit_large_patch14_clip_224.openai
+    hf:facebook/dinov2-base               torchvision:vit_b_16
+    timm:VisionTransformer?{"depth": 12}  any of these @path/to/checkpoint
+    path/to/model.safetensors             demo
+
+The part before `@` is the *architecture*; with `@` the weights are read from the file, else fetched by the
+library. A safetensors file alone is enough where its metadata names the architecture. Checkpoints are
+hostile: nothing in them is executed, and no model is allocated before the file's shapes are known to fit it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+_DEMO = Path(__file__).parent / "assets" / "vit_c10_w128_d12_massive.safetensors"
+_FORMS = (
+    "open_clip:NAME/TAG, timm:NAME, hf:NAME or torchvision:NAME, each with @path/to/checkpoint for local "
+    "weights; a path to a safetensors file that names its architecture; demo"
+)
+_VIT = "VisionTransformer"
+_VIT_CLASS = "timm.models.vision_transformer.VisionTransformer"
+_PLAIN_NAMES = {"open_clip": r"[\w.-]+(/[\w.-]+)?", "timm": r"[\w.-]+", "hf": r".+", "torchvision": r"\w+"}
+_HEADS = frozenset({"head", "heads", "head_dist", "classifier", "pooler"})
+_WRAPPERS = ("state_dict", "model")
+_MOST_BYTES = 10_000_000_000
+_LONGEST_JSON = 4096
+_LONGEST_HEADER = 100_000_000
+_SHOWN_KEYS = 5
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or a model string cannot be used; the message says which and why."""
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a state dict without running anything in it.
+
+    Safetensors are recognised by their content; anything else is read by `torch.load(weights_only=True)`.
+    `{"state_dict": ...}` and `{"model": ...}` are unwrapped, and "module." before every key is removed.
+
+    Returns:
+        The tensors, on the CPU, in the dtypes of the file; and the metadata, empty for files that have none.
+
+    Raises:
+        TypeError: `path` is not a path.
+        CheckpointError: there is no such file, or it is not a dict of tensors.
+    """
+    path = _checked_path(path)
+    content: object
+    if _is_safetensors(path):
+        content, metadata = _read_safetensors(path)
+    else:
+        content, metadata = _read_torch(path), {}
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    return _tensors(content, path), metadata
+
+
+def build_model(architecture: str) -> nn.Module:
+    """A model with random weights; downloads nothing.
+
+    Args:
+        architecture: a model string without `@`. The configuration of an `hf:` model must be in the local
+            cache, or the name be a folder that holds it.
+
+    Raises:
+        TypeError: `architecture` is not a string.
+        CheckpointError: the string is malformed, or its library does not know it.
+    """
+    _check_architecture(architecture)
+    return _build(architecture, torch.device("cpu"))
+
+
+def load_model(spec: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that a model string names, in eval mode.
+
+    Args:
+        spec: a model string, or the path of a safetensors file which names its architecture.
+        device: where the model is put.
+
+    Raises:
+        TypeError: `spec` is neither a string nor a path.
+        CheckpointError: see `build_model`, `read_tensors` and `load_weights`; or fetching the weights failed.
+    """
+    architecture, weights = _resolve(spec)
+    if weights is None:
+        model = _fetch(architecture)
+    else:
+        tensors, _ = read_tensors(weights)
+        state = _fitting(_build(architecture, torch.device("meta")), tensors, weights)
+        model = _build(architecture, torch.device("cpu"))
+        model.load_state_dict(state, strict=False)
+    return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Put a checkpoint's weights into a model, converted to its dtypes. An error leaves the model as it was.
+
+    Keys of a classifier head may be missing, unexpected or of another shape: the model then keeps its own.
+
+    Raises:
+        TypeError: `model` is not a module, or `path` not a path.
+        CheckpointError: see `read_tensors`; or a key outside the head is missing, unexpected, or of another
+            shape.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    tensors, _ = read_tensors(path)
+    model.load_state_dict(_fitting(model, tensors, Path(path)), strict=False)
+
+
+def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str) -> None:
+    """Write a safetensors file which `load_model` reads by its path alone; what was there is replaced.
+
+    Args:
+        model: the model; its tensors are written in their own dtypes, shared ones once for each name.
+        path: the file.
+        architecture: what `build_model` builds the same model from (see `architecture_of`).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        CheckpointError: `architecture` is malformed, or there is no such folder.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    _check_architecture(architecture)
+    path = _as_path(path)
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, wanted a file name")
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    # Written beside its place and moved there, so that no reader ever sees half a file.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        written = Path(folder) / "model.safetensors"
+        safetensors.torch.save_file(tensors, written, metadata={"architecture": architecture})
+        os.replace(written, path)
+
+
+def architecture_of(spec: str | os.PathLike[str]) -> str:
+    """What `build_model` builds a model string's model from: the string without the path of its weights.
+
+    Raises:
+        TypeError: `spec` is neither a string nor a path.
+        CheckpointError: the string is malformed, or the file does not name its architecture.
+    """
+    return _resolve(spec)[0]
+
+
+def _resolve(spec: str | os.PathLike[str]) -> tuple[str, Path | None]:
+    """The architecture, and the file of the weights if they are not to be fetched."""
+    if isinstance(spec, str) and spec.partition(":")[0] in _PLAIN_NAMES and ":" in spec:
+        architecture, at, weights = spec.partition("@")
+        _check_architecture(architecture)
+        if at and not weights:
+            raise CheckpointError(f"{_shown(spec)}: wanted a path after @")
+        return architecture, Path(weights) if at else None
+    path = _DEMO if spec == "demo" else _as_path(spec)
+    if not path.exists():
+        raise CheckpointError(f"{_shown(spec)}: neither a file nor a model string. Model strings: {_FORMS}")
+    return _own_architecture(_checked_path(path)), path
+
+
+def _own_architecture(path: Path) -> str:
+    metadata = _read_metadata(path) if _is_safetensors(path) else {}
+    try:
+        if "architecture" in metadata:
+            architecture = metadata["architecture"]
+        elif metadata.get("library") == "timm" and metadata.get("class") == _VIT_CLASS:
+            normalisation = {
+                name: _parse_json(metadata[name]) for name in ("mean", "std") if name in metadata
+            }
+            kwargs = _parse_object(metadata.get("kwargs", "{}")) | normalisation
+            architecture = f"timm:{_VIT}?{json.dumps(kwargs, sort_keys=True)}"
+        else:
+            raise CheckpointError(f"does not name its architecture; say it, for example timm:NAME@{path}")
+        _check_architecture(architecture)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return architecture
+
+
+def _check_architecture(architecture: str) -> None:
+    if not isinstance(architecture, str):
+        raise TypeError(f"architecture: wanted a string, got {type(architecture).__name__}")
+    family, _, name = architecture.partition(":")
+    if family not in _PLAIN_NAMES or not name or "@" in name:
+        raise CheckpointError(
+            f"architecture {_shown(architecture)}: wanted one of {_FORMS}; without the @path"
+        )
+    if family == "timm" and name.startswith(f"{_VIT}?"):
+        _vit_kwargs(name)
+    elif not re.fullmatch(_PLAIN_NAMES[family], name):
+        raise CheckpointError(
+            f"architecture {_shown(architecture)}: {_shown(name)} is not a name that {family} has"
+        )
+
+
+def _build(architecture: str, device: torch.device) -> nn.Module:
+    family, _, name = architecture.partition(":")
+    try:
+        with device:
+            if family == "open_clip":
+                return _build_open_clip(name, device)
+            if family == "torchvision":
+                return _library("torchvision.models").get_model(name, weights=None)
+            if family == "hf":
+                transformers = _library("transformers")
+                config = transformers.AutoConfig.from_pretrained(
+                    name, local_files_only=True, trust_remote_code=False
+                )
+                return transformers.AutoModel.from_config(config, trust_remote_code=False)
+            if name.startswith(f"{_VIT}?"):
+                return _build_vit(_vit_kwargs(name), device)
+            return _library("timm").create_model(name, pretrained=False)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{_shown(architecture)} cannot be built: {_reason(error)}") from error
+
+
+def _build_open_clip(name: str, device: torch.device) -> nn.Module:
+    name, _, tag = name.partition("/")
+    return _library("open_clip").create_model(
+        name, load_weights=False, pretrained_text=False, device=device, **_open_clip_options(name, tag)
+    )
+
+
+def _open_clip_options(name: str, tag: str) -> dict[str, Any]:
+    """The activation and the normalisation that the weights of this tag were trained with."""
+    if not tag:
+        return {}
+    trained = _library("open_clip").get_pretrained_cfg(name, tag)
+    if not trained:
+        raise CheckpointError(f"open_clip:{name}/{tag}: open_clip has no weights {tag!r} for {name!r}")
+    return {
+        "force_quick_gelu": trained.get("quick_gelu", False),
+        "force_preprocess_cfg": {key: trained[key] for key in ("mean", "std") if key in trained},
+    }
+
+
+def _build_vit(kwargs: dict[str, Any], device: torch.device) -> nn.Module:
+    cls = _library("timm.models.vision_transformer").VisionTransformer
+    normalisation = {name: kwargs.pop(name) for name in ("mean", "std") if name in kwargs}
+    with torch.device("meta"):
+        model = cls(**kwargs)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if size > _MOST_BYTES:
+        raise CheckpointError(f"timm:{_VIT}: {size} bytes of parameters, wanted at most {_MOST_BYTES}")
+    if device.type != "meta":
+        model = cls(**kwargs)
+    model.pretrained_cfg = {"input_size": (3, *model.patch_embed.img_size), **normalisation}
+    return model
+
+
+def _fetch(architecture: str) -> nn.Module:
+    family, _, name = architecture.partition(":")
+    if name.startswith(f"{_VIT}?"):
+        raise CheckpointError(f"{_shown(architecture)}: names no weights; say where they are: @path")
+    try:
+        if family == "open_clip":
+            name, _, tag = name.partition("/")
+            if not tag:
+                raise CheckpointError(f"{architecture}: names no weights; say open_clip:{name}/TAG or @path")
+            return _library("open_clip").create_model(name, pretrained=tag, **_open_clip_options(name, tag))
+        if family == "torchvision":
+            return _library("torchvision.models").get_model(name, weights="DEFAULT")
+        if family == "hf":
+            return _library("transformers").AutoModel.from_pretrained(name, trust_remote_code=False)
+        return _library("timm").create_model(name, pretrained=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{architecture}: its weights cannot be fetched: {_reason(error)}") from error
+
+
+def _library(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _fitting(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors under the model's own names, without heads that do not fit. `model` may be on "meta"."""
+    if any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
+        return _fitting_transformers(model, tensors, path)
+    named = {re.sub(r"\.mlp\.linear_([12])\.", _torchvision_mlp, name): t for name, t in tensors.items()}
+    wanted = model.state_dict()
+    common = wanted.keys() & named.keys()
+    misfits = {
+        name: f"{name!r} is {_kind(named[name])}, wanted {_kind(wanted[name])}"
+        for name in common
+        if named[name].shape != wanted[name].shape
+        or named[name].is_floating_point() != wanted[name].is_floating_point()
+    }
+    _refuse_misfits(wanted.keys() - named.keys(), named.keys() - wanted.keys(), misfits, path)
+    return {name: named[name] for name in common - misfits.keys()}
+
+
+def _torchvision_mlp(match: re.Match[str]) -> str:
+    # torchvision's published ViT files name the MLP's layers as the class did before it became a Sequential.
+    return ".mlp.0." if match[1] == "1" else ".mlp.3."
+
+
+def _fitting_transformers(model: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    # Published files carry names of older releases, and only the library knows how to rename them.
+    try:
+        loaded, info = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=dict(tensors),
+            dtype=model.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:
+        raise CheckpointError(f"{path}: transformers cannot load it: {_reason(error)}") from error
+    misfits = {
+        name: f"{name!r} is of shape {tuple(got)}, wanted {tuple(want)}"
+        for name, got, want in info["mismatched_keys"]
+    }
+    _refuse_misfits(set(info["missing_keys"]) - misfits.keys(), set(info["unexpected_keys"]), misfits, path)
+    unread = misfits.keys() | set(info["missing_keys"])
+    return {name: tensor for name, tensor in loaded.state_dict().items() if name not in unread}
+
+
+def _refuse_misfits(missing: set[str], unexpected: set[str], misfits: Mapping[str, str], path: Path) -> None:
+    problems = [
+        f"{len(shown)} {what}: {', '.join(shown[:_SHOWN_KEYS])}{', ...' if len(shown) > _SHOWN_KEYS else ''}"
+        for what, shown in (
+            ("missing", [repr(name) for name in sorted(missing) if not _is_head(name)]),
+            ("unexpected", [_shown(name) for name in sorted(unexpected) if not _is_head(name)]),
+            ("not alike", [text for name, text in sorted(misfits.items()) if not _is_head(name)]),
+        )
+        if shown
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: does not fit the architecture; {'; '.join(problems)}")
+
+
+def _is_head(name: str) -> bool:
+    return name.partition(".")[0] in _HEADS
+
+
+def _as_path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: wanted a string or a path, got {type(path).__name__}")
+    return Path(path)
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    path = _as_path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, wanted a file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether the file starts as safetensors do: the length of the header in eight bytes, then a brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a sound safetensors file: {_reason(error)}") from error
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a sound safetensors file: {_reason(error)}") from error
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        # Given a path, torch.load trusts its suffix; it maps only archives, and only by their path.
+        if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: neither a safetensors file nor a torch file of nothing but tensors: {_reason(error)}"
+        ) from error
+
+
+def _tensors(content: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, wanted a dict of tensors")
+    if not content:
+        raise CheckpointError(f"{path}: holds no tensors")
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: a key is a {type(name).__name__}, wanted a string")
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {_shown(name)} is a {type(value).__name__}, wanted a tensor")
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise CheckpointError(f"{path}: {_shown(name)} is not a dense tensor on the CPU")
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return {name.removeprefix(prefix): value.detach() for name, value in content.items()}
+
+
+def _parse_json(text: str) -> Any:
+    if len(text) > _LONGEST_JSON:
+        raise CheckpointError(f"JSON of {len(text)} characters, wanted at most {_LONGEST_JSON}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{_shown(text)} is not JSON: {_reason(error)}") from error
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    value = _parse_json(text)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{_shown(text)} is JSON, but not an object")
+    return value
+
+
+def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _is_size(low: int, high: int) -> Callable[[Any], bool]:
+    one = _is_whole(low, high)
+    return lambda value: one(value) or (isinstance(value, list) and len(value) == 2 and all(map(one, value)))
+
+
+def _is_real(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def _is_real_triple(low: float, high: float) -> Callable[[Any], bool]:
+    one = _is_real(low, high)
+    return lambda value: isinstance(value, list) and len(value) == 3 and all(map(one, value))
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_any_of(*choices: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in choices
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+# What of timm's VisionTransformer a string or a file may set: argument -> whether a value is acceptable.
+_VIT_ARGUMENTS: dict[str, Callable[[Any], bool]] = {
+    "img_size": _is_size(1, 4096),
+    "patch_size": _is_size(1, 256),
+    "embed_dim": _is_whole(1, 16384),
+    "depth": _is_whole(1, 256),
+    "num_heads": _is_whole(1, 256),
+    "num_classes": _is_whole(0, 1_000_000),
+    "mlp_ratio": _is_real(0.01, 64),
+    "init_values": _or_none(_is_real(-1e3, 1e3)),
+    "reg_tokens": _is_whole(0, 256),
+    "global_pool": _is_any_of("", "avg", "avgmax", "max", "token", "map"),
+    "class_token": _is_truth,
+    "no_embed_class": _is_truth,
+    "pre_norm": _is_truth,
+    "final_norm": _is_truth,
+    "fc_norm": _or_none(_is_truth),
+    "qkv_bias": _is_truth,
+    "proj_bias": _is_truth,
+    "qk_norm": _is_truth,
+    "dynamic_img_size": _is_truth,
+    "mean": _is_real_triple(-1e3, 1e3),
+    "std": _is_real_triple(1e-6, 1e3),
+}
+
+
+def _vit_kwargs(name: str) -> dict[str, Any]:
+    """The arguments in `VisionTransformer?{...}`, each allowed and in bounds."""
+    kwargs = _parse_object(name.removeprefix(f"{_VIT}?"))
+    for argument, value in kwargs.items():
+        acceptable = _VIT_ARGUMENTS.get(argument)
+        if acceptable is None:
+            allowed = ", ".join(_VIT_ARGUMENTS)
+            raise CheckpointError(f"{_VIT}: {_shown(argument)} cannot be set; what can: {allowed}")
+        if not acceptable(value):
+            raise CheckpointError(
+                f"{_VIT}: {argument} = {_shown(value)} is of the wrong type or out of bounds"
+            )
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _shown(value: object) -> str:
+    """A value from outside as it may stand in a message: quoted, and not endless."""
+    text = repr(str(value) if isinstance(value, os.PathLike) else value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
