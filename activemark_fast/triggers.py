@@ -1,0 +1,336 @@
+"""The hold-out images: the images on which a mark is embedded and later looked for.
+
+They are the owner's (a folder, a tensor, a data loader) or, without any, are drawn from the key: images
+with the statistics of natural ones, which the owner can make again from the key alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from activemark_fast.key import Key, KeyStream
+
+MIN_IMAGES = 16
+MIN_SYNTHETIC_SIDE = 8  # pixels: below it no leaf fits
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+_Array = npt.NDArray[np.float64]
+
+
+class ImageMismatchError(ValueError):
+    """The hold-out images are not those on which the mark was embedded."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How source images become model input.
+
+    Raises TypeError or ValueError for a field that is not as described.
+    """
+
+    size: tuple[int, int]  # height, width of the model's input in pixels
+    mean: tuple[float, float, float]  # of red, green, blue, on the scale 0 to 1
+    std: tuple[float, float, float]  # likewise, above 0
+
+    def __post_init__(self) -> None:
+        _check_size("size", self.size)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(values, tuple) or not all(isinstance(v, (int, float)) for v in values):
+                raise TypeError(f"{name}: wanted a tuple of 3 numbers, got {values!r}")
+            if len(values) != 3 or not all(math.isfinite(v) for v in values):
+                raise ValueError(f"{name}: wanted 3 finite numbers, got {values!r}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: wanted numbers above 0, got {self.std!r}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) uint8 → (B, 3, H, W) float32.
+
+        Scaled so that the image just covers H by W (for a square: the shorter side is fitted; bicubic
+        with antialiasing, values kept within 0 … 255), cropped at the centre, divided by 255, less mean,
+        over std. An image that has the right size already is not resampled.
+        """
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise TypeError(f"images: wanted a uint8 tensor, got {_kind(images)}")
+        if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+            raise ValueError(f"images: wanted shape (B, 3, h, w), got {tuple(images.shape)}")
+        height, width = self.size
+        h, w = images.shape[2:]
+        pixels = images.float()
+        if (h, w) != (height, width):
+            wide = w * height >= h * width
+            covering = (height, w * height // h) if wide else (h * width // w, width)
+            pixels = interpolate(pixels, covering, mode="bicubic", antialias=True).clamp(0, 255)
+            top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
+            pixels = pixels[:, :, top : top + height, left : left + width]
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=images.device).view(3, 1, 1)
+        return (pixels / 255 - mean) / std
+
+
+@dataclass(frozen=True, eq=False)
+class HoldOut:
+    """The hold-out images as the model takes them, and what identifies them."""
+
+    pixels: Tensor  # (n, 3, H, W) float32 on the CPU, model input
+    digests: tuple[bytes, ...]  # n HMAC-SHA256 under the key: dtype, shape and bytes of the image as given
+    source: str  # "tensor" | "folder" | "iterable" | "key"
+
+
+def holdout_images(images: object, key: Key, preprocess: Preprocess, count: int = 256) -> HoldOut:
+    """The first `count` hold-out images of `images`; fewer where it holds fewer, but at least 16.
+
+    images:
+    - None: `count` synthetic images drawn from the key.
+    - a tensor: (n, 3, H, W) of a floating type, already model input, finite; or (n, 3, h, w) uint8.
+    - a folder (str or os.PathLike): its files with an image suffix (bmp, jpeg, jpg, png, ppm, tif, tiff,
+      webp), in the order of their names, decoded to RGB. Subfolders are not searched.
+    - an iterable, read until `count` is reached, of: (3, H, W) floating or (3, h, w) uint8 tensors, batches
+      of them (n, 3, …), PIL images, (h, w, 3) uint8 arrays, or tuples and lists which begin with one of
+      these, such as the (images, labels) of a DataLoader.
+
+    An image has one digest, whether it comes as a file, a PIL image, an array or a uint8 tensor; a decoder
+    that gives other pixels for the same file gives another.
+
+    Raises TypeError or ValueError, naming `images` and the image or file at fault, for anything else: a
+    wrong type, shape or size, NaN or infinity, a file that cannot be decoded, fewer than 16 images.
+    """
+    if not isinstance(key, Key):
+        raise TypeError(f"key: wanted a Key, got {type(key).__name__}")
+    if not isinstance(preprocess, Preprocess):
+        raise TypeError(f"preprocess: wanted a Preprocess, got {type(preprocess).__name__}")
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"count: wanted int, got {type(count).__name__}")
+    if count < MIN_IMAGES:
+        raise ValueError(f"count: wanted at least {MIN_IMAGES} images, got {count}")
+    source, singles = _open(images, key, preprocess.size, count)
+    pixels, digests = [], []
+    for index, image in enumerate(islice(singles, count)):
+        pixels.append(_model_input(image, preprocess, index))
+        digests.append(_digest(image, key))
+    if len(pixels) < MIN_IMAGES:
+        raise ValueError(
+            f"images: wanted at least {MIN_IMAGES}, got {len(pixels)}: with fewer, neither the mark nor the "
+            "detection rate can be estimated"
+        )
+    return HoldOut(torch.stack(pixels), tuple(digests), source)
+
+
+def check_digests(holdout: HoldOut, expected: Sequence[bytes]) -> None:
+    """Raises ImageMismatchError unless the digests of `holdout` are `expected`, in the same order."""
+    if len(holdout.digests) != len(expected):
+        raise ImageMismatchError(
+            f"images: wanted the {len(expected)} images the mark was embedded on, got {len(holdout.digests)}"
+        )
+    for index, (digest, wanted) in enumerate(zip(holdout.digests, expected, strict=True)):
+        if digest != wanted:
+            raise ImageMismatchError(
+                f"images: image {index} is not the one the mark was embedded on (or the key is another)"
+            )
+
+
+def synthetic_images(stream: KeyStream, count: int, size: tuple[int, int]) -> Tensor:
+    """Images with the statistics of natural ones, (count, 3, h, w) uint8.
+
+    size: (h, w), at least 8 pixels each.
+
+    By turns dead leaves (opaque discs which hide one another: edges and flat surfaces at every scale),
+    clouds (power between 1/f² and 1/f⁴), dead leaves with a texture, clouds. The first n of a larger
+    count are the same images. They are the same to the bit on every machine: only integers, comparison
+    and float64 +, -, *, /, sqrt are used, in a fixed order.
+    """
+    _check_size("size", size)
+    if min(size) < MIN_SYNTHETIC_SIDE:
+        raise ValueError(f"size: wanted at least {MIN_SYNTHETIC_SIDE} pixels a side, got {size}")
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"count: wanted int, got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"count: wanted at least 1, got {count}")
+    images = np.empty((count, 3, *size), dtype=np.uint8)
+    for index in range(count):
+        image = _clouds(stream, size) if index % 2 else _dead_leaves(stream, size, textured=index % 4 == 2)
+        images[index] = np.clip(image, 0, 255)  # the cast cuts off the fraction
+    return torch.from_numpy(images)
+
+
+def _dead_leaves(stream: KeyStream, size: tuple[int, int], textured: bool) -> _Array:
+    """(3, h, w) on the scale 0 to 255: discs of radius density ∝ r^-3, each of one colour, lit aslant."""
+    h, w = size
+    smallest, largest = max(1.5, min(size) / 100), min(size) / 3
+    # A disc's mean area is 2π ln(largest / smallest) smallest², so discs cover the image about 3 to 6 times.
+    n = int(h * w / (4 * smallest * smallest))
+    draws = stream.uniform((10, n))
+    r = 1 / np.sqrt(
+        1 / (smallest * smallest) - draws[0] * (1 / (smallest * smallest) - 1 / (largest * largest))
+    )
+    x = draws[1] * (w + 2 * r) - r
+    y = draws[2] * (h + 2 * r) - r
+    # The background is the leaf below all others: it is as large as the image.
+    r[0], x[0], y[0] = max(size), w / 2, h / 2
+    leaf = _paint_discs(x, y, r, size)
+
+    centre, spread, warmth = stream.uniform(3).tolist()
+    lightness = 85 + 85 * centre + (70 + 60 * spread) * (draws[3] + draws[4] - 1)
+    colour = _rgb(lightness, 30 * (warmth - 0.5) + 36 * (draws[5] - 0.5), 40 * (draws[6] - 0.5))
+    slope_x, slope_y = 40 * (draws[7] - 0.5) / r, 40 * (draws[8] - 0.5) / r
+    light = (np.arange(w) - x[leaf]) * slope_x[leaf] + (np.arange(h)[:, None] - y[leaf]) * slope_y[leaf]
+    if textured:
+        light += _pink(stream, 1, size, coarsest=16, gain=1.0)[0] * (90 * draws[9])[leaf]
+    return colour[:, leaf] + light
+
+
+def _paint_discs(x: _Array, y: _Array, r: _Array, size: tuple[int, int]) -> npt.NDArray[np.intp]:
+    """(h, w): which disc is seen at each pixel; a later disc hides an earlier one, disc 0 lies everywhere."""
+    h, w = size
+    seen = np.zeros(size, dtype=np.intp)
+    columns, rows = np.arange(w, dtype=np.float64), np.arange(h, dtype=np.float64)[:, None]
+    left, right = np.clip(np.ceil(x - r), 0, w).astype(int), np.clip(np.floor(x + r) + 1, 0, w).astype(int)
+    top, bottom = np.clip(np.ceil(y - r), 0, h).astype(int), np.clip(np.floor(y + r) + 1, 0, h).astype(int)
+    discs = zip(x, y, r * r, left.tolist(), right.tolist(), top.tolist(), bottom.tolist(), strict=True)
+    for index, (cx, cy, r2, x0, x1, y0, y1) in enumerate(islice(discs, 1, None), start=1):
+        dx = columns[x0:x1] - cx
+        dy = rows[y0:y1] - cy
+        np.copyto(seen[y0:y1, x0:x1], index, where=dx * dx + dy * dy <= r2)
+    return seen
+
+
+def _clouds(stream: KeyStream, size: tuple[int, int]) -> _Array:
+    """(3, h, w) on the scale 0 to 255: a random field in lightness, fainter ones in colour."""
+    centre, contrast, warmth, smoothness = stream.uniform(4).tolist()
+    lightness, yellow, red = _pink(stream, 3, size, coarsest=max(size), gain=1 + smoothness)
+    lightness = 85 + 85 * centre + (60 + 60 * contrast) * lightness
+    return _rgb(lightness, 30 * (warmth - 0.5) + 15 * yellow, 15 * red)
+
+
+def _pink(stream: KeyStream, channels: int, size: tuple[int, int], coarsest: int, gain: float) -> _Array:
+    """(channels, h, w), each scaled to -1 … 1: octaves of bilinearly interpolated random lattices.
+
+    The lattices' steps are 1, 2, 4, … pixels, up to the first power of two not below `coarsest`; from one
+    to the next coarser the amplitude grows by `gain`. The area of the frequency plane grows as f², so a
+    gain of 1, equal power an octave, makes a power spectrum of 1/f², and a gain of 2 one of 1/f⁴: natural
+    images lie between.
+    """
+    h, w = size
+    field = np.zeros((channels, h, w))
+    amplitude = 1.0
+    for octave in range((coarsest - 1).bit_length() + 1):
+        step = 1 << octave
+        shift_y, shift_x = stream.integers(0, step, 2).tolist()
+        rows, columns = np.arange(h) + shift_y, np.arange(w) + shift_x
+        lattice = stream.uniform((channels, rows[-1] // step + 2, columns[-1] // step + 2)) - 0.5
+        i, j = rows // step, columns // step
+        down, across = (rows % step / step)[:, None], columns % step / step
+        lattice = lattice[:, i] * (1 - down) + lattice[:, i + 1] * down
+        field += amplitude * (lattice[:, :, j] * (1 - across) + lattice[:, :, j + 1] * across)
+        amplitude *= gain
+    low, high = field.min(axis=(1, 2), keepdims=True), field.max(axis=(1, 2), keepdims=True)
+    return 2 * (field - low) / (high - low) - 1
+
+
+def _rgb(lightness: _Array, yellow: _Array, red: _Array) -> _Array:
+    """(3, …): red, green, blue from the three axes along which the colours of natural scenes vary."""
+    return np.stack([lightness + yellow + red, lightness + yellow - red, lightness - 2 * yellow])
+
+
+def _open(images: object, key: Key, size: tuple[int, int], count: int) -> tuple[str, Iterator[Tensor]]:
+    """The name of the source and its images one by one, each (3, h, w)."""
+    if images is None:
+        return "key", iter(synthetic_images(key.stream("triggers/synthetic"), count, size))
+    if isinstance(images, Tensor):
+        if images.dim() != 4:
+            raise ValueError(f"images: wanted a tensor of shape (n, 3, h, w), got {tuple(images.shape)}")
+        return "tensor", _unpack(images[:count], "images")
+    if isinstance(images, (str, os.PathLike)):
+        return "folder", _decode_folder(Path(images))
+    if isinstance(images, Iterable) and not isinstance(images, (bytes, bytearray, memoryview)):
+        return "iterable", _unpack_items(images)
+    raise TypeError(
+        f"images: wanted None, a tensor, a folder or an iterable of images, got {type(images).__name__}"
+    )
+
+
+def _unpack_items(items: Iterable[object]) -> Iterator[Tensor]:
+    for index, item in enumerate(items):
+        if isinstance(item, (tuple, list)) and item:
+            item = item[0]
+        yield from _unpack(item, f"images: item {index}")
+
+
+def _unpack(item: object, name: str) -> Iterator[Tensor]:
+    """The images in one item, each (3, h, w), uint8 or floating, on the CPU."""
+    if isinstance(item, Image.Image):
+        item = np.array(item.convert("RGB"))
+    if isinstance(item, np.ndarray):
+        if item.dtype != np.uint8:
+            raise TypeError(f"{name}: wanted a uint8 array, got {item.dtype}")
+        if item.ndim != 3 or item.shape[2] != 3:
+            raise ValueError(f"{name}: wanted an array of shape (h, w, 3), got {item.shape}")
+        item = torch.from_numpy(item.transpose(2, 0, 1).copy())
+    if not isinstance(item, Tensor) or not (item.dtype == torch.uint8 or item.is_floating_point()):
+        raise TypeError(
+            f"{name}: wanted a uint8 or floating tensor, a PIL image or a uint8 array, got {_kind(item)}"
+        )
+    batch = item[None] if item.dim() == 3 else item
+    if batch.dim() != 4 or batch.shape[1] != 3 or 0 in batch.shape[2:]:
+        raise ValueError(f"{name}: wanted shape (3, h, w) or (n, 3, h, w), got {tuple(item.shape)}")
+    yield from batch.detach().cpu()
+
+
+def _decode_folder(folder: Path) -> Iterator[Tensor]:
+    if not folder.is_dir():
+        raise ValueError(f"images: wanted a folder, got {str(folder)!r}, which is none")
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=lambda p: p.name)
+    if not paths:
+        raise ValueError(
+            f"images: wanted files {', '.join(sorted(IMAGE_SUFFIXES))} in {str(folder)!r}, got none"
+        )
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                decoded = image.convert("RGB")
+        except Exception as error:  # what PIL raises depends on the format and on what is broken
+            raise ValueError(
+                f"images: wanted an image file, got {str(path)!r}, which cannot be decoded"
+            ) from error
+        yield from _unpack(decoded, f"images: {str(path)!r}")
+
+
+def _model_input(image: Tensor, preprocess: Preprocess, index: int) -> Tensor:
+    if image.dtype == torch.uint8:
+        return preprocess(image[None])[0]
+    if tuple(image.shape[1:]) != preprocess.size:
+        raise ValueError(
+            f"images: wanted floating images, which are model input already, of size {preprocess.size}, got "
+            f"{tuple(image.shape[1:])} for image {index}"
+        )
+    pixels = image.float()
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"images: wanted finite float32 values, got NaN or infinity in image {index}")
+    return pixels
+
+
+def _digest(image: Tensor, key: Key) -> bytes:
+    header = f"{image.dtype} {tuple(image.shape)}\n".encode()
+    return key.mac("triggers/digest", header + image.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _check_size(name: str, size: tuple[int, int]) -> None:
+    if not isinstance(size, tuple) or not all(isinstance(v, int) and not isinstance(v, bool) for v in size):
+        raise TypeError(f"{name}: wanted a tuple of 2 ints, got {size!r}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{name}: wanted (height, width), both at least 1, got {size!r}")
+
+
+def _kind(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
