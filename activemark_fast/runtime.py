@@ -1,0 +1,44 @@
+"""Where and how precisely to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str | torch.device | None, default: torch.device) -> torch.device:
+    """The device asked for, or `default`.
+
+    Raises:
+        ValueError: the device does not exist on this machine.
+    """
+    if device is None:
+        return default
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: wanted a device of this machine, got {str(device)!r}") from error
+    return resolved
+
+
+def resolve_autocast(
+    precision: str, device: torch.device
+) -> Callable[[], AbstractContextManager[object]]:
+    """What blocks run in: "fp32", "bf16", "fp16", or "auto" (bf16 on CUDA, fp32 elsewhere).
+
+    Raises:
+        ValueError: another `precision`.
+    """
+    if precision not in ("auto", *PRECISIONS):
+        raise ValueError(f"precision: wanted 'auto', 'fp32', 'bf16' or 'fp16', got {precision!r}")
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)
