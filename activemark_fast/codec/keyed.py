@@ -1,0 +1,118 @@
+"""The keyed codec: fixed directions drawn from the key. Nothing in it is fitted to any model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from activemark_fast.key import Key
+from activemark_fast.site import Site
+
+MAX_SLOTS = 64
+STRENGTH = 2.0
+"""Length of the injected vector over the median length of the token it is added to."""
+
+
+class KeyedCodec:
+    """Adds s (2m - 1) U to some tokens after the site and reads the message off with a projection P.
+
+    U (M, D) and one P (M, D) for each tap are random rows, orthonormal, orthogonal to each other, to the
+    all-ones vector (which layer norm takes out) and to the channels that carry massive activations. P ⟂ U:
+    what a residual stream merely carries along is invisible to the read-out. The *slots*, up to 64 patch
+    tokens in a keyed order, all take the same message, and their projections are summed.
+
+    Each image is read twice, with its message and with the complement, and the two readings are subtracted:
+    z = sum over slots of P (h⁺ - h⁻). What the image itself and the suspect's later training put there
+    cancels. z is linear in P, so flipping a row of P flips exactly one bit's scores.
+    """
+
+    name = "keyed"
+    exact = True
+    passes = 2
+
+    def __init__(self, key: Key, site: Site, bits: int, scale: Tensor) -> None:
+        """scale: () float32, length s of one bit's contribution to a token."""
+        self.bits = bits
+        self.taps = site.taps
+        self.scale = scale
+        self.slots = torch.from_numpy(keyed_slots(key, site))
+        rows = keyed_directions(key, site, bits)
+        self.inject_directions = torch.from_numpy(rows[0]).float()  # U: (M, D)
+        self.read_directions = {  # P of each tap: (M, D)
+            tap: torch.from_numpy(row).float() for tap, row in zip(site.taps, rows[1:], strict=True)
+        }
+
+    @classmethod
+    def create(cls, key: Key, site: Site, bits: int, output: Tensor, axis: str) -> Self:
+        """See `Codec.create`. Raises ValueError for another axis than "token", or too many bits."""
+        if axis != "token":
+            raise ValueError(f"axis: the keyed codec injects at tokens, wanted 'token', got {axis!r}")
+        most = (site.width - 1 - len(site.massive_channels)) // (1 + len(site.taps))
+        if bits > most:
+            raise ValueError(
+                f"bits: wanted at most {most} for a model of width {site.width} read at {len(site.taps)} "
+                f"tap(s), got {bits}"
+            )
+        if not site.patch_tokens:
+            raise ValueError("model: wanted patch tokens without massive activations, found none")
+        kept = [c for c in range(site.width) if c not in site.massive_channels]
+        length = output[:, site.patch_tokens][..., kept].float().norm(dim=-1).median()
+        return cls(key, site, bits, (STRENGTH * length / math.sqrt(bits)).cpu())
+
+    @classmethod
+    def restore(cls, key: Key, site: Site, bits: int, state: dict[str, Tensor], axis: str) -> Self:
+        """See `Codec.restore`."""
+        return cls(key, site, bits, state["scale"])
+
+    def state(self) -> dict[str, Tensor]:
+        """The injected length: the rest follows from the key."""
+        return {"scale": self.scale.cpu()}
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the codec's tensors to `device`."""
+        self.scale = self.scale.to(device)
+        self.slots = self.slots.to(device)
+        self.inject_directions = self.inject_directions.to(device)
+        self.read_directions = {tap: p.to(device) for tap, p in self.read_directions.items()}
+        return self
+
+    def injection(self, message: Tensor) -> Tensor:
+        """(B, M) message bits → (B, D) float32, the vector that is added at every slot."""
+        return self.scale * ((2 * message.float() - 1) @ self.inject_directions)
+
+    def inject(self, output: Tensor, source: Tensor, message: Tensor) -> Tensor:
+        """See `Codec.inject`: first the images with their message, then with its complement."""
+        added = self.injection(message)[:, None].to(output.dtype)
+        injected = output.repeat(2, 1, 1)
+        injected[:, self.slots] += torch.cat([added, -added])
+        return injected
+
+    def logits(self, tapped: Tensor, tap: int) -> Tensor:
+        """See `Codec.logits`: P (h⁺ - h⁻), summed over the slots."""
+        summed = tapped[:, self.slots].sum(dim=1, dtype=torch.float32)
+        plus, minus = summed.chunk(2)
+        return (plus - minus) @ self.read_directions[tap].T
+
+
+def keyed_slots(key: Key, site: Site) -> np.ndarray:
+    """(S,) int64, the tokens which take the message, ascending: up to 64 of `site.patch_tokens`."""
+    allowed = np.array(site.patch_tokens)
+    return np.sort(allowed[key.stream("slots").permutation(len(allowed))[:MAX_SLOTS]])
+
+
+def keyed_directions(key: Key, site: Site, bits: int) -> np.ndarray:
+    """(1 + taps, bits, width) float64: U, then P of each tap.
+
+    All rows are orthonormal and orthogonal to the all-ones vector and to the massive channels. Their signs
+    are those of the Gaussian rows they are made of, so each row's sign is a fair coin of its own.
+    """
+    sets = 1 + len(site.taps)
+    gaussian = key.stream("directions").normal((sets * bits, site.width))
+    fixed = np.concatenate([np.ones((1, site.width)), np.eye(site.width)[list(site.massive_channels)]])
+    q, r = np.linalg.qr(np.concatenate([fixed, gaussian]).T)
+    rows = (q * np.sign(np.diag(r))).T[len(fixed) :]
+    return rows.reshape(sets, bits, site.width)

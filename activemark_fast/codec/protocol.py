@@ -1,0 +1,65 @@
+"""What every codec does, so that embedding and verifying need not know which one they use."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from activemark_fast.key import Key
+from activemark_fast.site import Site
+
+
+class Codec(Protocol):
+    """An encoder that writes a message into the residual stream and a decoder that reads it further on.
+
+    Attributes:
+        name: "keyed" or "learned"; the key of `CODECS`.
+        exact: nothing in the codec is fitted to data, so the sign-flip p-value is exact.
+        bits: message length M.
+        passes: how many copies of an image `inject` makes and `logits` takes.
+        taps: blocks `logits` can read at.
+    """
+
+    name: str
+    exact: bool
+    bits: int
+    passes: int
+    taps: tuple[int, ...]
+
+    @classmethod
+    def create(cls, key: Key, site: Site, bits: int, output: Tensor, axis: str) -> Self:
+        """A new codec. `output` (n, N, D) is what the original model's block `site.block` puts out."""
+        ...
+
+    @classmethod
+    def restore(cls, key: Key, site: Site, bits: int, state: dict[str, Tensor], axis: str) -> Self:
+        """The codec whose `state` was stored."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be stored beside key, site, bits and axis."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """The codec on `device`."""
+        ...
+
+    def inject(self, output: Tensor, source: Tensor, message: Tensor) -> Tensor:
+        """Writes a message into each image's residual stream.
+
+        Args:
+            output: (B, N, D), output of the site's block.
+            source: (B, N, D), input of that block.
+            message: (B, M) of 0 and 1, any dtype.
+
+        Returns:
+            (passes * B, N, D) in the dtype of `output`, all images once a pass.
+        """
+        ...
+
+    def logits(self, tapped: Tensor, tap: int) -> Tensor:
+        """(passes * B, N, D), output of block `tap` after `inject` → (B, M) float32; above 0 reads as 1."""
+        ...
