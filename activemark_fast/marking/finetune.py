@@ -1,0 +1,112 @@
+"""Gradient training of the suffix: the paper's way (section 3.3), and the polish after an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec import Codec
+from activemark_fast.key import KeyStream
+from activemark_fast.marking.suffix import Autocast, SiteActivations, run_to_taps
+from activemark_fast.site import Site
+
+MODEL_LR = 1e-4
+CODEC_LR = 1e-3
+FIDELITY_WEIGHT = 10.0
+BATCH = 32
+CHECK_EVERY = 25
+
+
+def finetune(
+    backbone: Backbone,
+    original: Backbone,
+    codec: Codec,
+    site: Site,
+    activations: SiteActivations,
+    features: Tensor,
+    stream: KeyStream,
+    max_steps: int,
+    autocast: Autocast,
+    reached: Callable[[int, float], bool],
+) -> int:
+    """Trains the blocks after the site up to the last tap, and the codec if it has weights, in place.
+
+    Loss: the cross-entropy of message and logits at every tap; plus 10 (1 - cosine) between the final
+    features and the original's, on the injected path (the paper's fidelity loss) and on the clean one; plus,
+    for a codec that is trained, the cross-entropy between what it reads from the *original* and a fair coin,
+    so that encoder and decoder cannot talk past the model.
+
+    Args:
+        backbone: the model to mark; its suffix is trained.
+        original: the unmarked model, on the same device.
+        codec: on the same device.
+        site: where the mark goes.
+        activations: at the site, of n images.
+        features: (n, F, D) float32, the original's, of the same images.
+        stream: where the images and messages of each step are drawn from.
+        max_steps: upper bound on steps.
+        autocast: mixed precision of the forward passes.
+        reached: called every 25 steps with the steps taken and the last loss; True ends the training.
+
+    Returns:
+        The number of steps taken.
+    """
+    first, last = site.block + 1, site.taps[-1] + 1
+    suffix = nn.ModuleList(list(backbone.blocks)[first:last])
+    groups = [{"params": list(suffix.parameters()), "lr": MODEL_LR}]
+    if isinstance(codec, nn.Module):
+        groups.append({"params": list(codec.parameters()), "lr": CODEC_LR})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    device = activations.output.device
+
+    def loss_of(chosen: Tensor, message: Tensor) -> Tensor:
+        batch = activations[chosen]
+        with autocast():
+            logits, injected = run_to_taps(backbone, codec, batch, message, site.block)
+            clean = backbone.run(batch.output, first, last)
+            both = backbone.run(torch.cat([injected[: len(chosen)], clean]), last, backbone.depth)
+            seen = backbone.features(both).float()
+        loss = _cross_entropy(logits, message.float())
+        loss = loss + FIDELITY_WEIGHT * (1 - cosine_similarity(seen, features[chosen].repeat(2, 1, 1), dim=-1)).mean()
+        if isinstance(codec, nn.Module):
+            with autocast():
+                unmarked, _ = run_to_taps(original, codec, batch, message, site.block)
+            loss = loss + _cross_entropy(unmarked, torch.full(message.shape, 0.5, device=device))
+        return loss
+
+    with _training_only(suffix, backbone.model, original.model):
+        for step in range(1, max_steps + 1):
+            chosen = torch.from_numpy(stream.integers(0, len(activations), BATCH)).to(device)
+            message = torch.from_numpy(stream.bits((BATCH, codec.bits))).to(device)
+            loss = loss_of(chosen, message)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if (step % CHECK_EVERY == 0 or step == max_steps) and reached(step, float(loss)):
+                return step
+    return max_steps
+
+
+def _cross_entropy(logits: dict[int, Tensor], target: Tensor) -> Tensor:
+    terms = [binary_cross_entropy_with_logits(values, target) for values in logits.values()]
+    return torch.stack(terms).sum()
+
+
+@contextmanager
+def _training_only(suffix: nn.Module, *models: nn.Module) -> Iterator[None]:
+    """Gradients for the parameters of `suffix` and no others of `models`; flags are put back at the end."""
+    flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        suffix.requires_grad_(True)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+            p.grad = None

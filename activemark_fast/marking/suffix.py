@@ -1,0 +1,104 @@
+"""The model from the site on: its cached input, the reading of a mark, the final features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec import Codec
+
+BATCH = 128
+"""Images run through the model at a time."""
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Makes the context that blocks run in: mixed precision, or nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteActivations:
+    """What enters and leaves the site's block: all the suffix needs to know of the images.
+
+    Attributes:
+        source: (n, N, D), input of the block.
+        output: (n, N, D), its output.
+    """
+
+    source: Tensor
+    output: Tensor
+
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def __getitem__(self, index: slice | Tensor) -> SiteActivations:
+        return SiteActivations(self.source[index], self.output[index])
+
+
+@torch.no_grad()
+def site_activations(backbone: Backbone, pixels: Tensor, block: int, autocast: Autocast) -> SiteActivations:
+    """Runs `pixels` (n, 3, H, W) up to and through `block`, on the backbone's device."""
+    sources, outputs = [], []
+    for batch in pixels.split(BATCH):
+        with autocast():
+            source = backbone.run(backbone.stem(batch.to(backbone.device, backbone.dtype)), 0, block)
+            output = backbone.run(source, block, block + 1)
+        sources.append(source)
+        outputs.append(output)
+    return SiteActivations(torch.cat(sources), torch.cat(outputs))
+
+
+def run_to_taps(
+    backbone: Backbone, codec: Codec, activations: SiteActivations, message: Tensor, block: int
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Injects (B, M) messages and runs to the last tap.
+
+    Returns:
+        The logits (B, M) at every tap, and the residual stream (passes * B, N, D) after the last one.
+    """
+    stream = codec.inject(activations.output, activations.source, message)
+    logits = {}
+    start = block + 1
+    for tap in codec.taps:
+        stream = backbone.run(stream, start, tap + 1)
+        logits[tap] = codec.logits(stream, tap)
+        start = tap + 1
+    return logits, stream
+
+
+@torch.no_grad()
+def read_logits(
+    backbone: Backbone,
+    codec: Codec,
+    activations: SiteActivations,
+    message: Tensor,
+    block: int,
+    autocast: Autocast,
+) -> dict[int, Tensor]:
+    """The logits (n, M) at every tap for (n, M) messages."""
+    parts: dict[int, list[Tensor]] = {tap: [] for tap in codec.taps}
+    for start in range(0, len(activations), BATCH):
+        chosen = slice(start, start + BATCH)
+        with autocast():
+            logits, _ = run_to_taps(backbone, codec, activations[chosen], message[chosen], block)
+        for tap, values in logits.items():
+            parts[tap].append(values)
+    return {tap: torch.cat(values) for tap, values in parts.items()}
+
+
+@torch.no_grad()
+def final_features(backbone: Backbone, activations: SiteActivations, block: int, autocast: Autocast) -> Tensor:
+    """(n, F, D) float32 features of the clean images."""
+    parts = []
+    for output in activations.output.split(BATCH):
+        with autocast():
+            parts.append(backbone.features(backbone.run(output, block + 1, backbone.depth)).float())
+    return torch.cat(parts)
+
+
+def feature_cosine(features: Tensor, original: Tensor) -> float:
+    """Mean cosine of two (n, F, D) feature sets: the lower of class token and mean patch."""
+    return float(torch.cosine_similarity(features, original, dim=-1).mean(dim=0).min())
