@@ -1,0 +1,154 @@
+"""What a reading of a suspect proves: bit errors, detection rate, exact p-value, decision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Decision = Literal["match", "no match", "inconclusive"]
+
+NO_MATCH_ABOVE = 1e-3
+"""A p-value above this is no sign of the mark; between it and alpha a verdict is inconclusive."""
+
+CHANCE_PASS_RATE = 1e-4
+"""How often the fair coin may pass an image: it sets tau, 5 for 32 bits."""
+
+
+def sign_flip_p_value(scores: Sequence[int]) -> float:
+    r"""Exact one-sided p-value of the score sum under random sign flips.
+
+    For a suspect that does not depend on the key, flipping the sign of a row of the read-out P leaves the
+    distribution of everything else unchanged, so given the absolute scores the signs are independent fair
+    coins, whatever the suspect computes and however its images and bits depend on one another. The p-value
+    of T = sum(scores) is the share of the 2^n sign choices with sum(±|score|) >= T: those whose negative part
+    weighs no more than the observed one. They are counted exactly, in integers, by multiplying the generating
+    polynomials 1 + x^|score|; a Python integer holds the polynomial, n + 1 bits to a coefficient.
+
+    Args:
+        scores: matches minus mismatches of each bit over all images, one per bit and tap.
+
+    Returns:
+        The p-value in [2^-n, 1].
+
+    Raises:
+        ValueError: `scores` is empty.
+    """
+    if len(scores) == 0:
+        raise ValueError("scores: wanted at least one score, got none")
+    weights = [abs(int(score)) for score in scores]
+    negative = sum(-int(score) for score in scores if score < 0)
+    digit = len(weights) + 1
+    keep = (1 << (digit * (negative + 1))) - 1
+    polynomial = 1
+    for weight in weights:
+        polynomial += (polynomial << (digit * weight)) & keep
+    # The coefficients sum to at most 2^n < 2^digit - 1, so the remainder by 2^digit - 1 is their sum.
+    count = polynomial % ((1 << digit) - 1)
+    return count / (1 << len(weights))
+
+
+def fair_coin_pass_rate(bits: int, tau: int) -> float:
+    """Probability that `bits` fair coins show at most `tau` errors (5.65e-5 for 32 bits, tau = 5)."""
+    return sum(math.comb(bits, errors) for errors in range(tau + 1)) / 2**bits
+
+
+def default_tau(bits: int) -> int:
+    """The most bit errors that at most one in 10,000 fair-coin messages stays within; 5 for 32 bits."""
+    tau = 0
+    while fair_coin_pass_rate(bits, tau + 1) <= CHANCE_PASS_RATE:
+        tau += 1
+    return tau
+
+
+def bit_errors(logits: Tensor, message: Tensor) -> Tensor:
+    """(n,) int64, wrong bits of each image for (n, M) logits and message; a logit of exactly 0 is wrong."""
+    return (_agreement(logits, message) <= 0).sum(dim=1)
+
+
+def bit_scores(logits: Tensor, message: Tensor) -> list[int]:
+    """Matches minus mismatches of each of the M bits over n images; a logit of exactly 0 is neither.
+
+    Counting a tie for either side would favour one value of the bit, and flipping a row of P could not turn
+    it round: the exact test needs it left out.
+    """
+    return [int(score) for score in _agreement(logits, message).sum(dim=0)]
+
+
+def _agreement(logits: Tensor, message: Tensor) -> Tensor:
+    """(n, M) int64: 1 where the logit's sign is the bit's, -1 where it is the other, 0 for a logit of 0."""
+    return torch.sign(logits).long() * (2 * message.long() - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """The outcome of `verify`.
+
+    Attributes:
+        decision: "match" (the suspect carries the mark), "no match", or "inconclusive" (see `reason`).
+        reason: one sentence on why the decision is what it is.
+        bit_errors: (images,) int64 array, wrong bits of each image; empty if the suspect could not be read.
+        bits: message length M.
+        tau: most bit errors an image may have and still count as detected.
+        detection_rate: R, the share of images with at most `tau` bit errors (paper, section 3.4); NaN without
+            images.
+        p_value: exact sign-flip p-value (`sign_flip_p_value`); None where there is none: the learned codec,
+            or a suspect that could not be read.
+        alpha: p-value at or below which a keyed mark is a match.
+        codec: name of the codec.
+        identical: the suspect's weights are, bit for bit, those of the marked model.
+    """
+
+    decision: Decision
+    reason: str
+    bit_errors: np.ndarray
+    bits: int
+    tau: int
+    detection_rate: float
+    p_value: float | None
+    alpha: float
+    codec: str
+    identical: bool = False
+
+    @property
+    def images(self) -> int:
+        """Number of images read."""
+        return len(self.bit_errors)
+
+    def __str__(self) -> str:
+        lines = [f"{self.decision.upper()}: {self.reason}"]
+        if self.images:
+            lines.append(
+                f"  detection rate R = {self.detection_rate:.3f} over {self.images} images "
+                f"(at most {self.tau} of {self.bits} bits wrong; mean {self.bit_errors.mean():.2f}; "
+                f"chance {fair_coin_pass_rate(self.bits, self.tau):.2g} an image)"
+            )
+            lines.append(
+                f"  p-value = {self.p_value:.3g} (exact sign-flip test; match at or below {self.alpha:.3g})"
+                if self.p_value is not None
+                else "  p-value: none. The learned codec is fitted, so no exact test exists for it."
+            )
+        if self.identical:
+            lines.append("  the suspect's weights are identical to the marked model's")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """The verdict as JSON types."""
+        return {
+            "decision": self.decision,
+            "reason": self.reason,
+            "codec": self.codec,
+            "images": self.images,
+            "bits": self.bits,
+            "tau": self.tau,
+            "detection_rate": self.detection_rate if self.images else None,
+            "p_value": self.p_value,
+            "alpha": self.alpha,
+            "identical": self.identical,
+            "bit_errors": self.bit_errors.tolist(),
+        }

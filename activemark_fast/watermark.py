@@ -1,0 +1,181 @@
+"""The artefact: everything a verification needs besides the key, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from activemark_fast.codec import CODECS, Codec
+from activemark_fast.key import Key
+from activemark_fast.site import Site
+from activemark_fast.triggers import Preprocess
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "activemark_watermark"
+
+
+class WatermarkError(ValueError):
+    """A watermark file that cannot be used, or not with this key."""
+
+
+@dataclass(frozen=True, eq=False)
+class Watermark:
+    """What `embed` leaves behind for `verify`. It holds no key, no message and no image.
+
+    Attributes:
+        codec: name of the codec.
+        bits: message length M.
+        axis: "token" or "channel": what the codec injects at.
+        site: where the mark is.
+        preprocess: how images become the model's input.
+        digests: one 32-byte keyed digest for each hold-out image, in order.
+        image_source: "key" (made from the key), "tensor", "folder" or "iterable".
+        state: the codec's tensors (`Codec.state`).
+        fingerprint: `fingerprint` of the marked model.
+        architecture: model string of the marked model (`load_model`), or None if it is not known.
+        mac: HMAC-SHA256 of all of the above under the key.
+    """
+
+    codec: str
+    bits: int
+    axis: str
+    site: Site
+    preprocess: Preprocess
+    digests: tuple[bytes, ...]
+    image_source: str
+    state: dict[str, Tensor]
+    fingerprint: str
+    architecture: str | None
+    mac: bytes
+
+    @classmethod
+    def seal(cls, key: Key, **fields: Any) -> Watermark:
+        """A watermark with these `fields` (all but `mac`), authenticated under `key`."""
+        unsealed = cls(**fields, mac=b"")
+        return cls(**fields, mac=key.mac("watermark", unsealed._body()))
+
+    def check(self, key: Key) -> None:
+        """Raises WatermarkError unless the watermark was made with `key`."""
+        if not hmac.compare_digest(self.mac, key.mac("watermark", self._body())):
+            raise WatermarkError("key: wanted the key this watermark was made with, got another one")
+
+    def restore_codec(self, key: Key) -> Codec:
+        """The codec, on the CPU."""
+        return CODECS[self.codec].restore(key, self.site, self.bits, self.state, self.axis)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        header = self._header() | {"mac": self.mac.hex(), "checksum": hashlib.sha256(self._body()).hexdigest()}
+        data = save(self._tensors(), metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
+        target = Path(path)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Watermark:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            WatermarkError: it is truncated or damaged, no watermark, or of a newer format.
+        """
+        data = Path(path).read_bytes()
+        header = _read_header(data, path)
+        version = header.get("version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise WatermarkError(
+                f"{path}: watermark of format {version!r}, this release reads format {FORMAT_VERSION}: "
+                "update activemark_fast"
+            )
+        try:
+            tensors = load(data)
+            digests = tensors.pop("digests").numpy()
+            watermark = cls(
+                codec=header["codec"],
+                bits=header["bits"],
+                axis=header["axis"],
+                site=Site(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["site"].items()}),
+                preprocess=Preprocess(**{k: tuple(v) for k, v in header["preprocess"].items()}),
+                digests=tuple(bytes(row) for row in digests),
+                image_source=header["image_source"],
+                state={name.removeprefix("codec."): tensor for name, tensor in tensors.items()},
+                fingerprint=header["fingerprint"],
+                architecture=header["architecture"],
+                mac=bytes.fromhex(header["mac"]),
+            )
+            checksum = hashlib.sha256(watermark._body()).hexdigest()
+            intact = hmac.compare_digest(header["checksum"], checksum) and watermark.codec in CODECS
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise WatermarkError(f"{path}: the watermark is damaged: {type(error).__name__}") from error
+        if not intact:
+            raise WatermarkError(f"{path}: the watermark is damaged: its checksum does not match its content")
+        return watermark
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "version": FORMAT_VERSION,
+            "codec": self.codec,
+            "bits": self.bits,
+            "axis": self.axis,
+            "site": asdict(self.site),
+            "preprocess": asdict(self.preprocess),
+            "image_source": self.image_source,
+            "fingerprint": self.fingerprint,
+            "architecture": self.architecture,
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        rows = np.frombuffer(b"".join(self.digests), dtype=np.uint8).reshape(len(self.digests), -1)
+        tensors = {"digests": torch.from_numpy(rows.copy())}
+        return tensors | {f"codec.{name}": tensor for name, tensor in self.state.items()}
+
+    def _body(self) -> bytes:
+        """What checksum and MAC are taken over."""
+        return json.dumps(self._header(), sort_keys=True).encode() + save(self._tensors())
+
+
+def _read_header(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The watermark's header, from the metadata of a safetensors file."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise WatermarkError(f"{path}: the watermark is truncated, or no watermark at all")
+    try:
+        outer = json.loads(data[8 : 8 + length])
+        header = json.loads(outer["__metadata__"][_METADATA_KEY])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WatermarkError(f"{path}: not a watermark, or damaged: no readable header") from error
+    if not isinstance(header, dict):
+        raise WatermarkError(f"{path}: not a watermark, or damaged: no readable header")
+    ends = [entry["data_offsets"][1] for name, entry in outer.items() if name != "__metadata__"]
+    if 8 + length + max(ends, default=0) > len(data):
+        raise WatermarkError(f"{path}: the watermark is truncated")
+    return header
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor in the model's state dict, as hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
