@@ -1,0 +1,220 @@
+"""embed: mark a model so that `verify` can later recognise what descends from it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec import CODECS, Codec, KeyedCodec
+from activemark_fast.key import Key
+from activemark_fast.marking.edit import search_edit
+from activemark_fast.marking.finetune import CHECK_EVERY, finetune
+from activemark_fast.marking.quality import DETECTION_TARGET, MARGIN_TARGET, Quality, QualityCheck
+from activemark_fast.marking.suffix import final_features, site_activations
+from activemark_fast.profile import profile
+from activemark_fast.progress import Progress
+from activemark_fast.runtime import resolve_autocast, resolve_device
+from activemark_fast.site import place_site
+from activemark_fast.triggers import Preprocess, holdout_images
+from activemark_fast.watermark import Watermark, fingerprint
+
+IMAGES = 256
+PROFILED_IMAGES = 32
+HELD_OUT_EVERY = 4
+"""Every fourth hold-out image is kept from marking, to measure the mark on."""
+MESSAGES_PER_IMAGE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What `embed` returns.
+
+    Attributes:
+        model: the marked model.
+        watermark: what `verify` needs besides the key.
+        quality: how the mark and the model do on images that were kept from marking.
+        site_reason: why the mark is where it is.
+        steps: gradient steps taken; 0 if the edit was enough.
+        history: one dict for every edit that was tried and every check during training.
+        seconds: wall time of `embed`.
+    """
+
+    model: nn.Module
+    watermark: Watermark
+    quality: Quality
+    site_reason: str
+    steps: int
+    history: list[dict[str, float | str]] = field(repr=False)
+    seconds: float
+
+    @property
+    def fidelity(self) -> float:
+        """Mean cosine between the clean features of the marked model and the original's."""
+        return self.quality.fidelity
+
+
+def embed(
+    model: nn.Module,
+    key: Key | bytes | str | os.PathLike[str],
+    images: object = None,
+    *,
+    codec: str = "keyed",
+    method: str | None = None,
+    bits: int = 32,
+    axis: str = "token",
+    block: int | None = None,
+    fidelity: float = 0.995,
+    max_steps: int = 1000,
+    inplace: bool = False,
+    architecture: str | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    progress: bool = False,
+) -> Embedding:
+    """Marks `model` (arXiv 2510.04966, with the keyed codec and the closed-form edit by default).
+
+    Args:
+        model: a plain ViT (`Backbone` says which). It is not changed, unless `inplace`.
+        key: the owner's secret: bytes, a passphrase (str), a key file (Path) or a `Key`.
+        images: hold-out images (`holdout_images` says in which forms), up to 256; without any they are made
+            from the key. Verification needs the same ones.
+        codec: "keyed", or "learned" (the paper's encoder and decoder; no exact p-value).
+        method: "edit" (closed form, then as many gradient steps as the targets need: none if the edit met
+            them) or "finetune" (gradient steps only). By default "edit" for the keyed codec, "finetune" for
+            the learned one.
+        bits: message length, 8 to 256.
+        axis: what the learned codec overwrites: "token" or "channel".
+        block: the block to inject after, from 0; by default the one where massive activations emerge.
+        fidelity: lowest mean cosine to the original's features, above 0 and below 1.
+        max_steps: upper bound on gradient steps.
+        inplace: write the mark into `model` itself, at the very end.
+        architecture: model string (`load_model`) to store in the watermark, so that the command line can
+            build the suspect.
+        device: where to compute; by default where the model is.
+        precision: "auto" (bf16 on CUDA, fp32 elsewhere), "fp32", "bf16" or "fp16"; weights stay in their
+            own dtype.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The marked model, its watermark and what was measured. The same model, key, images and settings give
+        the same weights, bit for bit, on one machine's CPU.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the model has non-finite weights, is no plain
+            ViT (`NotAViTError`) or has no room for the mark (`SiteError`).
+
+    Warns:
+        RuntimeWarning: the targets were not reached; `quality` tells by how much.
+    """
+    started = time.perf_counter()
+    method = method or ("edit" if codec == KeyedCodec.name else "finetune")
+    _check_settings(codec, method, bits, fidelity, max_steps)
+    original = Backbone(model)
+    _check_weights(model)
+    secret = Key.of(key)
+    place = resolve_device(device, original.device)
+    autocast = resolve_autocast(precision, place)
+    preprocess = Preprocess(original.image_size, original.mean, original.std)
+    holdout = holdout_images(images, secret, preprocess, IMAGES)
+
+    marked = copy.deepcopy(model).eval().to(place)
+    with Progress(progress) as bar:
+        backbone = Backbone(marked)
+        bar.stage("profile", 1)
+        with autocast():
+            measured = profile(backbone, holdout.pixels[:PROFILED_IMAGES].to(place, backbone.dtype))
+        site, site_reason = place_site(backbone, measured, block)
+        bar.stage("prefix", 1)
+        activations = site_activations(backbone, holdout.pixels, site.block, autocast)
+        coder: Codec = CODECS[codec].create(secret, site, bits, activations.output, axis).to(place)
+
+        def messages(purpose: str, *shape: int) -> Tensor:
+            return torch.from_numpy(secret.stream(f"messages/{purpose}").bits((*shape, bits))).to(place)
+
+        held = torch.arange(len(activations), device=place) % HELD_OUT_EVERY == 0
+        fitted, kept = activations[~held], activations[held]
+        check = QualityCheck(backbone, coder, site, kept, messages("check", len(kept)), autocast)
+        features = final_features(backbone, fitted, site.block, autocast)
+        history: list[dict[str, float | str]] = []
+        if method == "edit":
+            texts = messages("edit", MESSAGES_PER_IMAGE, len(fitted))
+            history += search_edit(
+                backbone, coder, site, fitted.output, texts, check, fidelity, autocast, bar
+            )
+        quality, steps = check(), 0
+        if not quality.reaches(fidelity):
+            stage = "polish" if method == "edit" else "fine-tuning"
+            reference = Backbone(copy.deepcopy(model).eval().to(place))
+            bar.stage(stage, max_steps)
+
+            def reached(step: int, loss: float) -> bool:
+                nonlocal quality
+                quality = check(reference)
+                history.append({"stage": stage, "step": step, "loss": loss, **asdict(quality)})
+                bar.advance(CHECK_EVERY, loss=loss, bit_error=quality.bit_error, fidelity=quality.fidelity)
+                return quality.reaches(fidelity)
+
+            draws = secret.stream("fine-tuning")
+            steps = finetune(
+                backbone, reference, coder, site, fitted, features, draws, max_steps, autocast, reached
+            )
+    if not quality.reaches(fidelity):
+        warnings.warn(
+            f"the mark did not reach its targets: fidelity {quality.fidelity:.4f} (wanted {fidelity}), margin "
+            f"{quality.margin:.2f} ({MARGIN_TARGET}), detection rate {quality.detection_rate:.3f} "
+            f"({DETECTION_TARGET}), on the original {quality.original_detection_rate:.3f} (0)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    marked.to(original.device)
+    for ours, theirs in zip(marked.modules(), model.modules(), strict=True):
+        ours.training = theirs.training
+    watermark = Watermark.seal(
+        secret,
+        codec=codec,
+        bits=bits,
+        axis=axis,
+        site=site,
+        preprocess=preprocess,
+        digests=holdout.digests,
+        image_source=holdout.source,
+        state=coder.state(),
+        fingerprint=fingerprint(marked),
+        architecture=architecture,
+    )
+    if inplace:
+        model.load_state_dict(marked.state_dict())
+        marked = model
+    seconds = time.perf_counter() - started
+    return Embedding(marked, watermark, quality, site_reason, steps, history, seconds)
+
+
+
+def _check_settings(codec: str, method: str, bits: int, fidelity: float, max_steps: int) -> None:
+    if codec not in CODECS:
+        raise ValueError(f"codec: wanted one of {sorted(CODECS)}, got {codec!r}")
+    if method not in ("edit", "finetune"):
+        raise ValueError(f"method: wanted 'edit' or 'finetune', got {method!r}")
+    if method == "edit" and codec != KeyedCodec.name:
+        raise ValueError(f"method: the edit places keyed marks only; the {codec} codec needs 'finetune'")
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"bits: wanted int, got {type(bits).__name__}")
+    if not 8 <= bits <= 256:
+        raise ValueError(f"bits: wanted 8 to 256, got {bits}")
+    if not 0 < fidelity < 1:
+        raise ValueError(f"fidelity: wanted a cosine above 0 and below 1, got {fidelity}")
+    if not isinstance(max_steps, int) or max_steps < 0:
+        raise ValueError(f"max_steps: wanted a whole number, 0 or more, got {max_steps!r}")
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"model: wanted finite weights, got NaN or infinity in {name!r}")

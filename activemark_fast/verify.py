@@ -1,0 +1,172 @@
+"""verify: does a suspect descend from the marked model?"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+from activemark_fast.backbone import Backbone, NotAViTError, evaluating
+from activemark_fast.key import Key
+from activemark_fast.marking.suffix import read_logits, site_activations
+from activemark_fast.runtime import resolve_autocast, resolve_device
+from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
+from activemark_fast.verdict import (
+    NO_MATCH_ABOVE,
+    Decision,
+    Verdict,
+    bit_errors,
+    bit_scores,
+    default_tau,
+    sign_flip_p_value,
+)
+from activemark_fast.watermark import Watermark, fingerprint
+
+LEARNED_MATCH_RATE = 0.5
+"""Detection rate from which a learned mark counts as found."""
+
+
+@torch.no_grad()
+def verify(
+    suspect: nn.Module,
+    watermark: Watermark,
+    key: Key | bytes | str | os.PathLike[str],
+    images: object = None,
+    *,
+    alpha: float = 1e-6,
+    tau: int | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> Verdict:
+    """Reads the mark from `suspect` and says whether it is there.
+
+    The suspect runs no further than the last tap, in eval mode, and is left as it was. What is wrong with a
+    suspect (another architecture, too few blocks, non-finite weights or outputs) makes the verdict
+    "inconclusive", with the reason; what is wrong with the other arguments is an error.
+
+    Args:
+        suspect: a plain ViT with loaded weights.
+        watermark: what `embed` returned, or `Watermark.load`.
+        key: the key it was made with, in any form `embed` takes.
+        images: the hold-out images of the embedding; None if they were made from the key.
+        alpha: p-value at or below which a keyed mark is a match; above 0, at most 0.001.
+        tau: most wrong bits of an image that counts as detected; by default what one fair-coin message in
+            10,000 stays within (5 of 32 bits).
+        device: where to compute; by default where the suspect is.
+        precision: as in `embed`.
+
+    Returns:
+        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha`, "no match" if it is above
+        0.001, "inconclusive" between. Learned codec: "match" if at least half of the images are detected;
+        there is no p-value.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        WatermarkError: `key` is not the key of `watermark`.
+        ImageMismatchError: `images` are not those of the embedding.
+    """
+    if not isinstance(suspect, nn.Module):
+        raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
+    if not isinstance(watermark, Watermark):
+        raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
+    if not 0 < alpha <= NO_MATCH_ABOVE:
+        raise ValueError(f"alpha: wanted above 0 and at most {NO_MATCH_ABOVE}, got {alpha}")
+    tau = default_tau(watermark.bits) if tau is None else tau
+    if not isinstance(tau, int) or not 0 <= tau < watermark.bits:
+        raise ValueError(f"tau: wanted 0 to {watermark.bits - 1}, got {tau!r}")
+    tensors = list(suspect.parameters())
+    place = resolve_device(device, tensors[0].device if tensors else torch.device("cpu"))
+    autocast = resolve_autocast(precision, place)
+    secret = Key.of(key)
+    watermark.check(secret)
+    if images is None and watermark.image_source != "key":
+        raise ImageMismatchError(
+            f"images: wanted the {len(watermark.digests)} images of the embedding (a {watermark.image_source}), "
+            "got none"
+        )
+    holdout = holdout_images(images, secret, watermark.preprocess, len(watermark.digests))
+    check_digests(holdout, watermark.digests)
+
+    def verdict(
+        decision: Decision,
+        reason: str,
+        errors: np.ndarray | None = None,
+        p_value: float | None = None,
+        identical: bool = False,
+    ) -> Verdict:
+        errors = np.zeros(0, dtype=np.int64) if errors is None else errors
+        rate = float((errors <= tau).mean()) if len(errors) else float("nan")
+        return Verdict(
+            decision, reason, errors, watermark.bits, tau, rate, p_value, alpha, watermark.codec, identical
+        )
+
+    site = watermark.site
+    broken = _non_finite(suspect)
+    if broken is not None:
+        return verdict("inconclusive", f"the suspect has NaN or infinite weights in {broken!r}")
+    if any(tensor.device != place for tensor in tensors):
+        suspect = copy.deepcopy(suspect).to(place)
+    try:
+        backbone = Backbone(suspect)
+    except NotAViTError as error:
+        return verdict("inconclusive", f"the suspect cannot be read: {error}")
+    misfit = _misfit(backbone, watermark)
+    if misfit is not None:
+        return verdict("inconclusive", misfit)
+
+    codec = watermark.restore_codec(secret).to(place)
+    codec.taps = tuple(tap for tap in codec.taps if tap < backbone.depth)
+    drawn = secret.stream("messages/verify").bits((len(holdout.digests), watermark.bits))
+    message = torch.from_numpy(drawn).to(place)
+    with evaluating(suspect):
+        activations = site_activations(backbone, holdout.pixels, site.block, autocast)
+        logits = read_logits(backbone, codec, activations, message, site.block, autocast)
+    if not all(bool(torch.isfinite(values).all()) for values in logits.values()):
+        return verdict("inconclusive", "the suspect puts out NaN or infinite activations")
+
+    errors = bit_errors(logits[codec.taps[-1]], message).cpu().numpy()
+    identical = fingerprint(suspect) == watermark.fingerprint
+    if not codec.exact:
+        found = float((errors <= tau).mean()) >= LEARNED_MATCH_RATE
+        return verdict(
+            "match" if found else "no match",
+            f"the learned codec reads the message from {'at least' if found else 'less than'} half of the images",
+            errors,
+            identical=identical,
+        )
+    scores = [score for values in logits.values() for score in bit_scores(values, message)]
+    p_value = sign_flip_p_value(scores)
+    decision: Decision
+    if p_value <= alpha:
+        decision, reason = "match", "the suspect carries the mark"
+    elif p_value > NO_MATCH_ABOVE:
+        decision, reason = "no match", "no sign of the mark"
+    else:
+        decision, reason = "inconclusive", "signs of the mark, but not enough to exclude chance"
+    return verdict(decision, reason, errors, p_value, identical)
+
+
+def _non_finite(model: nn.Module) -> str | None:
+    """Name of the first floating-point tensor of `model` with a value that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def _misfit(backbone: Backbone, watermark: Watermark) -> str | None:
+    """Why the suspect's shape does not allow the mark to be read, or None."""
+    site = watermark.site
+    if backbone.width != site.width:
+        return f"the suspect has width {backbone.width}, the marked model {site.width}"
+    if backbone.depth <= site.taps[0]:
+        return f"the suspect has {backbone.depth} blocks, the first read-out is after block {site.taps[0] + 1}"
+    if backbone.image_size != watermark.preprocess.size or backbone.num_tokens != site.num_tokens:
+        return (
+            f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the marked "
+            f"model {watermark.preprocess.size} as {site.num_tokens}"
+        )
+    return None
