@@ -149,7 +149,7 @@ class Backbone:
             wanted = f"(B, 3, {self.image_size[0]}, {self.image_size[1]})"
             raise ValueError(f"images: wanted shape {wanted}, got {_kind(images)}")
         tokens, _, _ = self._reach_block_0(images)
-        return self._transposed(tokens)
+        return self.batch_first(tokens)
 
     def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """The residual stream after blocks `start` to `stop - 1`, in the mode the blocks are in.
@@ -168,10 +168,10 @@ class Backbone:
         self._check_tokens(tokens)
         if not 0 <= start <= stop <= self.depth:
             raise ValueError(f"start, stop: wanted 0 <= start <= stop <= {self.depth}, got {start}, {stop}")
-        tokens = self._transposed(tokens)
+        tokens = self.batch_first(tokens)
         for block, (args, kwargs) in zip(self.blocks[start:stop], self._calls[start:stop], strict=True):
             tokens = _hidden(block(tokens, *args, **kwargs))
-        return self._transposed(tokens)
+        return self.batch_first(tokens)
 
     def features(self, tokens: Tensor) -> Tensor:
         """The model's final features: each token through the final norm, then pooled. Differentiable.
@@ -189,6 +189,13 @@ class Backbone:
         tokens = self.norm(tokens)
         pooled = tokens[:, self.prefix_tokens :].mean(dim=1)
         return torch.stack([tokens[:, 0], pooled] if self.has_class_token else [pooled], dim=1)
+
+    def batch_first(self, tokens: Tensor) -> Tensor:
+        """Swaps batch and tokens of what a block takes or makes, where the blocks take (N, B, width).
+
+        Its own inverse: (N, B, ...) → (B, N, ...) and back; for other models it changes nothing.
+        """
+        return tokens.transpose(0, 1).contiguous() if self._sequence_first else tokens
 
     def mlp_out(self, index: int) -> nn.Linear:
         """The live linear layer of block `index` whose output is added to the residual stream last.
@@ -260,9 +267,6 @@ class Backbone:
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != self.width:
             raise ValueError(f"tokens: wanted a tensor of shape (B, N, {self.width}), got {_kind(tokens)}")
 
-    def _transposed(self, tokens: Tensor) -> Tensor:
-        return tokens.transpose(0, 1).contiguous() if self._sequence_first else tokens
-
     def _own_image_size(self, owners: Sequence[nn.Module]) -> tuple[int, int]:
         size = _first_fact(reversed(owners), _IMAGE_SIZES, _pair)
         if size is None:
@@ -330,7 +334,7 @@ class Backbone:
                 f"{self._described()}, called with {', '.join(_kind(t) for t in extras_two)} for two images"
             )
         self._sequence_first = grown == [1]
-        return self._transposed(two)
+        return self.batch_first(two)
 
     def _count_prefix(self, tokens: Tensor) -> int:
         varies = (tokens[0] != tokens[1]).any(dim=1).tolist()
@@ -404,8 +408,17 @@ class Backbone:
             self.norm = norms[0]
 
 
+def non_finite_tensor(model: nn.Module) -> str | None:
+    """Name of the first tensor in the model's state with a NaN or an infinity, or None."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every submodule's training flag is put back."""
     flags = [(m, m.training) for m in module.modules()]
     for m, _ in flags:
         m.training = False

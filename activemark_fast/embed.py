@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from activemark_fast.backbone import Backbone
+from activemark_fast.backbone import Backbone, non_finite_tensor
 from activemark_fast.codec import CODECS, Codec, KeyedCodec
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import search_edit
@@ -70,7 +70,7 @@ def embed(
     bits: int = 32,
     axis: str = "token",
     block: int | None = None,
-    fidelity: float = 0.995,
+    fidelity: float = 0.996,
     max_steps: int = 1000,
     inplace: bool = False,
     architecture: str | None = None,
@@ -115,9 +115,11 @@ def embed(
     """
     started = time.perf_counter()
     method = method or ("edit" if codec == KeyedCodec.name else "finetune")
-    _check_settings(codec, method, bits, fidelity, max_steps)
+    _check_settings(codec, method, bits, axis, block, fidelity, max_steps, architecture)
     original = Backbone(model)
-    _check_weights(model)
+    broken = non_finite_tensor(model)
+    if broken is not None:
+        raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
     secret = Key.of(key)
     place = resolve_device(device, original.device)
     autocast = resolve_autocast(precision, place)
@@ -142,8 +144,10 @@ def embed(
         fitted, kept = activations[~held], activations[held]
         check = QualityCheck(backbone, coder, site, kept, messages("check", len(kept)), autocast)
         features = final_features(backbone, fitted, site.block, autocast)
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError("model: wanted finite features, got NaN or infinity (its activations overflow)")
         history: list[dict[str, float | str]] = []
-        if method == "edit":
+        if method == "edit" and isinstance(coder, KeyedCodec):
             texts = messages("edit", MESSAGES_PER_IMAGE, len(fitted))
             history += search_edit(
                 backbone, coder, site, fitted.output, texts, check, fidelity, autocast, bar
@@ -167,8 +171,8 @@ def embed(
             )
     if not quality.reaches(fidelity):
         warnings.warn(
-            f"the mark did not reach its targets: fidelity {quality.fidelity:.4f} (wanted {fidelity}), margin "
-            f"{quality.margin:.2f} ({MARGIN_TARGET}), detection rate {quality.detection_rate:.3f} "
+            f"the mark did not reach its targets: fidelity {quality.fidelity:.4f} (wanted {fidelity}), "
+            f"margin {quality.margin:.2f} ({MARGIN_TARGET}), detection rate {quality.detection_rate:.3f} "
             f"({DETECTION_TARGET}), on the original {quality.original_detection_rate:.3f} (0)",
             RuntimeWarning,
             stacklevel=2,
@@ -196,25 +200,41 @@ def embed(
     return Embedding(marked, watermark, quality, site_reason, steps, history, seconds)
 
 
-
-def _check_settings(codec: str, method: str, bits: int, fidelity: float, max_steps: int) -> None:
-    if codec not in CODECS:
-        raise ValueError(f"codec: wanted one of {sorted(CODECS)}, got {codec!r}")
-    if method not in ("edit", "finetune"):
-        raise ValueError(f"method: wanted 'edit' or 'finetune', got {method!r}")
+def _check_settings(
+    codec: str,
+    method: str,
+    bits: int,
+    axis: str,
+    block: int | None,
+    fidelity: float,
+    max_steps: int,
+    architecture: str | None,
+) -> None:
+    for name, text, choices in (
+        ("codec", codec, sorted(CODECS)),
+        ("method", method, ["edit", "finetune"]),
+        ("axis", axis, ["token", "channel"]),
+    ):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: wanted one of {choices}, got {type(text).__name__}")
+        if text not in choices:
+            raise ValueError(f"{name}: wanted one of {choices}, got {text!r}")
     if method == "edit" and codec != KeyedCodec.name:
         raise ValueError(f"method: the edit places keyed marks only; the {codec} codec needs 'finetune'")
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"bits: wanted int, got {type(bits).__name__}")
+    if axis != "token" and codec == KeyedCodec.name:
+        raise ValueError(f"axis: the keyed codec injects at tokens, wanted 'token', got {axis!r}")
+    for name, number in (("bits", bits), ("block", block), ("max_steps", max_steps)):
+        if name == "block" and number is None:
+            continue
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: wanted int, got {type(number).__name__}")
     if not 8 <= bits <= 256:
         raise ValueError(f"bits: wanted 8 to 256, got {bits}")
+    if max_steps < 0:
+        raise ValueError(f"max_steps: wanted 0 or more, got {max_steps}")
+    if not isinstance(fidelity, (int, float)):
+        raise TypeError(f"fidelity: wanted a number, got {type(fidelity).__name__}")
     if not 0 < fidelity < 1:
         raise ValueError(f"fidelity: wanted a cosine above 0 and below 1, got {fidelity}")
-    if not isinstance(max_steps, int) or max_steps < 0:
-        raise ValueError(f"max_steps: wanted a whole number, 0 or more, got {max_steps!r}")
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"model: wanted finite weights, got NaN or infinity in {name!r}")
+    if architecture is not None and not isinstance(architecture, str):
+        raise TypeError(f"architecture: wanted a string, got {type(architecture).__name__}")

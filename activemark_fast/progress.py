@@ -24,7 +24,9 @@ class Progress:
         """Moves the bar on and shows numbers beside it."""
         if self._bar is not None:
             if measured:
-                self._bar.set_postfix({name: f"{value:.4g}" for name, value in measured.items()}, refresh=False)
+                self._bar.set_postfix(
+                    {name: f"{value:.4g}" for name, value in measured.items()}, refresh=False
+                )
             self._bar.update(steps)
 
     def __enter__(self) -> Self:

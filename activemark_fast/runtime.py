@@ -14,21 +14,22 @@ def resolve_device(device: str | torch.device | None, default: torch.device) -> 
     """The device asked for, or `default`.
 
     Raises:
-        ValueError: the device does not exist on this machine.
+        TypeError: `device` is neither a device nor its name.
+        ValueError: the device does not exist on this machine, or holds no data ("meta").
     """
     if device is None:
         return default
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: wanted a string or a torch.device, got {type(device).__name__}")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        torch.empty(0, device=resolved).cpu()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: wanted a device of this machine, got {str(device)!r}") from error
     return resolved
 
 
-def resolve_autocast(
-    precision: str, device: torch.device
-) -> Callable[[], AbstractContextManager[object]]:
+def resolve_autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
     """What blocks run in: "fp32", "bf16", "fp16", or "auto" (bf16 on CUDA, fp32 elsewhere).
 
     Raises:

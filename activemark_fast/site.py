@@ -49,12 +49,14 @@ def place_site(backbone: Backbone, profile: Profile, block: int | None = None) -
     """
     latest = backbone.depth - 3
     if latest < 0:
-        raise SiteError(f"model: wanted at least 3 blocks (site, marked block, last block), got {backbone.depth}")
+        raise SiteError(
+            f"model: wanted at least 3 blocks (site, marked block, last block), got {backbone.depth}"
+        )
     if block is not None:
         if not 0 <= block <= latest:
             raise SiteError(
-                f"block: wanted 0 to {latest} (block {block + 1} and those up to {backbone.depth - 2} would carry "
-                f"the mark in this model of {backbone.depth} blocks), got {block}"
+                f"block: wanted 0 to {latest}, to leave room for the mark before the last of this model's "
+                f"{backbone.depth} blocks, got {block}"
             )
         reason = f"block {block}, as asked for"
     else:

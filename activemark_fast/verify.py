@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from activemark_fast.backbone import Backbone, NotAViTError, evaluating
+from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_finite_tensor
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import read_logits, site_activations
 from activemark_fast.runtime import resolve_autocast, resolve_device
@@ -60,8 +60,8 @@ def verify(
 
     Returns:
         The verdict. Keyed codec: "match" if the exact p-value is at most `alpha`, "no match" if it is above
-        0.001, "inconclusive" between. Learned codec: "match" if at least half of the images are detected;
-        there is no p-value.
+        0.001, "inconclusive" between, and where the mark has too few bits for `alpha`. Learned codec: "match"
+        if at least half of the images are detected; there is no p-value.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -72,20 +72,24 @@ def verify(
         raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
     if not isinstance(watermark, Watermark):
         raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
+    if not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha: wanted a number, got {type(alpha).__name__}")
     if not 0 < alpha <= NO_MATCH_ABOVE:
         raise ValueError(f"alpha: wanted above 0 and at most {NO_MATCH_ABOVE}, got {alpha}")
-    tau = default_tau(watermark.bits) if tau is None else tau
-    if not isinstance(tau, int) or not 0 <= tau < watermark.bits:
-        raise ValueError(f"tau: wanted 0 to {watermark.bits - 1}, got {tau!r}")
+    if tau is not None and (not isinstance(tau, int) or isinstance(tau, bool)):
+        raise TypeError(f"tau: wanted int, got {type(tau).__name__}")
     tensors = list(suspect.parameters())
     place = resolve_device(device, tensors[0].device if tensors else torch.device("cpu"))
     autocast = resolve_autocast(precision, place)
     secret = Key.of(key)
-    watermark.check(secret)
+    watermark.check(secret)  # before anything in it is relied on
+    tau = default_tau(watermark.bits) if tau is None else tau
+    if not 0 <= tau < watermark.bits:
+        raise ValueError(f"tau: wanted 0 to {watermark.bits - 1}, got {tau}")
     if images is None and watermark.image_source != "key":
         raise ImageMismatchError(
-            f"images: wanted the {len(watermark.digests)} images of the embedding (a {watermark.image_source}), "
-            "got none"
+            f"images: wanted the {len(watermark.digests)} images of the embedding "
+            f"({watermark.image_source}), got none"
         )
     holdout = holdout_images(images, secret, watermark.preprocess, len(watermark.digests))
     check_digests(holdout, watermark.digests)
@@ -104,36 +108,48 @@ def verify(
         )
 
     site = watermark.site
-    broken = _non_finite(suspect)
-    if broken is not None:
-        return verdict("inconclusive", f"the suspect has NaN or infinite weights in {broken!r}")
     if any(tensor.device != place for tensor in tensors):
         suspect = copy.deepcopy(suspect).to(place)
+
+    def unreadable(reason: str) -> Verdict:
+        # Looked for only now: a NaN where nothing is read (a head, a text tower) must not hide a mark.
+        broken = non_finite_tensor(suspect)
+        if broken is not None:
+            reason = f"the suspect has NaN or infinite weights in {broken!r}"
+        return verdict("inconclusive", reason)
+
     try:
         backbone = Backbone(suspect)
     except NotAViTError as error:
-        return verdict("inconclusive", f"the suspect cannot be read: {error}")
+        return unreadable(f"the suspect cannot be read: {error}")
     misfit = _misfit(backbone, watermark)
     if misfit is not None:
         return verdict("inconclusive", misfit)
 
     codec = watermark.restore_codec(secret).to(place)
-    codec.taps = tuple(tap for tap in codec.taps if tap < backbone.depth)
+    readable = tuple(tap for tap in codec.taps if tap < backbone.depth)
+    if not readable:
+        return verdict(
+            "inconclusive",
+            f"the suspect has {backbone.depth} blocks, the mark is first read after {codec.taps[0] + 1}",
+        )
+    codec.taps = readable
     drawn = secret.stream("messages/verify").bits((len(holdout.digests), watermark.bits))
     message = torch.from_numpy(drawn).to(place)
     with evaluating(suspect):
         activations = site_activations(backbone, holdout.pixels, site.block, autocast)
         logits = read_logits(backbone, codec, activations, message, site.block, autocast)
     if not all(bool(torch.isfinite(values).all()) for values in logits.values()):
-        return verdict("inconclusive", "the suspect puts out NaN or infinite activations")
+        return unreadable("the suspect puts out NaN or infinite activations")
 
     errors = bit_errors(logits[codec.taps[-1]], message).cpu().numpy()
     identical = fingerprint(suspect) == watermark.fingerprint
     if not codec.exact:
         found = float((errors <= tau).mean()) >= LEARNED_MATCH_RATE
+        share = "at least" if found else "less than"
         return verdict(
             "match" if found else "no match",
-            f"the learned codec reads the message from {'at least' if found else 'less than'} half of the images",
+            f"the learned codec reads the message from {share} half of the images",
             errors,
             identical=identical,
         )
@@ -142,6 +158,9 @@ def verify(
     decision: Decision
     if p_value <= alpha:
         decision, reason = "match", "the suspect carries the mark"
+    elif 2.0 ** -len(scores) > alpha:
+        decision = "inconclusive"
+        reason = f"{len(scores)} bits are too few for a match at alpha = {alpha:g}, whatever they read"
     elif p_value > NO_MATCH_ABOVE:
         decision, reason = "no match", "no sign of the mark"
     else:
@@ -149,21 +168,11 @@ def verify(
     return verdict(decision, reason, errors, p_value, identical)
 
 
-def _non_finite(model: nn.Module) -> str | None:
-    """Name of the first floating-point tensor of `model` with a value that is not finite."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
-
-
 def _misfit(backbone: Backbone, watermark: Watermark) -> str | None:
     """Why the suspect's shape does not allow the mark to be read, or None."""
     site = watermark.site
     if backbone.width != site.width:
         return f"the suspect has width {backbone.width}, the marked model {site.width}"
-    if backbone.depth <= site.taps[0]:
-        return f"the suspect has {backbone.depth} blocks, the first read-out is after block {site.taps[0] + 1}"
     if backbone.image_size != watermark.preprocess.size or backbone.num_tokens != site.num_tokens:
         return (
             f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the marked "

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from activemark_fast.triggers import Preprocess
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "activemark_watermark"
+_UNSET = "0" * 64
+"""Stands where the checksum will stand while the checksum of the file is taken."""
 
 
 class WatermarkError(ValueError):
@@ -77,8 +80,9 @@ class Watermark:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, whole or not at all."""
-        header = self._header() | {"mac": self.mac.hex(), "checksum": hashlib.sha256(self._body()).hexdigest()}
+        header = self._header() | {"mac": self.mac.hex(), "checksum": _UNSET}
         data = save(self._tensors(), metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
+        data = _with_checksum(data, _UNSET, hashlib.sha256(data).hexdigest())
         target = Path(path)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
@@ -102,33 +106,43 @@ class Watermark:
         data = Path(path).read_bytes()
         header = _read_header(data, path)
         version = header.get("version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise WatermarkError(
-                f"{path}: watermark of format {version!r}, this release reads format {FORMAT_VERSION}: "
+                f"{path}: watermark of format {version}, this release reads format {FORMAT_VERSION}: "
                 "update activemark_fast"
             )
+        checksum = header.get("checksum")
+        if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+            raise WatermarkError(f"{path}: not a watermark, or damaged: it has no checksum")
+        if hashlib.sha256(_with_checksum(data, checksum, _UNSET)).hexdigest() != checksum:
+            raise WatermarkError(f"{path}: the watermark is damaged: its checksum does not match its content")
         try:
             tensors = load(data)
-            digests = tensors.pop("digests").numpy()
+            digests = tensors.pop("digests")
+            if digests.dtype != torch.uint8 or digests.ndim != 2 or 0 in digests.shape:
+                raise ValueError(f"digests: wanted uint8 rows, got {digests.dtype} {tuple(digests.shape)}")
+            place: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in header["site"].items()
+            }
             watermark = cls(
                 codec=header["codec"],
                 bits=header["bits"],
                 axis=header["axis"],
-                site=Site(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["site"].items()}),
+                site=Site(**place),
                 preprocess=Preprocess(**{k: tuple(v) for k, v in header["preprocess"].items()}),
-                digests=tuple(bytes(row) for row in digests),
+                digests=tuple(row.tobytes() for row in digests.numpy()),
                 image_source=header["image_source"],
                 state={name.removeprefix("codec."): tensor for name, tensor in tensors.items()},
                 fingerprint=header["fingerprint"],
                 architecture=header["architecture"],
                 mac=bytes.fromhex(header["mac"]),
             )
-            checksum = hashlib.sha256(watermark._body()).hexdigest()
-            intact = hmac.compare_digest(header["checksum"], checksum) and watermark.codec in CODECS
+            known = watermark.codec in CODECS
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-            raise WatermarkError(f"{path}: the watermark is damaged: {type(error).__name__}") from error
-        if not intact:
-            raise WatermarkError(f"{path}: the watermark is damaged: its checksum does not match its content")
+            raise WatermarkError(f"{path}: not a watermark: {type(error).__name__} in its content") from error
+        if not known:
+            raise WatermarkError(f"{path}: not a watermark: no codec is called {watermark.codec!r}")
         return watermark
 
     def _header(self) -> dict[str, Any]:
@@ -150,8 +164,11 @@ class Watermark:
         return tensors | {f"codec.{name}": tensor for name, tensor in self.state.items()}
 
     def _body(self) -> bytes:
-        """What checksum and MAC are taken over."""
-        return json.dumps(self._header(), sort_keys=True).encode() + save(self._tensors())
+        """What the MAC is taken over, written out here: no release of a library may change it."""
+        parts: list[bytes | memoryview] = [json.dumps(self._header(), sort_keys=True).encode()]
+        for name, tensor in sorted(self._tensors().items()):
+            parts += [json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), _bytes(tensor)]
+        return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
 def _read_header(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -162,14 +179,25 @@ def _read_header(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         outer = json.loads(data[8 : 8 + length])
         header = json.loads(outer["__metadata__"][_METADATA_KEY])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        ends = [int(entry["data_offsets"][1]) for name, entry in outer.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise WatermarkError(f"{path}: not a watermark, or damaged: no readable header") from error
     if not isinstance(header, dict):
         raise WatermarkError(f"{path}: not a watermark, or damaged: no readable header")
-    ends = [entry["data_offsets"][1] for name, entry in outer.items() if name != "__metadata__"]
     if 8 + length + max(ends, default=0) > len(data):
         raise WatermarkError(f"{path}: the watermark is truncated")
     return header
+
+
+def _with_checksum(data: bytes, old: str, new: str) -> bytes:
+    """The file with another checksum in its place, which is JSON in JSON."""
+    entry = r"\"checksum\": \"{}\""
+    return data.replace(entry.format(old).encode(), entry.format(new).encode(), 1)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values, C-ordered, little-endian."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -177,5 +205,5 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()

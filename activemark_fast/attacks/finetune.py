@@ -47,7 +47,7 @@ def finetune(
     tuned = copy.deepcopy(model)
     backbone = Backbone(tuned)
     generator = torch.Generator().manual_seed(seed)
-    sample = backbone.features(backbone.run(backbone.stem(images[:1]), 0, backbone.depth))
+    sample = backbone.features(backbone.run(backbone.stem(images[:1].to(backbone.device)), 0, backbone.depth))
     head = nn.Linear(sample[0].numel(), int(labels.max()) + 1).to(backbone.device)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)

@@ -31,7 +31,10 @@ def prune(model: nn.Module, fraction: float) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 2
     ]
-    torch_prune.global_unstructured(matrices, pruning_method=torch_prune.L1Unstructured, amount=fraction)
+    # As an int the amount would be a number of weights.
+    torch_prune.global_unstructured(
+        matrices, pruning_method=torch_prune.L1Unstructured, amount=float(fraction)
+    )
     for module, name in matrices:
         torch_prune.remove(module, name)
     return pruned

@@ -23,16 +23,17 @@ class KeyedCodec:
     U (M, D) and one P (M, D) for each tap are random rows, orthonormal, orthogonal to each other, to the
     all-ones vector (which layer norm takes out) and to the channels that carry massive activations. P ⟂ U:
     what a residual stream merely carries along is invisible to the read-out. The *slots*, up to 64 patch
-    tokens in a keyed order, all take the same message, and their projections are summed.
+    tokens in a keyed order, all take the same message, and their projections are averaged.
 
     Each image is read twice, with its message and with the complement, and the two readings are subtracted:
-    z = sum over slots of P (h⁺ - h⁻). What the image itself and the suspect's later training put there
+    z = mean over slots of P (h⁺ - h⁻) / 2s. What the image itself and the suspect's later training put there
     cancels. z is linear in P, so flipping a row of P flips exactly one bit's scores.
     """
 
     name = "keyed"
     exact = True
     passes = 2
+    sharpness = 10.0
 
     def __init__(self, key: Key, site: Site, bits: int, scale: Tensor) -> None:
         """scale: () float32, length s of one bit's contribution to a token."""
@@ -92,10 +93,11 @@ class KeyedCodec:
         return injected
 
     def logits(self, tapped: Tensor, tap: int) -> Tensor:
-        """See `Codec.logits`: P (h⁺ - h⁻), summed over the slots."""
+        """See `Codec.logits`: P (h⁺ - h⁻), mean over the slots, 1 being as much as was injected."""
         summed = tapped[:, self.slots].sum(dim=1, dtype=torch.float32)
         plus, minus = summed.chunk(2)
-        return (plus - minus) @ self.read_directions[tap].T
+        injected = 2 * len(self.slots) * self.scale
+        return (plus - minus) @ self.read_directions[tap].T / injected
 
 
 def keyed_slots(key: Key, site: Site) -> np.ndarray:

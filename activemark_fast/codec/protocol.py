@@ -20,6 +20,8 @@ class Codec(Protocol):
         exact: nothing in the codec is fitted to data, so the sign-flip p-value is exact.
         bits: message length M.
         passes: how many copies of an image `inject` makes and `logits` takes.
+        sharpness: what logits are multiplied with in a training loss, so that about 1 is hardly read and 10
+            is read safely.
         taps: blocks `logits` can read at.
     """
 
@@ -27,6 +29,7 @@ class Codec(Protocol):
     exact: bool
     bits: int
     passes: int
+    sharpness: float
     taps: tuple[int, ...]
 
     @classmethod

@@ -7,6 +7,7 @@ layer of each block's MLP, block after block, each closing its share of what is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -32,8 +33,8 @@ class EditStrength:
     """The two dials of the edit.
 
     Attributes:
-        gain: what a slot should read for each unit that was injected (γ).
-        protection: weight of the clean activations, which the edit should not react to (λ).
+        gain: what a slot should read for each unit that was injected: gamma in `edit`.
+        protection: weight of the clean activations, which the edit should not react to: lambda in `edit`.
     """
 
     gain: float
@@ -60,9 +61,14 @@ def search_edit(
     missed.
 
     Args:
-        backbone, codec, site, output, messages, autocast: as in `edit`.
+        backbone: the model to mark.
+        codec: on the backbone's device.
+        site: where the mark goes.
+        output: (n, N, D), clean output of the site's block.
+        messages: (r, n, M), r random messages for each image.
         check: measures the edited model.
         fidelity: lowest mean cosine to the original's features.
+        autocast: mixed precision of the forward passes.
         bar: shows the edits.
 
     Returns:
@@ -86,21 +92,21 @@ def search_edit(
         return replace(strength, gain=min(strength.gain * allowance**0.5, LARGEST_GAIN))
 
     bar.stage("edit: search", 2 * len(PROTECTIONS))
-    best: tuple[float, EditStrength, Quality] | None = None
+    trials: list[tuple[Quality, EditStrength]] = []
     for protection in PROTECTIONS:
         first = EditStrength(1.0, protection)
         strength = affordable(first, tried("edit trial", first, TRIAL_IMAGES))
-        quality = tried("edit trial", strength, TRIAL_IMAGES)
-        if best is None or quality.margin > best[0]:
-            best = (quality.margin, strength, quality)
+        trials.append((tried("edit trial", strength, TRIAL_IMAGES), strength))
+    finite = [trial for trial in trials if math.isfinite(trial[0].margin)] or trials
+    _, strength = max(finite, key=lambda trial: trial[0].margin)
 
     bar.stage("edit", 1)
-    _, strength, quality = best
     for _ in range(FINAL_EDITS):
         quality = tried("edit", strength, len(output))
         if quality.fidelity >= fidelity:
             break
-        strength = replace(affordable(strength, quality), gain=0.97 * affordable(strength, quality).gain)
+        lower = affordable(strength, quality)
+        strength = replace(lower, gain=0.97 * lower.gain)
     return history
 
 
@@ -117,10 +123,10 @@ def edit(
     """Writes the mark into `backbone`'s weights, in place.
 
     For each block after the site up to the last tap, with k the hidden activations of its MLP at the slots:
-    Δk is what the injection changes in k, δ = (γ s (2m - 1) - P Δh) / (blocks left to the tap) what is still
-    missing in the projection P of the block's output, and
+    Δk is what the injection changes in k, δ = (gamma s (2m - 1) - P Δh) / (blocks left to the tap) what is
+    still missing in the projection P of the block's output, and
 
-        ΔW = P^T E[δ Δk^T] (E[Δk Δk^T] + λ E[k₀ k₀^T] + ε I)^-1
+        ΔW = P^T E[δ Δk^T] (E[Δk Δk^T] + lambda E[k₀ k₀^T] + ε I)^-1
 
     with k₀ the hidden activations of all tokens of clean images.
 
@@ -134,7 +140,8 @@ def edit(
         autocast: mixed precision of the forward passes.
 
     Raises:
-        ValueError: a block is not pre-norm residual, or its LayerScale is 0 in some channel.
+        ValueError: a block is not pre-norm residual, its LayerScale is 0 in some channel, or its MLP's hidden
+            activations are all 0 or not finite.
     """
     signs = 2 * messages.float() - 1
     clean = output.clone()
@@ -152,10 +159,18 @@ def edit(
             backbone, codec, block, tap, clean, injected, target, share, strength.protection, autocast
         )
         matrix.diagonal().add_(RIDGE * matrix.diagonal().mean())
-        solution = torch.cholesky_solve(cross, torch.linalg.cholesky(matrix))  # (H, M)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:
+            raise ValueError(
+                f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
+                "carry a mark"
+            )
+        solution = torch.cholesky_solve(cross, factor)  # (H, M)
         gain = backbone.mlp_gain(block)
         if not bool((gain != 0).all()):
-            raise ValueError(f"model: block {block} scales a channel of its MLP by 0, so it cannot carry a mark")
+            raise ValueError(
+                f"model: block {block} scales a channel of its MLP by 0, so it cannot carry a mark"
+            )
         write = codec.read_directions[tap].double() / gain.double()  # (M, D)
         weight = backbone.mlp_out(block).weight
         weight += (solution @ write).T.to(weight.dtype)
@@ -187,7 +202,9 @@ def _moments(
         with autocast():
             after = backbone.run(stream, block, block + 1)
         batch, tokens = after.shape[:2]
-        return after[:, codec.slots].float(), hidden[0].reshape(batch, tokens, -1).float()
+        return after[:, codec.slots].float(), backbone.batch_first(hidden[0]).reshape(
+            batch, tokens, -1
+        ).float()
 
     size = linear.in_features
     device = clean.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,8 @@ from activemark_fast.site import Site
 
 MODEL_LR = 1e-4
 CODEC_LR = 1e-3
-FIDELITY_WEIGHT = 10.0
+CLEAN_FIDELITY_WEIGHT = 50.0
+INJECTED_FIDELITY_WEIGHT = 2.0
 BATCH = 32
 CHECK_EVERY = 25
 
@@ -36,10 +38,12 @@ def finetune(
 ) -> int:
     """Trains the blocks after the site up to the last tap, and the codec if it has weights, in place.
 
-    Loss: the cross-entropy of message and logits at every tap; plus 10 (1 - cosine) between the final
-    features and the original's, on the injected path (the paper's fidelity loss) and on the clean one; plus,
-    for a codec that is trained, the cross-entropy between what it reads from the *original* and a fair coin,
-    so that encoder and decoder cannot talk past the model.
+    Loss: the cross-entropy of message and logits, mean over the taps; plus 1 - cosine between the final
+    features and the original's, times 2 on the injected path (the paper's fidelity loss) and times 50 on the
+    clean one, which users of the model see; plus, for a codec that is trained, the cross-entropy between what
+    it reads from the *original* and a fair coin, so that encoder and decoder cannot talk past the model. That
+    last term counts as much as of the message has been learned: from the start it would keep encoder and
+    decoder from learning anything.
 
     Args:
         backbone: the model to mark; its suffix is trained.
@@ -58,7 +62,11 @@ def finetune(
     """
     first, last = site.block + 1, site.taps[-1] + 1
     suffix = nn.ModuleList(list(backbone.blocks)[first:last])
-    groups = [{"params": list(suffix.parameters()), "lr": MODEL_LR}]
+    weights = list(suffix.parameters())
+    # In half precision AdamW divides by 0 (fp16) or its steps are rounded away (bf16): it steps on a float32
+    # copy. A float32 weight is its own copy.
+    masters = [weight.detach().float() for weight in weights]
+    groups = [{"params": masters, "lr": MODEL_LR}]
     if isinstance(codec, nn.Module):
         groups.append({"params": list(codec.parameters()), "lr": CODEC_LR})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -71,12 +79,19 @@ def finetune(
             clean = backbone.run(batch.output, first, last)
             both = backbone.run(torch.cat([injected[: len(chosen)], clean]), last, backbone.depth)
             seen = backbone.features(both).float()
-        loss = _cross_entropy(logits, message.float())
-        loss = loss + FIDELITY_WEIGHT * (1 - cosine_similarity(seen, features[chosen].repeat(2, 1, 1), dim=-1)).mean()
+        told = _cross_entropy(codec, logits, message.float())
+        lost = 1 - cosine_similarity(seen, features[chosen].repeat(2, 1, 1), dim=-1)
+        lost_injected, lost_clean = lost.chunk(2)
+        loss = (
+            told + INJECTED_FIDELITY_WEIGHT * lost_injected.mean() + CLEAN_FIDELITY_WEIGHT * lost_clean.mean()
+        )
         if isinstance(codec, nn.Module):
             with autocast():
                 unmarked, _ = run_to_taps(original, codec, batch, message, site.block)
-            loss = loss + _cross_entropy(unmarked, torch.full(message.shape, 0.5, device=device))
+            learned = (1 - told.detach() / math.log(2)).clamp(0, 1)
+            loss = loss + learned * _cross_entropy(
+                codec, unmarked, torch.full(message.shape, 0.5, device=device)
+            )
         return loss
 
     with _training_only(suffix, backbone.model, original.model):
@@ -85,16 +100,22 @@ def finetune(
             message = torch.from_numpy(stream.bits((BATCH, codec.bits))).to(device)
             loss = loss_of(chosen, message)
             optimizer.zero_grad()
+            suffix.zero_grad()
             loss.backward()
+            for weight, master in zip(weights, masters, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
             optimizer.step()
-            if (step % CHECK_EVERY == 0 or step == max_steps) and reached(step, float(loss)):
+            with torch.no_grad():
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.copy_(master)
+            if (step % CHECK_EVERY == 0 or step == max_steps) and reached(step, float(loss.detach())):
                 return step
     return max_steps
 
 
-def _cross_entropy(logits: dict[int, Tensor], target: Tensor) -> Tensor:
-    terms = [binary_cross_entropy_with_logits(values, target) for values in logits.values()]
-    return torch.stack(terms).sum()
+def _cross_entropy(codec: Codec, logits: dict[int, Tensor], target: Tensor) -> Tensor:
+    terms = [binary_cross_entropy_with_logits(codec.sharpness * values, target) for values in logits.values()]
+    return torch.stack(terms).mean()
 
 
 @contextmanager

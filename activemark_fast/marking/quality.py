@@ -44,7 +44,7 @@ class Quality:
     original_detection_rate: float
 
     def reaches(self, fidelity: float) -> bool:
-        """Whether the mark can be released: it is read from this model, not from the original, at this cost."""
+        """Whether the mark can be released: read from it, not from the original, at this cost."""
         return (
             self.fidelity >= fidelity
             and self.margin >= MARGIN_TARGET

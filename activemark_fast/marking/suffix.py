@@ -90,7 +90,9 @@ def read_logits(
 
 
 @torch.no_grad()
-def final_features(backbone: Backbone, activations: SiteActivations, block: int, autocast: Autocast) -> Tensor:
+def final_features(
+    backbone: Backbone, activations: SiteActivations, block: int, autocast: Autocast
+) -> Tensor:
     """(n, F, D) float32 features of the clean images."""
     parts = []
     for output in activations.output.split(BATCH):
