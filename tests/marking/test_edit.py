@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torchvision
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec import KeyedCodec
+from activemark_fast.key import Key
+from activemark_fast.marking.edit import LARGEST_GAIN, RIDGE, EditStrength, edit, search_edit
+from activemark_fast.marking.quality import QualityCheck
+from activemark_fast.marking.suffix import (
+    SiteActivations,
+    feature_cosine,
+    final_features,
+    read_logits,
+    site_activations,
+)
+from activemark_fast.profile import profile
+from activemark_fast.progress import Progress
+from activemark_fast.site import Site, place_site
+
+torch.set_num_threads(1)
+KEY = Key(b"k" * 32)
+WIDTH, DEPTH, BITS = 96, 6, 16
+
+
+def timm_vit(**kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": 4,
+    }
+    model: Any = VisionTransformer(**(sizes | kwargs), num_classes=0).eval()
+    # timm starts all layers much smaller than trained ones are: tokens would hardly react to an injection.
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight.normal_(std=0.15)
+            block.mlp.fc2.weight.normal_(std=0.05)
+    return model
+
+
+def clip_tower(batch_first: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    text = open_clip.CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=2, layers=3)
+    vision = open_clip.CLIPVisionCfg(layers=DEPTH, width=WIDTH, head_width=24, image_size=32, patch_size=8)
+    tower = open_clip.model.CLIP(16, vision, text).visual
+    # open_clip starts the layers that write to the stream much smaller than trained ones are.
+    with torch.no_grad():
+        for block in tower.transformer.resblocks:
+            block.mlp.c_proj.weight.normal_(std=0.05)
+    if not batch_first:
+        blocks = tower.transformer.state_dict()
+        tower.transformer = open_clip.transformer.Transformer(WIDTH, DEPTH, 4, batch_first=False)
+        tower.transformer.load_state_dict(blocks)
+    return tower.eval()
+
+
+def torchvision_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.VisionTransformer(32, 8, DEPTH, 4, WIDTH, 2 * WIDTH, num_classes=5).eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm": timm_vit,
+    "timm_layer_scale": lambda: timm_vit(init_values=0.1),
+    "open_clip": clip_tower,
+    "open_clip_sequence_first": lambda: clip_tower(batch_first=False),
+    "torchvision": torchvision_vit,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model at the site, with 48 images to edit on and 16 others to look at."""
+
+    backbone: Backbone
+    site: Site
+    codec: KeyedCodec
+    seen: SiteActivations
+    unseen: SiteActivations
+    messages: Tensor  # (2, 48, BITS)
+    unseen_messages: Tensor  # (16, BITS)
+
+    def read(self) -> dict[int, Tensor]:
+        args = (self.codec, self.unseen, self.unseen_messages, self.site.block, nullcontext)
+        return read_logits(self.backbone, *args)
+
+    def features(self) -> Tensor:
+        return final_features(self.backbone, self.unseen, self.site.block, nullcontext)
+
+    def edit(self, gain: float = 1.0, protection: float = 10.0) -> None:
+        strength = EditStrength(gain, protection)
+        edit(self.backbone, self.codec, self.site, self.seen.output, self.messages, strength, nullcontext)
+
+    def check(self) -> QualityCheck:
+        held = (self.unseen, self.unseen_messages)
+        return QualityCheck(self.backbone, self.codec, self.site, *held, nullcontext)
+
+
+def case(model: nn.Module, block: int | None = None) -> Case:
+    backbone = Backbone(model)
+    pixels = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(backbone.dtype)
+    site, _ = place_site(backbone, profile(backbone, pixels[:8]), block)
+    activations = site_activations(backbone, pixels, site.block, nullcontext)
+    codec = KeyedCodec.create(KEY, site, BITS, activations.output, "token")
+    drawn = KEY.stream("test").bits((3, 48, BITS))
+    return Case(
+        backbone,
+        site,
+        codec,
+        activations[:48],
+        activations[48:],
+        torch.from_numpy(drawn[:2]),
+        torch.from_numpy(drawn[2, :16]),
+    )
+
+
+def wrong(logits: Tensor, message: Tensor) -> float:
+    return float(((logits > 0) != message.bool()).double().mean())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_mark_is_read_on_unseen_images_and_the_features_stay(name: str) -> None:
+    marked = case(MODELS[name]())
+    assert len(marked.site.taps) == 2
+    model = marked.backbone.model
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    clean = marked.features()
+    for logits in marked.read().values():
+        assert 0.25 < wrong(logits, marked.unseen_messages) < 0.75
+    marked.edit()
+    for logits in marked.read().values():
+        assert wrong(logits, marked.unseen_messages) < 0.08
+    assert feature_cosine(marked.features(), clean) > 0.75
+
+    edited = {id(marked.backbone.mlp_out(b).weight) for b in range(marked.site.block + 1, DEPTH - 1)}
+    allowed = {key for key, parameter in model.named_parameters() if id(parameter) in edited}
+    assert len(allowed) == DEPTH - 2 - marked.site.block
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == allowed
+
+
+def test_a_model_that_takes_tokens_first_gets_the_same_edit() -> None:
+    ours, theirs = case(clip_tower()), case(clip_tower(batch_first=False))
+    ours.edit()
+    theirs.edit()
+    for block in range(ours.site.block + 1, DEPTH - 1):
+        expected = ours.backbone.mlp_out(block).weight
+        torch.testing.assert_close(theirs.backbone.mlp_out(block).weight, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [None, 0.1], ids=["plain", "layer_scale"])
+@pytest.mark.parametrize("protection", [0.5, 20.0])
+def test_one_block_against_the_formula_in_float64(protection: float, scale: float | None) -> None:
+    # Site at the third block from the end: one block carries the whole mark.
+    marked = case(timm_vit(init_values=scale).double(), DEPTH - 3)
+    (tap,) = marked.site.taps
+    backbone, codec, gain = marked.backbone, marked.codec, 0.7
+    linear = backbone.mlp_out(tap)
+    before = linear.weight.detach().clone()
+    hidden: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
+    clean = marked.seen.output
+    slots, read = codec.slots, codec.read_directions[tap].double()
+    with torch.no_grad():
+        h_clean = backbone.run(clean, tap, tap + 1)
+        k_clean = hidden.pop()
+        dk, delta = [], []
+        for message in marked.messages:
+            signs = 2 * message.double() - 1
+            injected = clean.clone()
+            injected[:, slots] += (codec.scale.double() * signs @ codec.inject_directions.double())[:, None]
+            h = backbone.run(injected, tap, tap + 1)
+            dk.append((hidden.pop() - k_clean)[:, slots].flatten(0, 1))
+            wanted = gain * codec.scale.double() * signs[:, None]
+            delta.append((wanted - (h - h_clean)[:, slots] @ read.T).flatten(0, 1))
+    hook.remove()
+    k, d = torch.cat(dk), torch.cat(delta)
+    k0 = k_clean.flatten(0, 1)
+    matrix = k.T @ k / len(k) + protection * k0.T @ k0 / len(k0)
+    matrix += RIDGE * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
+    change = read.T @ torch.linalg.solve(matrix, k.T @ d / len(k)).T
+    if scale is not None:
+        change /= scale
+    marked.edit(gain, protection)
+    torch.testing.assert_close(
+        linear.weight - before, change, rtol=1e-3, atol=1e-4 * float(change.abs().max())
+    )
+
+
+def test_gain_and_protection_are_dials() -> None:
+    def measured(gain: float, protection: float) -> tuple[float, float]:
+        marked = case(timm_vit())
+        clean = marked.features()
+        marked.edit(gain, protection)
+        signs = 2 * marked.unseen_messages.float() - 1
+        return float((marked.read()[DEPTH - 2] * signs).mean()), feature_cosine(marked.features(), clean)
+
+    weak, usual, shielded = measured(0.3, 10.0), measured(1.0, 10.0), measured(1.0, 300.0)
+    assert weak[0] < usual[0]
+    assert weak[1] > usual[1]
+    assert shielded[0] < usual[0]
+    assert shielded[1] > usual[1]
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_edit_in_mixed_and_in_half_precision(precision: torch.dtype) -> None:
+    half = case(timm_vit().to(precision))
+    half.edit()
+    for logits in half.read().values():
+        assert wrong(logits, half.unseen_messages) < 0.08
+    assert half.backbone.dtype == precision
+
+    mixed = case(timm_vit())
+    strength = EditStrength(1.0, 10.0)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", dtype=precision)
+
+    edit(mixed.backbone, mixed.codec, mixed.site, mixed.seen.output, mixed.messages, strength, autocast)
+    for logits in mixed.read().values():
+        assert wrong(logits, mixed.unseen_messages) < 0.08
+    assert mixed.backbone.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fidelity", [0.8, 0.97])
+def test_search_keeps_the_fidelity_and_its_history(fidelity: float) -> None:
+    marked = case(timm_vit())
+    check = marked.check()
+    with Progress(shown=False) as bar:
+        history = search_edit(
+            marked.backbone,
+            marked.codec,
+            marked.site,
+            marked.seen.output,
+            marked.messages,
+            check,
+            fidelity,
+            nullcontext,
+            bar,
+        )
+    quality = check()
+    last = history[-1]
+    assert last["stage"] == "edit"
+    assert last["fidelity"] == quality.fidelity
+    assert last["margin"] == quality.margin
+    assert quality.fidelity >= fidelity or abs(quality.fidelity - fidelity) < 0.01
+    assert quality.fidelity < 1 - (1 - fidelity) / 3  # it spends what it may
+    trials = [row for row in history if row["stage"] == "edit trial"]
+    assert len(trials) == 6
+    assert all(0 < float(row["gain"]) <= LARGEST_GAIN for row in history)
+    assert float(last["protection"]) in {float(row["protection"]) for row in trials}
+    # The model holds the last edit of the history and nothing of the trials before it.
+    alone = case(timm_vit())
+    alone.edit(float(last["gain"]), float(last["protection"]))
+    for key, tensor in alone.backbone.model.state_dict().items():
+        assert torch.equal(marked.backbone.model.state_dict()[key], tensor)
+
+
+def test_layer_scale_of_zero() -> None:
+    model = timm_vit(init_values=0.1)
+    with torch.no_grad():
+        model.get_parameter("blocks.3.ls2.gamma")[5] = 0
+    with pytest.raises(ValueError, match=r"^model: block 3 scales a channel of its MLP by 0"):
+        case(model).edit()
+
+
+def test_a_silent_mlp() -> None:
+    model = timm_vit()
+    with torch.no_grad():
+        for layer in ("weight", "bias"):
+            model.get_parameter(f"blocks.4.mlp.fc1.{layer}").zero_()
+    with pytest.raises(ValueError, match=r"^model: the MLP of block 4 is silent"):
+        case(model).edit()

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from activemark_fast import embed, load_model, verify
+from activemark_fast.embed import Embedding
+from activemark_fast.key import Key
+from activemark_fast.watermark import fingerprint
+
+torch.set_num_threads(1)
+KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
+WIDTH, DEPTH = 128, 6
+
+
+def vit(seed: int = 0, **kwargs: Any) -> Any:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": 4,
+    }
+    model: Any = VisionTransformer(**(sizes | kwargs), num_classes=3)
+    # timm starts all layers much smaller than trained ones are: tokens would hardly react to an injection.
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight.normal_(std=0.15)
+            block.mlp.fc2.weight.normal_(std=0.05)
+    return model.eval()
+
+
+def images(count: int = 32) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def folder_of_images(path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for index in range(20):
+        Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(
+            path / f"{index:02}.png"
+        )
+    return path
+
+
+def marked(model: nn.Module, pictures: object = None, key: object = KEY, **settings: Any) -> Embedding:
+    """A mark by the edit alone; that the fidelity is just missed on so few images does not matter here."""
+    defaults: dict[str, Any] = {"fidelity": 0.95, "max_steps": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return embed(model, key, pictures, **(defaults | settings))  # type: ignore[arg-type]
+
+
+class Unchanged:
+    """Everything of a model that embedding must not touch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.flags = self._flags()
+
+    def _flags(self) -> list[Any]:
+        parameters = [(p.requires_grad, p.grad is None, p.data_ptr()) for p in self.model.parameters()]
+        modules = [
+            (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in self.model.modules()
+        ]
+        return [parameters, modules]
+
+    def check(self) -> None:
+        for name, tensor in self.model.state_dict().items():
+            assert torch.equal(tensor.nan_to_num(7), self.state[name].nan_to_num(7)), name
+            assert tensor.dtype == self.state[name].dtype
+        assert self._flags() == self.flags
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return fingerprint(one) == fingerprint(other)
+
+
+def test_the_demo_model_with_images_from_the_key() -> None:
+    model = load_model("demo")
+    before = Unchanged(model)
+    embedding = embed(model, KEY)
+    before.check()
+    assert embedding.steps == 0
+    assert embedding.fidelity >= 0.996
+    assert embedding.quality.reaches(0.996)
+    assert "massive activations emerge" in embedding.site_reason
+    assert embedding.watermark.image_source == "key"
+    verdict = verify(embedding.model, embedding.watermark, KEY)
+    assert (verdict.decision, verdict.identical, verdict.images) == ("match", True, 256)
+    assert verdict.p_value == 2.0**-64
+    assert verdict.detection_rate > 0.98
+    innocent = verify(model, embedding.watermark, KEY)
+    assert (innocent.decision, innocent.identical) == ("no match", False)
+    assert innocent.detection_rate == 0
+
+
+@pytest.mark.parametrize("form", ["none", "tensor", "folder", "iterable"])
+def test_every_form_of_images(form: str, tmp_path: Path) -> None:
+    forms: dict[str, Callable[[], object]] = {
+        "none": lambda: None,
+        "tensor": images,
+        "folder": lambda: folder_of_images(tmp_path),
+        "iterable": lambda: [(batch, 0) for batch in images().split(8)],
+    }
+    model = vit()
+    pictures = forms[form]()
+    embedding = marked(model, pictures)
+    assert embedding.watermark.image_source == ("key" if form == "none" else form)
+    wanted = {"none": 256, "folder": 20}.get(form, 32)
+    for suspect, decision in ((embedding.model, "match"), (model, "no match"), (vit(seed=1), "no match")):
+        verdict = verify(suspect, embedding.watermark, KEY, pictures)
+        assert verdict.decision == decision
+        assert verdict.images == wanted
+
+
+def test_the_mark_of_another_key_is_no_match() -> None:
+    model = vit()
+    ours, theirs = marked(model, images()), marked(model, images(), OTHER)
+    assert verify(theirs.model, ours.watermark, KEY, images()).decision == "no match"
+    assert verify(ours.model, theirs.watermark, OTHER, images()).decision == "no match"
+    # Both owners' marks in one model: each is read by its own key.
+    both = marked(ours.model, images(), OTHER)
+    assert verify(both.model, both.watermark, OTHER, images()).decision == "match"
+    assert verify(both.model, ours.watermark, KEY, images()).decision == "match"
+
+
+@pytest.mark.parametrize("method", ["edit", "finetune"])
+def test_the_model_is_left_alone_and_the_copy_is_as_it_was(method: str) -> None:
+    model = vit().train()
+    model.blocks[2].eval()
+    model.cls_token.requires_grad_(False)
+    model.blocks[4].mlp.fc2.weight.requires_grad_(False)
+    model.blocks[0].norm1.weight.grad = torch.ones(WIDTH)
+    before = Unchanged(model)
+    embedding = marked(model, images(), method=method, max_steps=5, fidelity=0.9999)
+    before.check()
+    assert embedding.steps == 5
+    assert embedding.model is not model
+    assert not same_weights(embedding.model, model)
+    for ours, theirs in zip(embedding.model.modules(), model.modules(), strict=True):
+        assert ours.training == theirs.training
+    for new, old in zip(embedding.model.parameters(), model.parameters(), strict=True):
+        assert new.requires_grad == old.requires_grad
+        assert new.device == old.device
+        assert new.dtype == old.dtype
+        assert new.data_ptr() != old.data_ptr()
+    embedding.model(images(2)).sum().backward()
+
+
+def test_inplace_gives_exactly_the_same_weights() -> None:
+    model, copied = vit().train(), vit().train()
+    apart = marked(model, images(), max_steps=2, fidelity=0.9999)
+    before = [(p.requires_grad, p.data_ptr()) for p in copied.parameters()]
+    inside = marked(copied, images(), inplace=True, max_steps=2, fidelity=0.9999)
+    assert inside.model is copied
+    assert all(m.training for m in copied.modules())
+    assert [(p.requires_grad, p.data_ptr()) for p in copied.parameters()] == before
+    assert same_weights(copied, apart.model)
+    assert not same_weights(copied, model)
+    assert inside.watermark.mac == apart.watermark.mac
+
+
+def test_the_same_inputs_give_the_same_weights_and_watermark() -> None:
+    results = []
+    for seed in (1, 2):
+        model = vit()
+        torch.manual_seed(seed)
+        results.append(marked(model, images(), max_steps=3, fidelity=0.9999))
+    first, second = results
+    assert same_weights(first.model, second.model)
+    assert first.watermark.mac == second.watermark.mac
+    assert first.quality == second.quality
+    assert first.history == second.history
+    third = marked(vit(), images(), OTHER, max_steps=3, fidelity=0.9999)
+    assert not same_weights(first.model, third.model)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("where", ["search_edit", "finetune", "fingerprint"])
+def test_an_interruption_leaves_the_model_alone(
+    where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("activemark_fast.embed")
+    real = getattr(module, where)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, where, interrupted)
+    model = vit().train()
+    before = Unchanged(model)
+    with pytest.raises(KeyboardInterrupt):
+        marked(model, images(), inplace=inplace, max_steps=1, fidelity=0.9999)
+    before.check()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_mixed_precision(precision: str) -> None:
+    model = vit()
+    embedding = marked(model, images(), precision=precision)
+    assert all(p.dtype == torch.float32 for p in embedding.model.parameters())
+    for reading in ("fp32", precision):
+        assert (
+            verify(embedding.model, embedding.watermark, KEY, images(), precision=reading).decision == "match"
+        )
+        assert verify(model, embedding.watermark, KEY, images(), precision=reading).decision == "no match"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_models_in_half_precision(dtype: torch.dtype, steps: int) -> None:
+    model = vit().to(dtype)
+    embedding = marked(model, images(), max_steps=steps, fidelity=0.98 if steps else 0.95)
+    assert embedding.steps == steps
+    assert all(p.dtype == dtype for p in embedding.model.parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in embedding.model.parameters())
+    assert verify(embedding.model, embedding.watermark, KEY, images()).decision == "match"
+
+
+def test_targets_that_are_missed_are_told() -> None:
+    with pytest.warns(RuntimeWarning, match=r"fidelity .* \(wanted 0\.9999\), margin .* detection rate"):
+        embedding = embed(vit(), KEY, images(), fidelity=0.9999, max_steps=1)
+    assert embedding.steps == 1
+    assert embedding.history[-1]["stage"] == "polish"
+    assert embedding.fidelity == embedding.quality.fidelity == embedding.history[-1]["fidelity"]
+    assert embedding.seconds > 0
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_the_learned_codec(axis: str) -> None:
+    model = vit()
+    before = Unchanged(model)
+    embedding = marked(model, images(), codec="learned", axis=axis, max_steps=3)
+    before.check()
+    watermark = embedding.watermark
+    assert (watermark.codec, watermark.axis) == ("learned", axis)
+    assert embedding.history[-1]["stage"] == "fine-tuning"
+    verdict = verify(embedding.model, watermark, KEY, images())
+    assert verdict.p_value is None
+    assert verdict.identical
+
+
+def test_block_bits_and_architecture_as_asked_for() -> None:
+    embedding = marked(vit(), images(), block=1, bits=24, architecture="timm:vit_tiny_patch16_224")
+    assert embedding.watermark.site.block == 1
+    assert embedding.watermark.bits == 24
+    assert embedding.watermark.architecture == "timm:vit_tiny_patch16_224"
+    assert "as asked for" in embedding.site_reason
+    verdict = verify(embedding.model, embedding.watermark, KEY, images())
+    assert (verdict.decision, verdict.p_value) == ("match", 2.0**-48)
+
+
+def test_the_key_in_every_form(tmp_path: Path) -> None:
+    Key.write_new(tmp_path / "owner.key")
+    written = Key.of(tmp_path / "owner.key")
+    embedding = marked(vit(depth=3), images(16), written)
+    for form in (written, tmp_path / "owner.key"):
+        assert verify(embedding.model, embedding.watermark, form, images(16)).decision == "match"
+    assert "owner.key" not in repr(embedding.watermark)
+
+
+def no_vit() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+
+def with_value(value: float, name: str = "blocks.3.mlp.fc1.bias") -> nn.Module:
+    model = vit()
+    with torch.no_grad():
+        model.get_parameter(name)[0] = value
+    return model
+
+
+def overflowing() -> nn.Module:
+    model = vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.mul_(1e39)
+        model.blocks[1].mlp.fc2.weight.clamp_(-3e38, 3e38)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "error", "message"),
+    [
+        (lambda: None, {}, TypeError, "model: wanted a torch.nn.Module, got NoneType"),
+        (lambda: {"a": 1}, {}, TypeError, "model: wanted a torch.nn.Module, got dict"),
+        (no_vit, {}, ValueError, "looked for a list of at least 3 blocks"),
+        (lambda: vit(depth=2), {}, ValueError, "looked for a list of at least 3 blocks"),
+        (
+            lambda: with_value(float("nan")),
+            {},
+            ValueError,
+            r"model: .*NaN or infinity in 'blocks\.3\.mlp\.fc1\.bias'",
+        ),
+        (lambda: with_value(float("inf")), {}, ValueError, r"model: .*NaN or infinity in 'blocks\.3\.mlp"),
+        (overflowing, {}, ValueError, "model: wanted finite features, got NaN or infinity"),
+        (vit, {"key": 7}, TypeError, "key: wanted"),
+        (vit, {"key": b"short"}, ValueError, "key: wanted at least 16 bytes"),
+        (vit, {"images": 7}, TypeError, "images: wanted"),
+        (vit, {"images": torch.zeros(3, 3, 32, 32)}, ValueError, "images: wanted at least 16"),
+        (vit, {"images": torch.zeros(20, 3, 16, 16)}, ValueError, "images: wanted"),
+        (vit, {"images": torch.full((20, 3, 32, 32), float("nan"))}, ValueError, "images: wanted finite"),
+        (vit, {"images": "no such folder"}, ValueError, "images: wanted a folder"),
+        (vit, {"codec": "morse"}, ValueError, r"codec: wanted one of \['keyed', 'learned'\], got 'morse'"),
+        (vit, {"codec": ["keyed"]}, TypeError, "codec: wanted one of .*, got list"),
+        (vit, {"method": "magic"}, ValueError, "method: wanted one of .*, got 'magic'"),
+        (vit, {"method": 3}, TypeError, "method: wanted one of .*, got int"),
+        (
+            vit,
+            {"codec": "learned", "method": "edit"},
+            ValueError,
+            "method: .* learned codec needs 'finetune'",
+        ),
+        (vit, {"bits": 7}, ValueError, "bits: wanted 8 to 256, got 7"),
+        (vit, {"bits": 257}, ValueError, "bits: wanted 8 to 256, got 257"),
+        (vit, {"bits": 100}, ValueError, "bits: wanted at most 42 for a model of width 128"),
+        (vit, {"bits": 32.0}, TypeError, "bits: wanted int, got float"),
+        (vit, {"bits": True}, TypeError, "bits: wanted int, got bool"),
+        (vit, {"axis": "row"}, ValueError, "axis: wanted one of .*, got 'row'"),
+        (vit, {"axis": "channel"}, ValueError, "axis: .* wanted 'token', got 'channel'"),
+        (vit, {"axis": None}, TypeError, "axis: wanted one of .*, got NoneType"),
+        (vit, {"block": 4}, ValueError, "block: wanted 0 to 3 .*, got 4"),
+        (vit, {"block": -1}, ValueError, "block: wanted 0 to 3 .*, got -1"),
+        (vit, {"block": "2"}, TypeError, "block: wanted int, got str"),
+        (vit, {"block": 2.0}, TypeError, "block: wanted int, got float"),
+        (vit, {"fidelity": 0.0}, ValueError, "fidelity: wanted a cosine"),
+        (vit, {"fidelity": 1}, ValueError, "fidelity: wanted a cosine"),
+        (vit, {"fidelity": float("nan")}, ValueError, "fidelity: wanted a cosine"),
+        (vit, {"fidelity": "high"}, TypeError, "fidelity: wanted a number, got str"),
+        (vit, {"max_steps": -1}, ValueError, "max_steps: wanted 0 or more, got -1"),
+        (vit, {"max_steps": 1.5}, TypeError, "max_steps: wanted int, got float"),
+        (vit, {"architecture": Path("x")}, TypeError, "architecture: wanted a string"),
+        (vit, {"device": "nowhere"}, ValueError, "device: wanted a device of this machine, got 'nowhere'"),
+        (vit, {"device": "meta"}, ValueError, "device: wanted a device of this machine, got 'meta'"),
+        (vit, {"device": 3.5}, TypeError, "device: wanted a string or a torch.device, got float"),
+        (
+            vit,
+            {"precision": "int4"},
+            ValueError,
+            "precision: wanted 'auto', 'fp32', 'bf16' or 'fp16', got 'int4'",
+        ),
+        (vit, {"precision": [1]}, ValueError, "precision: wanted"),
+    ],
+)
+def test_errors_name_the_argument(
+    model: Callable[[], Any], settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = model()
+    before = Unchanged(given) if isinstance(given, nn.Module) else None
+    arguments: dict[str, Any] = {"key": KEY, "images": images(16)} | settings
+    with pytest.raises(error, match=f"^{message}") as caught:
+        embed(given, **arguments)
+    assert "k" * 32 not in str(caught.value)
+    if before is not None:
+        before.check()
+
+
+def test_the_copy_can_be_copied_and_saved(tmp_path: Path) -> None:
+    embedding = marked(vit(depth=3), images(16))
+    assert same_weights(copy.deepcopy(embedding.model), embedding.model)
+    torch.save(embedding.model.state_dict(), tmp_path / "marked.pt")
+    fresh = vit(seed=3, depth=3)
+    fresh.load_state_dict(torch.load(tmp_path / "marked.pt"))
+    verdict = verify(fresh, embedding.watermark, KEY, images(16))
+    assert (verdict.decision, verdict.identical) == ("match", True)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from activemark_fast.verdict import (
+    Verdict,
+    bit_errors,
+    bit_scores,
+    default_tau,
+    fair_coin_pass_rate,
+    sign_flip_p_value,
+)
+
+SCORES = st.lists(st.integers(-6, 6), min_size=1, max_size=12)
+
+
+def brute_force(scores: list[int]) -> float:
+    """Share of all sign choices whose sum is at least the observed one."""
+    reached = sum(
+        sum(s * abs(score) for s, score in zip(signs, scores, strict=True)) >= sum(scores)
+        for signs in product((-1, 1), repeat=len(scores))
+    )
+    return reached / 2 ** len(scores)
+
+
+@given(SCORES)
+def test_p_value_is_the_share_of_all_sign_choices(scores: list[int]) -> None:
+    assert sign_flip_p_value(scores) == brute_force(scores)
+
+
+@given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=9))
+def test_p_value_of_large_scores(scores: list[int]) -> None:
+    assert sign_flip_p_value(scores) == brute_force(scores)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_p_value_is_valid_whatever_the_absolute_scores(weights: list[int]) -> None:
+    # Enumerated: every sign choice is equally likely, so P(p <= q) can be counted, for every q that occurs.
+    p_values = [
+        sign_flip_p_value([s * w for s, w in zip(signs, weights, strict=True)])
+        for signs in product((-1, 1), repeat=len(weights))
+    ]
+    for q, _ in Counter(p_values).items():
+        assert sum(p <= q for p in p_values) / len(p_values) <= q
+
+
+@given(SCORES, st.integers(0, 11))
+def test_p_value_falls_as_a_bit_turns_right(scores: list[int], bit: int) -> None:
+    bit %= len(scores)
+    turned = [abs(s) if i == bit else s for i, s in enumerate(scores)]
+    assert sign_flip_p_value(turned) <= sign_flip_p_value(scores)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 64, 512])
+def test_floor_and_ceiling(n: int) -> None:
+    assert sign_flip_p_value([3] * n) == 2.0**-n
+    assert sign_flip_p_value([-3] * n) == 1.0
+    assert sign_flip_p_value([0] * n) == 1.0
+
+
+def test_zeros_take_no_part() -> None:
+    assert sign_flip_p_value([0, 0, 5, 0]) == 0.5
+    assert sign_flip_p_value([4, 0, -3, 7]) == sign_flip_p_value([4, -3, 7])
+
+
+def test_many_large_scores() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        scores = (256 * generator.choice((-1, 1), 256)).tolist()
+        # All weights are equal: the number of negative scores is binomial.
+        negative = sum(s < 0 for s in scores)
+        expected = sum(math.comb(256, k) for k in range(negative + 1)) / 2**256
+        assert sign_flip_p_value(scores) == expected
+        assert 2.0**-256 <= expected <= 1
+
+
+def test_p_value_takes_integers_of_numpy_and_torch() -> None:
+    scores = [3, -1, 2]
+    assert sign_flip_p_value(np.array(scores)) == sign_flip_p_value(scores)  # type: ignore[arg-type]
+    assert sign_flip_p_value(list(torch.tensor(scores))) == sign_flip_p_value(scores)
+
+
+def test_no_scores() -> None:
+    with pytest.raises(ValueError, match="scores: wanted at least one"):
+        sign_flip_p_value([])
+
+
+def test_fair_coin_pass_rate() -> None:
+    assert fair_coin_pass_rate(32, 5) == pytest.approx(5.65e-5, rel=1e-3)
+    assert fair_coin_pass_rate(32, 32) == 1
+    assert fair_coin_pass_rate(8, 0) == 2**-8
+
+
+@pytest.mark.parametrize("bits", [14, 16, 24, 32, 33, 48, 64, 128, 256])
+def test_default_tau_is_the_largest_that_chance_rarely_meets(bits: int) -> None:
+    tau = default_tau(bits)
+    assert fair_coin_pass_rate(bits, tau) <= 1e-4 < fair_coin_pass_rate(bits, tau + 1)
+
+
+def test_default_tau_of_32_bits() -> None:
+    assert default_tau(32) == 5
+
+
+MESSAGE = [[0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0]]
+LOGITS = [[-1.0, 2.0, -0.5, 0.0], [1e-20, -3.0, -1.0, 0.0], [5.0, -1.0, 1.0, -2.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.int8, torch.float32])
+def test_bits_for_every_dtype_of_the_message(dtype: torch.dtype) -> None:
+    logits, message = torch.tensor(LOGITS), torch.tensor(MESSAGE).to(dtype)
+    errors = bit_errors(logits, message)
+    assert errors.dtype == torch.int64
+    assert errors.tolist() == [2, 2, 0]
+    assert bit_scores(logits, message) == [3, 1, 1, 1]
+    assert all(type(score) is int for score in bit_scores(logits, message))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_bits_for_every_dtype_of_the_logits(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[2.0, -2.0, 0.0]], dtype=dtype)
+    assert bit_errors(logits, torch.tensor([[1, 1, 1]])).tolist() == [2]
+    assert bit_scores(logits, torch.tensor([[1, 1, 1]])) == [1, -1, 0]
+
+
+def test_logits_of_zero_are_wrong_but_favour_no_side() -> None:
+    for bit in (0, 1):
+        message = torch.full((5, 8), bit, dtype=torch.uint8)
+        assert bit_errors(torch.zeros(5, 8), message).tolist() == [8] * 5
+        assert bit_scores(torch.zeros(5, 8), message) == [0] * 8
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_scores_turn_round_with_the_sign_of_the_logits(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-1, 2, (6, 5), generator=generator).float()
+    message = torch.randint(0, 2, (6, 5), generator=generator)
+    assert bit_scores(-logits, message) == [-score for score in bit_scores(logits, message)]
+    assert bit_scores(logits, 1 - message) == [-score for score in bit_scores(logits, message)]
+
+
+KEYED = Verdict(
+    "match", "the suspect carries the mark", np.array([0, 1, 7]), 32, 5, 2 / 3, 5e-20, 1e-6, "keyed", True
+)
+LEARNED = Verdict("no match", "too few", np.array([16, 17]), 32, 5, 0.0, None, 1e-6, "learned")
+UNREADABLE = Verdict(
+    "inconclusive", "other width", np.zeros(0, np.int64), 32, 5, float("nan"), None, 1e-6, "keyed"
+)
+
+
+@pytest.mark.parametrize("verdict", [KEYED, LEARNED, UNREADABLE], ids=["keyed", "learned", "unreadable"])
+def test_verdict_as_json(verdict: Verdict) -> None:
+    decoded = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
+    assert decoded["decision"] == verdict.decision
+    assert decoded["reason"] == verdict.reason
+    assert decoded["codec"] == verdict.codec
+    assert decoded["bit_errors"] == verdict.bit_errors.tolist()
+    assert decoded["images"] == verdict.images == len(verdict.bit_errors)
+    assert decoded["p_value"] == verdict.p_value
+    assert decoded["detection_rate"] == (verdict.detection_rate if verdict.images else None)
+    assert (decoded["bits"], decoded["tau"], decoded["alpha"]) == (32, 5, 1e-6)
+    assert decoded["identical"] is verdict.identical
+
+
+def test_verdict_as_text() -> None:
+    keyed = str(KEYED)
+    assert keyed.startswith("MATCH: the suspect carries the mark\n")
+    for part in ("R = 0.667 over 3 images", "at most 5 of 32 bits wrong", "mean 2.67", "5e-20", "identical"):
+        assert part in keyed
+    learned = str(LEARNED)
+    assert "p-value: none" in learned
+    assert "identical" not in learned
+    assert str(UNREADABLE) == "INCONCLUSIVE: other width"

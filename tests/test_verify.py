@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from activemark_fast.attacks import prune
+from activemark_fast.embed import Embedding, embed
+from activemark_fast.key import Key
+from activemark_fast.triggers import ImageMismatchError
+from activemark_fast.verdict import Verdict
+from activemark_fast.verify import verify
+from activemark_fast.watermark import Watermark, WatermarkError
+
+torch.set_num_threads(1)
+KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
+WIDTH, DEPTH, COUNT = 128, 6, 32
+
+
+def vit(seed: int = 0, **kwargs: Any) -> Any:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": 4,
+    }
+    model: Any = VisionTransformer(**(sizes | kwargs), num_classes=3)
+    # timm starts all layers much smaller than trained ones are: tokens would hardly react to an injection.
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight.normal_(std=0.15)
+            block.mlp.fc2.weight.normal_(std=0.05)
+    return model.eval()
+
+
+def images(count: int = COUNT, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def embedding(**settings: Any) -> Embedding:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return embed(vit(), KEY, images(), **({"fidelity": 0.95, "max_steps": 0} | settings))
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Embedding:
+    return embedding()
+
+
+@pytest.fixture(scope="module")
+def learned() -> Embedding:
+    return embedding(codec="learned", max_steps=1)
+
+
+def marked_copy(keyed: Embedding, **kwargs: Any) -> Any:
+    model = vit(seed=9, **kwargs)
+    wanted = model.state_dict()
+    model.load_state_dict({n: t for n, t in keyed.model.state_dict().items() if n in wanted}, strict=False)
+    return model
+
+
+def check(suspect: nn.Module, keyed: Embedding, **settings: Any) -> Verdict:
+    verdict = verify(suspect, keyed.watermark, KEY, images(), **settings)
+    json.dumps(verdict.to_dict(), allow_nan=False)
+    assert str(verdict).startswith(verdict.decision.upper())
+    return verdict
+
+
+def test_the_marked_model(keyed: Embedding) -> None:
+    verdict = check(keyed.model, keyed)
+    assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")
+    assert verdict.p_value == 2.0**-64
+    assert verdict.images == COUNT
+    assert (verdict.bits, verdict.tau, verdict.alpha) == (32, 5, 1e-6)
+    assert verdict.bit_errors.mean() < 8  # chance is 16
+    assert verdict.detection_rate == (verdict.bit_errors <= 5).mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_innocent_models(seed: int, keyed: Embedding) -> None:
+    verdict = check(vit(seed), keyed)
+    assert (verdict.decision, verdict.identical) == ("no match", False)
+    assert verdict.p_value is not None
+    assert verdict.p_value > 1e-3
+    assert verdict.detection_rate == 0
+
+
+def test_tau_and_alpha(keyed: Embedding) -> None:
+    strict, loose = check(keyed.model, keyed, tau=0), check(keyed.model, keyed, tau=31)
+    assert strict.detection_rate == (strict.bit_errors == 0).mean()
+    assert loose.detection_rate == 1
+    # Below the floor of the test nothing can match, and such a p-value is no "no match" either.
+    floored = check(keyed.model, keyed, alpha=1e-30)
+    assert (floored.decision, floored.alpha) == ("inconclusive", 1e-30)
+    assert "not enough" in floored.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts_of_the_marked_model_match(dtype: torch.dtype, keyed: Embedding) -> None:
+    verdict = check(marked_copy(keyed).to(dtype), keyed)
+    assert (verdict.decision, verdict.identical) == ("match", False)
+    assert check(vit().to(dtype), keyed).decision == "no match"
+
+
+def test_pruned_and_disturbed_models_match(keyed: Embedding) -> None:
+    assert check(prune(keyed.model, 0.3), keyed).decision == "match"
+    noisy = marked_copy(keyed)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.add_(
+                0.1
+                * parameter.std()
+                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            )
+    assert check(noisy, keyed).decision == "match"
+
+
+@pytest.mark.parametrize(("depth", "taps"), [(5, 2), (4, 1)])
+def test_suspects_with_their_last_blocks_cut_off(depth: int, taps: int, keyed: Embedding) -> None:
+    assert keyed.watermark.site.taps == (3, 4)
+    verdict = check(marked_copy(keyed, depth=depth), keyed)
+    assert (verdict.decision, verdict.p_value) == ("match", 2.0 ** (-32 * taps))
+    assert check(vit(depth=depth), keyed).decision == "no match"
+
+
+def test_suspects_with_new_last_blocks_and_heads(keyed: Embedding) -> None:
+    longer = marked_copy(keyed, depth=8)
+    longer.reset_classifier(11)
+    assert check(longer, keyed).decision == "match"
+
+
+def test_the_learned_codec_reads_at_its_only_tap(learned: Embedding) -> None:
+    verdict = check(learned.model, learned)
+    assert (verdict.codec, verdict.p_value, verdict.images) == ("learned", None, COUNT)
+    assert verdict.decision == "no match"  # one step teaches nothing
+    always = verify(learned.model, learned.watermark, KEY, images(), tau=31)
+    assert always.decision == "match"
+    assert check(marked_copy(learned, depth=5), learned).images == COUNT
+    short = check(marked_copy(learned, depth=4), learned)
+    assert (short.decision, short.images) == ("inconclusive", 0)
+    assert "4 blocks" in short.reason
+
+
+def overflowing() -> nn.Module:
+    model = vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.copy_(3e38 * model.blocks[1].mlp.fc2.weight.sign())
+    return model
+
+
+def not_finite(value: float) -> nn.Module:
+    model = vit()
+    with torch.no_grad():
+        model.get_parameter("blocks.5.mlp.fc1.weight")[3, 4] = value
+    return model
+
+
+def zeros() -> nn.Module:
+    model = vit()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("suspect", "reason"),
+    [
+        (lambda: vit(embed_dim=64), "the suspect has width 64, the marked model 128"),
+        (lambda: vit(depth=3), "the suspect has 3 blocks, the mark is first read after 4"),
+        (lambda: vit(img_size=48), r"images of \(48, 48\) as 37 tokens, the marked model \(32, 32\) as 17"),
+        (lambda: vit(patch_size=4), r"images of \(32, 32\) as 65 tokens, the marked model \(32, 32\) as 17"),
+        (lambda: vit(class_token=False, global_pool="avg"), "as 16 tokens, .* as 17"),
+        (lambda: not_finite(float("nan")), r"NaN or infinite weights in 'blocks\.5\.mlp\.fc1\.weight'"),
+        (lambda: not_finite(float("-inf")), r"NaN or infinite weights in 'blocks\.5\.mlp\.fc1\.weight'"),
+        (overflowing, "NaN or infinite activations"),
+        (zeros, "cannot be read: no token .* depends on the image"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), "cannot be read: looked for a list of at least 3 blocks"),
+        (lambda: nn.Identity(), "cannot be read"),
+    ],
+    ids=[
+        "width",
+        "blocks",
+        "image_size",
+        "patches",
+        "no_class_token",
+        "nan",
+        "infinity",
+        "overflow",
+        "zeros",
+        "no_vit",
+        "no_parameters",
+    ],
+)
+def test_suspects_that_cannot_be_read(
+    suspect: Callable[[], nn.Module], reason: str, keyed: Embedding
+) -> None:
+    verdict = check(suspect(), keyed)
+    assert verdict.decision == "inconclusive"
+    assert verdict.images == 0
+    assert verdict.p_value is None
+    assert not verdict.identical
+    assert math.isnan(verdict.detection_rate)
+    assert re.search(reason, verdict.reason), verdict.reason
+
+
+class Constant(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, **_kwargs: object) -> Tensor:
+        return torch.ones_like(x)
+
+
+def dead_blocks() -> nn.Module:
+    model = vit()
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.zero_()
+    return model
+
+
+def all_constant() -> nn.Module:
+    model = vit()
+    model.blocks = nn.Sequential(*(Constant(block) for block in model.blocks))
+    return model
+
+
+@pytest.mark.parametrize("suspect", [dead_blocks, all_constant], ids=["pass_through", "constant"])
+def test_dead_suspects_are_no_match(suspect: Callable[[], nn.Module], keyed: Embedding) -> None:
+    verdict = check(suspect(), keyed)
+    assert verdict.decision == "no match"
+    assert verdict.detection_rate == 0
+    if suspect is all_constant:
+        assert verdict.p_value == 1
+        assert verdict.bit_errors.tolist() == [32] * COUNT
+
+
+@pytest.mark.parametrize("kind", ["marked", "innocent", "too short"])
+def test_the_suspect_is_left_as_it_was(kind: str, keyed: Embedding) -> None:
+    suspect = {"marked": lambda: marked_copy(keyed), "innocent": vit, "too short": lambda: vit(depth=3)}[
+        kind
+    ]()
+    suspect.train()
+    suspect.blocks[1].eval()
+    suspect.cls_token.requires_grad_(False)
+    suspect.norm.weight.grad = torch.ones(WIDTH)
+
+    def facts() -> list[Any]:
+        return [
+            [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in suspect.modules()],
+            [(p.requires_grad, p.grad is None, p.data_ptr(), p._version) for p in suspect.parameters()],
+        ]
+
+    before, weights = facts(), {n: t.clone() for n, t in suspect.state_dict().items()}
+    check(suspect, keyed)
+    assert facts() == before
+    assert all(torch.equal(weights[n], t) for n, t in suspect.state_dict().items())
+
+
+def test_the_verdict_does_not_depend_on_the_mode_or_on_the_random_state(keyed: Embedding) -> None:
+    torch.manual_seed(0)
+    suspect = marked_copy(keyed, drop_path_rate=0.5, proj_drop_rate=0.5)
+    first = check(suspect.eval(), keyed)
+    torch.manual_seed(1)
+    second = check(suspect.train(), keyed)
+    assert first.to_dict() == second.to_dict()
+
+
+def test_another_key(keyed: Embedding) -> None:
+    with pytest.raises(WatermarkError, match=r"^key: wanted the key this watermark was made with") as caught:
+        verify(keyed.model, keyed.watermark, OTHER, images())
+    assert "o" * 32 not in str(caught.value)
+
+
+def test_a_changed_watermark(keyed: Embedding) -> None:
+    for changed in (
+        replace(keyed.watermark, bits=10**9),
+        replace(keyed.watermark, bits="many"),  # type: ignore[arg-type]
+        replace(keyed.watermark, codec="learned"),
+        replace(keyed.watermark, digests=keyed.watermark.digests[:16]),
+    ):
+        with pytest.raises(WatermarkError):
+            verify(keyed.model, changed, KEY, images())
+
+
+def test_a_saved_watermark(keyed: Embedding, tmp_path: Path) -> None:
+    keyed.watermark.save(tmp_path / "watermark.safetensors")
+    read = Watermark.load(tmp_path / "watermark.safetensors")
+    assert verify(keyed.model, read, KEY, images()).to_dict() == check(keyed.model, keyed).to_dict()
+
+
+def test_missing_images(keyed: Embedding) -> None:
+    with pytest.raises(
+        ImageMismatchError, match=f"images: wanted the {COUNT} images of the embedding .*, got none"
+    ):
+        verify(keyed.model, keyed.watermark, KEY)
+
+
+def test_other_images(keyed: Embedding, tmp_path: Path) -> None:
+    other = images()
+    other[5, 0, 0, 0] += 1
+    other[9] = 0
+    with pytest.raises(ImageMismatchError, match="images: image 5 is not the one"):
+        verify(keyed.model, keyed.watermark, KEY, other)
+    with pytest.raises(ImageMismatchError, match=f"images: wanted the {COUNT} images .*, got 20"):
+        verify(keyed.model, keyed.watermark, KEY, images()[:20])
+    swapped = images()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    with pytest.raises(ImageMismatchError, match="images: image 3 is not"):
+        verify(keyed.model, keyed.watermark, KEY, swapped)
+    for index in range(COUNT):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / f"{index:02}.png")
+    with pytest.raises(ImageMismatchError, match="images: image 0 is not"):
+        verify(keyed.model, keyed.watermark, KEY, tmp_path)
+    assert verify(keyed.model, keyed.watermark, KEY, torch.cat([images(), images(8)])).decision == "match"
+
+
+def test_images_that_were_made_from_the_key() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        made = embed(vit(depth=3), KEY, fidelity=0.9, max_steps=0)
+    with pytest.raises(ImageMismatchError, match="images: wanted the 256 images"):
+        verify(made.model, made.watermark, KEY, images())
+    assert verify(made.model, made.watermark, KEY).decision == "match"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"suspect": None}, TypeError, "suspect: wanted a torch.nn.Module, got NoneType"),
+        ({"suspect": {}}, TypeError, "suspect: wanted a torch.nn.Module, got dict"),
+        ({"watermark": "x.safetensors"}, TypeError, "watermark: wanted a Watermark, got str"),
+        ({"key": 5}, TypeError, "key: wanted"),
+        ({"key": b"short"}, ValueError, "key: wanted at least 16 bytes"),
+        ({"images": 5}, TypeError, "images: wanted"),
+        ({"alpha": 0}, ValueError, "alpha: wanted above 0 and at most 0.001, got 0"),
+        ({"alpha": 0.01}, ValueError, "alpha: wanted above 0 and at most 0.001, got 0.01"),
+        ({"alpha": float("nan")}, ValueError, "alpha: wanted"),
+        ({"alpha": "small"}, TypeError, "alpha: wanted a number, got str"),
+        ({"tau": -1}, ValueError, "tau: wanted 0 to 31, got -1"),
+        ({"tau": 32}, ValueError, "tau: wanted 0 to 31, got 32"),
+        ({"tau": 5.0}, TypeError, "tau: wanted int, got float"),
+        ({"device": "nowhere"}, ValueError, "device: wanted"),
+        ({"device": 1.5}, TypeError, "device: wanted"),
+        ({"precision": "fp8"}, ValueError, "precision: wanted"),
+    ],
+)
+def test_errors_name_the_argument(
+    arguments: dict[str, Any], error: type[Exception], message: str, keyed: Embedding
+) -> None:
+    given: dict[str, Any] = {
+        "suspect": keyed.model,
+        "watermark": keyed.watermark,
+        "key": KEY,
+        "images": images(),
+    } | arguments
+    with pytest.raises(error, match=f"^{message}"):
+        verify(**given)
