@@ -55,8 +55,8 @@ def place_site(backbone: Backbone, profile: Profile, block: int | None = None) -
     if block is not None:
         if not 0 <= block <= latest:
             raise SiteError(
-                f"block: wanted 0 to {latest}, to leave room for the mark before the last of this model's "
-                f"{backbone.depth} blocks, got {block}"
+                f"block: wanted 0 to {latest} (the mark needs room before the last of this model's "
+                f"{backbone.depth} blocks), got {block}"
             )
         reason = f"block {block}, as asked for"
     else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -106,7 +107,7 @@ def test_tau_and_alpha(keyed: Embedding) -> None:
     # Below the floor of the test nothing can match, and such a p-value is no "no match" either.
     floored = check(keyed.model, keyed, alpha=1e-30)
     assert (floored.decision, floored.alpha) == ("inconclusive", 1e-30)
-    assert "not enough" in floored.reason
+    assert "too few for a match" in floored.reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -165,7 +166,7 @@ def overflowing() -> nn.Module:
 def not_finite(value: float) -> nn.Module:
     model = vit()
     with torch.no_grad():
-        model.get_parameter("blocks.5.mlp.fc1.weight")[3, 4] = value
+        model.get_parameter("blocks.1.mlp.fc1.weight")[3, 4] = value
     return model
 
 
@@ -185,8 +186,8 @@ def zeros() -> nn.Module:
         (lambda: vit(img_size=48), r"images of \(48, 48\) as 37 tokens, the marked model \(32, 32\) as 17"),
         (lambda: vit(patch_size=4), r"images of \(32, 32\) as 65 tokens, the marked model \(32, 32\) as 17"),
         (lambda: vit(class_token=False, global_pool="avg"), "as 16 tokens, .* as 17"),
-        (lambda: not_finite(float("nan")), r"NaN or infinite weights in 'blocks\.5\.mlp\.fc1\.weight'"),
-        (lambda: not_finite(float("-inf")), r"NaN or infinite weights in 'blocks\.5\.mlp\.fc1\.weight'"),
+        (lambda: not_finite(float("nan")), r"NaN or infinite weights in 'blocks\.1\.mlp\.fc1\.weight'"),
+        (lambda: not_finite(float("-inf")), r"NaN or infinite weights in 'blocks\.1\.mlp\.fc1\.weight'"),
         (overflowing, "NaN or infinite activations"),
         (zeros, "cannot be read: no token .* depends on the image"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), "cannot be read: looked for a list of at least 3 blocks"),
@@ -216,6 +217,13 @@ def test_suspects_that_cannot_be_read(
     assert not verdict.identical
     assert math.isnan(verdict.detection_rate)
     assert re.search(reason, verdict.reason), verdict.reason
+
+
+def test_a_nan_where_nothing_is_read_hides_no_mark(keyed: Embedding) -> None:
+    suspect = copy.deepcopy(keyed.model)
+    with torch.no_grad():
+        suspect.get_parameter("blocks.5.mlp.fc1.weight")[3, 4] = float("nan")
+    assert check(suspect, keyed).decision == "match"
 
 
 class Constant(nn.Module):

@@ -1,0 +1,737 @@
+from __future__ import annotations
+
+import fcntl
+import importlib
+import io
+import json
+import os
+import pty
+import select
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import activemark_fast
+from activemark_fast.checkpoint import architecture_of, build_model, save_model
+from activemark_fast.cli import main
+from activemark_fast.key import Key
+from activemark_fast.watermark import Watermark
+
+ARCHITECTURE = "timm:VisionTransformer?" + json.dumps(
+    {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4, "num_classes": 0}
+)
+OTHER_ARCHITECTURE = ARCHITECTURE.replace("96", "64")
+# At this fidelity the edit alone marks the small model well, whatever the key.
+SETTINGS = ["--bits", 16, "--fidelity", 0.98, "--max-steps", 0]
+COMMAND = [sys.executable, "-m", "activemark_fast"]
+PASSPHRASE = "seven wet dice in a drawer"
+
+
+def module(name: str) -> ModuleType:
+    """The module: `activemark_fast.embed` and `.verify` are functions of the package."""
+    return importlib.import_module(f"activemark_fast.{name}")
+
+
+def process(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A small model, marked once by the command line."""
+
+    folder: Path
+    embedding: subprocess.CompletedProcess[str]
+
+    def __getattr__(self, name: str) -> Path:
+        suffix = {"key": "key", "other_key": "key"}.get(name, "safetensors")
+        return self.folder / f"{name}.{suffix}"
+
+    def verify_args(self, suspect: object, *more: object) -> list[object]:
+        return ["verify", suspect, "--watermark", self.watermark, "--key", self.key, *more]
+
+    def embed_args(self, folder: Path, *more: object) -> list[object]:
+        outputs = ["--out", folder / "out.safetensors", "--watermark", folder / "wm.safetensors"]
+        return ["embed", self.original, *outputs, "--key", self.key, *SETTINGS, *more]
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    folder = tmp_path_factory.mktemp("ready")
+    torch.manual_seed(0)
+    save_model(build_model(ARCHITECTURE), folder / "original.safetensors", ARCHITECTURE)
+    Key.write_new(folder / "key.key")
+    Key.write_new(folder / "other_key.key")
+    outputs = ["--out", folder / "marked.safetensors", "--watermark", folder / "watermark.safetensors"]
+    key = ["--key", folder / "key.key"]
+    done = process("embed", folder / "original.safetensors", *outputs, *key, *SETTINGS, "--json")
+    assert done.returncode == 0, done.stderr
+    return Ready(folder, done)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def record(self) -> dict[str, object]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(ready: Ready, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs `main` in this process. No output may show a key."""
+
+    def call(*args: object) -> Result:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        result = Result(code, *capsys.readouterr())
+        for secret in (ready.key.read_text().strip(), ready.other_key.read_text().strip(), PASSPHRASE):
+            assert secret not in result.out + result.err
+        if code == 2:
+            assert result.out == ""
+            assert result.err.startswith("activemark: error: ")
+            assert result.err.count("\n") == 1
+        return result
+
+    return call
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def type_at_prompt(monkeypatch: pytest.MonkeyPatch, *typed: str) -> list[str]:
+    """Lets the prompts be answered with `typed`; returns what is left of it."""
+    left = list(typed)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("getpass.getpass", lambda _prompt: left.pop(0))
+    return left
+
+
+# ---- as a process
+
+
+def test_embed_reports_what_it_measured(ready: Ready) -> None:
+    record = json.loads(ready.embedding.stdout)
+    assert ready.embedding.stdout.count("\n") == 1
+    assert ready.embedding.stderr == ""
+    assert record["model"] == str(ready.marked)
+    assert record["watermark"] == str(ready.watermark)
+    assert record["reached"] is True
+    assert record["fidelity"] >= 0.98
+    assert record["bit_error"] < 0.5
+    assert record["steps"] == 0
+    assert record["seconds"] > 0
+    assert record["site_reason"].startswith(f"block {record['block']}, the middle")
+    assert architecture_of(ready.marked) == ARCHITECTURE
+    assert Watermark.load(ready.watermark).architecture == ARCHITECTURE
+    assert ready.key.read_text().strip() not in ready.embedding.stdout + ready.embedding.stderr
+    assert not list(ready.folder.glob(".*"))
+
+
+@pytest.mark.parametrize(("suspect", "code"), [("marked", 0), ("original", 1)])
+def test_verify_as_a_process(ready: Ready, suspect: str, code: int) -> None:
+    done = process(*ready.verify_args(getattr(ready, suspect), "--json"))
+    assert done.returncode == code, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["decision"] == {0: "match", 1: "no match"}[code]
+
+
+def test_a_closed_pipe_is_no_error(ready: Ready) -> None:
+    command = [*COMMAND, *map(str, ready.verify_args(ready.original))]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+def read_within(seconds: float, terminal: int) -> bytes:
+    """What comes next from a terminal; nothing where its other end is closed."""
+    assert select.select([terminal], [], [], seconds)[0], "nothing came"
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
+def test_interrupt_in_the_middle_of_an_embed(ready: Ready, tmp_path: Path) -> None:
+    args = ready.embed_args(tmp_path, "--method", "finetune", "--fidelity", 0.999999, "--max-steps", 10**6)
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    running = subprocess.Popen(
+        [*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL
+    )
+    os.close(stderr)
+    shown = b""
+    try:
+        while b"fine-tuning" not in shown:
+            more = read_within(60, terminal)
+            assert more, shown
+            shown += more
+        running.send_signal(signal.SIGINT)
+        while more := read_within(60, terminal):
+            shown += more
+        stdout, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
+        os.close(terminal)
+    assert running.returncode == 130
+    assert shown.rstrip().endswith(b"activemark: interrupted")
+    assert b"Traceback" not in shown
+    assert stdout == b""
+    assert names(tmp_path) == []
+
+
+# ---- help and usage
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"activemark {activemark_fast.__version__}\n"
+    for command in ([], ["key"], ["key", "new"], ["embed"], ["verify"], ["demo"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*command, "--help"])
+        assert capsys.readouterr().out.startswith(" ".join(["usage: activemark", *command]))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["key"],
+        ["sell"],
+        ["verify", "suspect"],
+        ["embed", "demo", "--out", "a", "--watermark", "b", "--codec", "morse"],
+        ["embed", "demo", "--out", "a", "--watermark", "b", "--bits", "many"],
+        ["verify", "suspect", "--water", "b"],
+        ["demo", "--precision", "fp8"],
+    ],
+)
+def test_usage_errors(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(args)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "error: " in captured.err
+
+
+# ---- key new
+
+
+def test_key_new(run: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "owner.key"
+    made = run("key", "new", path)
+    content = path.read_bytes()
+    assert made.code == 0
+    assert str(path) in made.out
+    assert content.decode().strip() not in made.out + made.err
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = run("key", "new", path)
+    assert again.code == 2
+    assert again.err == f"activemark: error: {path}: File exists\n"
+    assert path.read_bytes() == content
+    assert run("key", "new", tmp_path / "nowhere" / "owner.key").code == 2
+
+
+def test_key_new_json(run: Callable[..., Result], tmp_path: Path) -> None:
+    assert run("key", "new", tmp_path / "k", "--json").record() == {"key": str(tmp_path / "k")}
+
+
+# ---- where keys come from
+
+
+def test_passphrase_is_asked_for(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = ["--out", tmp_path / "out.safetensors", "--watermark", tmp_path / "wm.safetensors"]
+    embedding = ["embed", ready.original, *outputs, *SETTINGS]
+    type_at_prompt(monkeypatch, PASSPHRASE, f"{PASSPHRASE}s")
+    different = run(*embedding)
+    assert (different.code, names(tmp_path)) == (2, [])
+    assert "not the same" in different.err
+    left = type_at_prompt(monkeypatch, PASSPHRASE, PASSPHRASE)
+    assert run(*embedding).code == 0
+    assert left == []
+    verifying = ["verify", tmp_path / "out.safetensors", "--watermark", tmp_path / "wm.safetensors"]
+    left = type_at_prompt(monkeypatch, PASSPHRASE)
+    assert run(*verifying).code == 0
+    assert left == []
+    type_at_prompt(monkeypatch, f"{PASSPHRASE}s")
+    assert run(*verifying).code == 2
+
+
+def test_no_terminal_to_ask_at(ready: Ready, run: Callable[..., Result]) -> None:
+    result = run("verify", ready.marked, "--watermark", ready.watermark)
+    assert result.code == 2
+    assert "no terminal" in result.err
+
+
+def test_end_of_input_at_the_prompt(
+    ready: Ready, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang_up(_prompt: str) -> str:
+        raise EOFError
+
+    type_at_prompt(monkeypatch)
+    monkeypatch.setattr("getpass.getpass", hang_up)
+    assert run("verify", ready.marked, "--watermark", ready.watermark).code == 2
+
+
+def test_a_passphrase_in_the_place_of_a_key_file_is_not_shown(
+    ready: Ready, run: Callable[..., Result]
+) -> None:
+    result = run("verify", ready.marked, "--watermark", ready.watermark, "--key", PASSPHRASE)
+    assert result.code == 2
+    assert "--key" in result.err
+
+
+# ---- embed
+
+
+def test_embed_text(ready: Ready, run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run(*ready.embed_args(tmp_path))
+    assert result.code == 0
+    for said in (
+        str(tmp_path / "out.safetensors"),
+        str(tmp_path / "wm.safetensors"),
+        "site: block 2",
+        "0 grad",
+    ):
+        assert said in result.out
+    assert names(tmp_path) == ["out.safetensors", "wm.safetensors"]
+    # The same model, key and settings: the same weights, in this process and in another.
+    assert (tmp_path / "out.safetensors").read_bytes() == ready.marked.read_bytes()
+
+
+def test_embed_warns_where_the_targets_are_missed(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = run(*ready.embed_args(tmp_path, "--fidelity", 0.999999, "--json"))
+    assert result.code == 0
+    assert result.record()["reached"] is False
+    assert result.err.startswith("activemark: warning: the mark did not reach its targets: fidelity 0.")
+    assert result.err.count("\n") == 1
+
+
+def test_embed_never_overwrites_without_force(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "wm.safetensors").write_text("precious")
+    refused = run(*ready.embed_args(tmp_path))
+    assert refused.code == 2
+    assert "--force" in refused.err
+    assert names(tmp_path) == ["wm.safetensors"]
+    assert (tmp_path / "wm.safetensors").read_text() == "precious"
+    assert run(*ready.embed_args(tmp_path, "--force")).code == 0
+    assert Watermark.load(tmp_path / "wm.safetensors").bits == 16
+    assert names(tmp_path) == ["out.safetensors", "wm.safetensors"]
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_embed_refuses_bad_outputs_before_any_work(
+    ready: Ready,
+    run: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    force: list[str],
+) -> None:
+    monkeypatch.setattr(module("checkpoint"), "load_model", lambda *_: pytest.fail("work was started"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.safetensors").symlink_to(ready.original)
+    before = {path: path.read_bytes() for path in (ready.original, ready.key)}
+    for out, watermark, wanted in (
+        ("nowhere/a", "b", "--out: there is no folder nowhere"),
+        ("a", "nowhere/b", "--watermark: there is no folder nowhere"),
+        ("a", "folder/../a", "wanted two files"),
+        ("folder", "b", "folder is a folder"),
+        (ready.original, "b", "is the file of MODEL"),
+        ("link.safetensors", "b", "is the file of MODEL"),
+        ("a", ready.key, "is the file of --key"),
+    ):
+        outputs = ["--out", out, "--watermark", watermark]
+        for model in (ready.original, f"{ARCHITECTURE}@{ready.original}"):
+            result = run("embed", model, *outputs, "--key", ready.key, *force)
+            assert result.code == 2
+            assert wanted in result.err
+    assert names(tmp_path) == ["folder", "link.safetensors"]
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["--bits", 4], "bits: wanted 8 to 256"),
+        (["--bits", 200], "bits: wanted at most"),
+        (["--block", 40], "block: wanted 0 to 3"),
+        (["--fidelity", 2], "fidelity"),
+        (["--codec", "learned", "--method", "edit"], "method"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--device", "abacus"], "device"),
+    ],
+)
+def test_embed_errors_leave_nothing(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path, more: list[object], wanted: str
+) -> None:
+    result = run(*ready.embed_args(tmp_path, *more))
+    assert result.code == 2
+    assert wanted in result.err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("model", ["nowhere.safetensors", "timm:no_such_vit@x", "resnet50", ARCHITECTURE])
+def test_embed_refuses_unknown_models(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path, model: str
+) -> None:
+    args = ready.embed_args(tmp_path)
+    args[1] = model
+    assert run(*args).code == 2
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", ["save_model", "watermark", "first move", "second move"])
+def test_both_files_or_neither(
+    ready: Ready,
+    run: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    error: BaseException,
+) -> None:
+    embedding = module("embed").Embedding(
+        model=build_model(ARCHITECTURE),
+        watermark=Watermark.load(ready.watermark),
+        quality=None,
+        site_reason="",
+        steps=0,
+        history=[],
+        seconds=0.0,
+    )
+    monkeypatch.setattr(module("embed"), "embed", lambda *_args, **_settings: embedding)
+
+    def fail(*_args: object) -> None:
+        raise error
+
+    if failing == "save_model":
+        monkeypatch.setattr(module("checkpoint"), "save_model", fail)
+    elif failing == "watermark":
+        monkeypatch.setattr(Watermark, "save", fail)
+    else:
+        target = tmp_path / ("out" if failing == "first move" else "wm")
+        replace = os.replace
+
+        def move(source: Path, to: Path) -> None:
+            if Path(to) == target.with_suffix(".safetensors"):
+                raise error
+            replace(source, to)
+
+        monkeypatch.setattr(os, "replace", move)
+    result = run(*ready.embed_args(tmp_path))
+    assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert result.err.strip() == (
+        "activemark: interrupted" if result.code == 130 else f"activemark: error: {error}"
+    )
+    assert names(tmp_path) == []
+
+
+def test_an_unexpected_exception_keeps_its_traceback(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_settings: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(module("embed"), "embed", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main([str(arg) for arg in ready.embed_args(tmp_path)])
+    assert names(tmp_path) == []
+
+
+# ---- verify
+
+
+def test_verify_text_and_json_agree(ready: Ready, run: Callable[..., Result]) -> None:
+    text = run(*ready.verify_args(ready.marked))
+    record = run(*ready.verify_args(ready.marked, "--json")).record()
+    assert text.out.startswith("MATCH: the suspect carries the mark\n")
+    assert record["suspect"] == str(ready.marked)
+    assert record["decision"] == "match"
+    assert record["identical"] is True
+    assert len(record["bit_errors"]) == record["images"] == 256
+    assert f"p-value = {record['p_value']:.3g}" in text.out
+
+
+def test_verify_settings_reach_the_verdict(ready: Ready, run: Callable[..., Result]) -> None:
+    record = run(*ready.verify_args(ready.original, "--json", "--alpha", 1e-4, "--tau", 15)).record()
+    assert record["alpha"] == 1e-4
+    assert record["tau"] == 15
+    assert record["detection_rate"] > 0.9
+    assert record["decision"] == "no match"
+    assert run(*ready.verify_args(ready.original, "--alpha", 0.5)).code == 2
+    assert run(*ready.verify_args(ready.original, "--tau", 16)).code == 2
+
+
+def test_verify_draws(ready: Ready, run: Callable[..., Result], tmp_path: Path) -> None:
+    plot = tmp_path / "errors.png"
+    drawn = run(*ready.verify_args(ready.original, "--plot", plot))
+    assert drawn.code == 1
+    assert str(plot) in drawn.out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    quiet = run(*ready.verify_args(ready.original, "--plot", plot, "--quiet"))
+    assert str(plot) not in quiet.out
+    key_before = ready.key.read_bytes()
+    for bad in (tmp_path / "nowhere" / "a.png", ready.key, tmp_path / "a.pdf"):
+        assert run(*ready.verify_args(ready.original, "--plot", bad)).code == 2
+    assert ready.key.read_bytes() == key_before
+    assert names(tmp_path) == ["errors.png"]
+
+
+def plain_checkpoint(ready: Ready, folder: Path, form: str) -> Path:
+    """The marked weights in a file that does not say what they are."""
+    tensors = load_file(ready.marked)
+    path = folder / {"safetensors": "plain.safetensors"}.get(form, "plain.pth")
+    if form == "safetensors":
+        save_file(tensors, path)
+    elif form == "torch":
+        torch.save(tensors, path)
+    else:
+        torch.save({"state_dict": {f"module.{name}": t for name, t in tensors.items()}, "model": None}, path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "wrapped"])
+def test_plain_checkpoints_take_the_watermarks_architecture(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path, form: str
+) -> None:
+    suspect = plain_checkpoint(ready, tmp_path, form)
+    assert run(*ready.verify_args(suspect)).code == 0
+    assert run(*ready.verify_args(suspect, "--architecture", ARCHITECTURE)).code == 0
+    other = run(*ready.verify_args(suspect, "--architecture", OTHER_ARCHITECTURE))
+    assert other.code == 2
+    assert "does not fit the architecture" in other.err
+    assert run(*ready.verify_args(f"{ARCHITECTURE}@{suspect}")).code == 0
+
+
+def test_a_plain_checkpoint_without_any_architecture(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    known = Watermark.load(ready.watermark)
+    fields = {name: getattr(known, name) for name in known.__dataclass_fields__ if name != "mac"}
+    nameless = tmp_path / "wm.safetensors"
+    Watermark.seal(Key.of(ready.key), **fields | {"architecture": None}).save(nameless)
+    suspect = plain_checkpoint(ready, tmp_path, "torch")
+    args = ["verify", suspect, "--watermark", nameless, "--key", ready.key]
+    result = run(*args)
+    assert result.code == 2
+    assert "--architecture" in result.err
+    assert run(*args, "--architecture", ARCHITECTURE).code == 0
+    assert run("verify", ready.marked, "--watermark", nameless, "--key", ready.key).code == 0
+
+
+def test_a_suspect_cannot_hide_behind_a_false_description(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    lying, garbled = tmp_path / "lying.safetensors", tmp_path / "garbled.safetensors"
+    save_file(load_file(ready.marked), lying, metadata={"architecture": OTHER_ARCHITECTURE})
+    save_file(load_file(ready.marked), garbled, metadata={"architecture": "timm:Vision?{"})
+    assert run(*ready.verify_args(lying)).code == 2
+    assert run(*ready.verify_args(lying, "--architecture", ARCHITECTURE)).code == 0
+    assert run(*ready.verify_args(garbled)).code == 0
+
+
+def test_inconclusive_suspects(ready: Ready, run: Callable[..., Result], tmp_path: Path) -> None:
+    broken, other = tmp_path / "broken.safetensors", tmp_path / "other.safetensors"
+    tensors = load_file(ready.marked)
+    tensors["blocks.3.mlp.fc2.weight"][0, 0] = torch.nan
+    save_file(tensors, broken, metadata={"architecture": ARCHITECTURE})
+    save_model(build_model(OTHER_ARCHITECTURE), other, OTHER_ARCHITECTURE)
+    for suspect, reason in ((broken, "blocks.3.mlp.fc2.weight"), (other, "width 64")):
+        result = run(*ready.verify_args(suspect, "--plot", tmp_path / "unread.png", "--quiet"))
+        assert result.code == 3
+        assert result.out.startswith("INCONCLUSIVE: ")
+        assert reason in result.out
+        record = run(*ready.verify_args(suspect, "--json")).record()
+        assert record["decision"] == "inconclusive"
+        assert record["p_value"] is record["detection_rate"] is None
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_suspects_that_cannot_be_loaded(ready: Ready, run: Callable[..., Result], tmp_path: Path) -> None:
+    whole = ready.marked.read_bytes()
+    cut, noise, empty = (tmp_path / f"{name}.safetensors" for name in ("cut", "noise", "empty"))
+    cut.write_bytes(whole[: len(whole) // 2])
+    noise.write_bytes(bytes(range(256)) * 40)
+    empty.touch()
+    hostile, ran = tmp_path / "hostile.pth", tmp_path / "ran"
+    torch.save({"weight": torch.zeros(1), "payload": Payload(ran)}, hostile)
+    for suspect in (cut, noise, empty, hostile, tmp_path, tmp_path / "missing.safetensors", ready.watermark):
+        result = run(*ready.verify_args(suspect))
+        assert result.code == 2, suspect
+        assert str(suspect) in result.err
+    assert not ran.exists()
+
+
+def test_keys_and_watermarks_that_cannot_be_used(
+    ready: Ready, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    sound = ready.watermark.read_bytes()
+    truncated, flipped, bad_key = tmp_path / "truncated", tmp_path / "flipped", tmp_path / "bad.key"
+    truncated.write_bytes(sound[:-20])
+    flipped.write_bytes(sound[:-20] + bytes([sound[-20] ^ 1]) + sound[-19:])
+    bad_key.write_text(ready.key.read_text()[:-3])
+    for watermark, key in (
+        (ready.watermark, ready.other_key),
+        (ready.watermark, bad_key),
+        (ready.watermark, tmp_path / "missing.key"),
+        (ready.watermark, tmp_path),
+        (truncated, ready.key),
+        (flipped, ready.key),
+        (ready.marked, ready.key),
+        (tmp_path / "missing", ready.key),
+    ):
+        assert run("verify", ready.marked, "--watermark", watermark, "--key", key).code == 2
+
+
+def test_images_from_a_folder(ready: Ready, run: Callable[..., Result], tmp_path: Path) -> None:
+    from PIL import Image
+
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    out.mkdir()
+    stream = Key.of(ready.key).stream("test images")
+    pictures = module("triggers").synthetic_images(stream, 40, (32, 32)).permute(0, 2, 3, 1).numpy()
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(images / f"{index:03}.png")
+    assert run(*ready.embed_args(out, "--images", images)).code == 0
+    args = ["verify", out / "out.safetensors", "--watermark", out / "wm.safetensors", "--key", ready.key]
+    assert run(*args, "--images", images).code == 0
+    without = run(*args)
+    assert without.code == 2
+    assert "images: wanted the 40 images of the embedding" in without.err
+    (images / "000.png").unlink()
+    assert run(*args, "--images", images).code == 2
+
+
+def test_libraries_cannot_print_into_the_result(
+    ready: Ready, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = module("verify").verify
+
+    def noisy(*args: object, **settings: object) -> object:
+        print("hello from a library")
+        return verify(*args, **settings)
+
+    monkeypatch.setattr(module("verify"), "verify", noisy)
+    result = run(*ready.verify_args(ready.marked, "--json"))
+    assert result.record()["decision"] == "match"
+    assert result.err == "hello from a library\n"
+
+
+# ---- demo
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module("embed"), "IMAGES", 64)
+    monkeypatch.setattr(module("demo"), "TUNING_IMAGES", 128)
+    monkeypatch.setattr(module("demo"), "FRESH_IMAGES", 32)
+    monkeypatch.setattr(module("demo"), "EPOCHS", 1)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo(run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run("demo", "--out", "my demo")
+    assert result.code == 0, result.out
+    out = tmp_path / "my demo"
+    models = ["finetuned", "marked", "original", "pruned", "watermark"]
+    files = sorted(["demo.png", "owner.key", *(f"{name}.safetensors" for name in models)])
+    assert names(out) == files
+    assert names(tmp_path) == ["my demo"]
+    assert (out / "owner.key").stat().st_mode & 0o777 == 0o600
+    key = (out / "owner.key").read_text()
+    assert key.strip() not in result.out + result.err
+    table = result.out.splitlines()[2:8]
+    suspects = ["marked", "marked, fine-tuned", "marked, 40% pruned"]
+    suspects += ["marked by another owner", "original", "original, fine-tuned"]
+    assert [line.split("  ")[0] for line in table] == suspects
+    assert [" no match " in line for line in table] == [False] * 3 + [True] * 3
+    advised = [shlex.split(line)[1:] for line in result.out.splitlines() if line.startswith("  activemark ")]
+    assert [run(*command).code for command in advised] == [0, 0, 1]
+    assert (out / "pruned.png").read_bytes().startswith(b"\x89PNG")
+
+    (out / "demo.png").write_text("of an earlier run")
+    (out / "notes.txt").write_text("mine")
+    again = run("demo", "--out", out, "--json")
+    assert again.code == 0
+    record = again.record()
+    assert record["as_expected"] is True
+    assert [row["suspect"] for row in record["rows"]] == suspects
+    assert [row["decision"] for row in record["rows"]] == [row["expected"] for row in record["rows"]]
+    assert record["rows"][4]["cosine"] == pytest.approx(1.0)
+    assert names(out) == sorted([*files, "notes.txt", "pruned.png"])
+    assert (out / "owner.key").read_text() == key
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_says_where_a_verdict_is_not_as_expected(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict_of_nothing = module("verdict").Verdict(
+        "no match", "no sign of the mark", torch.full((16,), 16).numpy(), 32, 5, 0.0, 0.5, 1e-6, "keyed"
+    )
+    rows = [module("demo").DemoRow("marked", "match", verdict_of_nothing, 0.99)]
+    monkeypatch.setattr(module("demo"), "run_demo", lambda *_args, **_settings: rows)
+    result = run("demo", "--quiet")
+    assert result.code == 1
+    assert "no match (wanted match)" in result.out
+    assert "owner.key" not in result.out
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_an_interrupted_demo_leaves_nothing(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_args: object, **_settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module("demo"), "embed", interrupt)
+    assert run("demo").code == 130
+    assert names(tmp_path) == []
+    (tmp_path / "taken").touch()
+    for out in ("taken", "nowhere/demo"):
+        assert run("demo", "--out", out).code == 2
+    assert names(tmp_path) == ["taken"]
