@@ -1,0 +1,165 @@
+"""The demonstration: marks the shipped model, makes suspects of it, verifies them all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from activemark_fast.attacks import finetune, prune
+from activemark_fast.backbone import Backbone
+from activemark_fast.checkpoint import architecture_of, load_model, save_model
+from activemark_fast.embed import PROFILED_IMAGES, embed
+from activemark_fast.key import Key
+from activemark_fast.marking.suffix import feature_cosine
+from activemark_fast.profile import profile
+from activemark_fast.progress import Progress
+from activemark_fast.report.figures import verdicts_figure
+from activemark_fast.runtime import resolve_device
+from activemark_fast.triggers import Preprocess, synthetic_images
+from activemark_fast.verdict import Decision, Verdict
+from activemark_fast.verify import verify
+
+TUNING_IMAGES = 1024
+FRESH_IMAGES = 256
+"""Images to compare features on, which neither embedding nor fine-tuning has seen."""
+EPOCHS = 3
+BATCH_SIZE = 64
+PRUNED_SHARE = 0.4
+# Neither is a secret: whoever does not own the model has no part in the owner's key.
+_STRANGER = Key(b"activemark_fast demo: the key of another owner")
+_PUBLIC = Key(b"activemark_fast demo: everybody's images")
+
+
+@dataclass(frozen=True, eq=False)
+class DemoRow:
+    """One suspect of the demonstration.
+
+    Attributes:
+        suspect: what was done to which model.
+        expected: the right decision on it.
+        verdict: what `verify` says.
+        cosine: mean cosine between its features and the original's, on fresh images.
+    """
+
+    suspect: str
+    expected: Decision
+    verdict: Verdict
+    cosine: float
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether the decision is the right one."""
+        return self.verdict.decision == self.expected
+
+    def to_dict(self) -> dict[str, object]:
+        """The row as JSON types."""
+        return {
+            "suspect": self.suspect,
+            "expected": self.expected,
+            "decision": self.verdict.decision,
+            "detection_rate": self.verdict.detection_rate,
+            "mean_bit_errors": float(self.verdict.bit_errors.mean()),
+            "p_value": self.verdict.p_value,
+            "cosine": self.cosine,
+        }
+
+
+def run_demo(
+    out: Path,
+    *,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    progress: bool = False,
+) -> list[DemoRow]:
+    """Marks the demo model and verifies it, three that descend from it or not by three innocent models.
+
+    Leaves in `out` the files owner.key (one that is there is used again), marked, watermark, finetuned,
+    pruned and original.safetensors, and demo.png; all are put there at the end, or none.
+
+    Args:
+        out: the folder; made if its parent is there.
+        device: where to compute; by default the CPU.
+        precision: as in `embed`.
+        progress: show progress bars on standard error.
+
+    Raises:
+        ValueError: `out` cannot be a folder, or owner.key in it is no key file.
+        OSError: a file cannot be written.
+    """
+    if not out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {out.parent}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, wanted a folder")
+    place = resolve_device(device, torch.device("cpu"))
+    architecture = architecture_of("demo")
+    original = load_model("demo", device=place)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".activemark-demo-") as folder:
+        staging = Path(folder)
+        key_file = out / "owner.key"
+        key = Key.of(key_file) if key_file.exists() else Key.write_new(staging / key_file.name)
+        owners = embed(original, key, architecture=architecture, precision=precision, progress=progress)
+        strangers = embed(original, _STRANGER, precision=precision, progress=progress)
+        tuned = _finetuned(owners.model, progress)
+        suspects: list[tuple[str, Decision, nn.Module]] = [
+            ("marked", "match", owners.model),
+            ("marked, fine-tuned", "match", tuned),
+            (f"marked, {PRUNED_SHARE:.0%} pruned", "match", prune(owners.model, PRUNED_SHARE)),
+            ("marked by another owner", "no match", strangers.model),
+            ("original", "no match", original),
+            ("original, fine-tuned", "no match", _finetuned(original, progress)),
+        ]
+        fresh = _images(original, "demo/fresh", FRESH_IMAGES)
+        features = _features(original, fresh)
+        rows = [
+            DemoRow(
+                name,
+                expected,
+                verify(suspect, owners.watermark, key, precision=precision),
+                feature_cosine(_features(suspect, fresh), features),
+            )
+            for name, expected, suspect in suspects
+        ]
+        models = {"marked": owners.model, "finetuned": tuned, "pruned": suspects[2][2], "original": original}
+        for name, model in models.items():
+            save_model(model, staging / f"{name}.safetensors", architecture)
+        owners.watermark.save(staging / "watermark.safetensors")
+        measured = profile(Backbone(original), fresh[:PROFILED_IMAGES].to(place))
+        figure = verdicts_figure(
+            [(row.suspect, row.verdict) for row in rows], measured, owners.watermark.site
+        )
+        figure.savefig(staging / "demo.png", dpi=150)
+        out.mkdir(exist_ok=True)
+        for file in staging.iterdir():
+            shutil.move(file, out / file.name)
+    return rows
+
+
+def _images(model: nn.Module, purpose: str, count: int) -> Tensor:
+    """(count, 3, H, W) float32 on the CPU, input of `model`; by turns leaves and clouds."""
+    backbone = Backbone(model)
+    preprocess = Preprocess(backbone.image_size, backbone.mean, backbone.std)
+    return preprocess(synthetic_images(_PUBLIC.stream(purpose), count, backbone.image_size))
+
+
+def _finetuned(model: nn.Module, progress: bool) -> nn.Module:
+    """A copy of `model`, all its layers fine-tuned to tell leaves from clouds."""
+    images = _images(model, "demo/tuning", TUNING_IMAGES)
+    labels = torch.arange(len(images)) % 2
+    with Progress(progress) as bar:
+        bar.stage("fine-tuning a suspect", EPOCHS * (len(images) // BATCH_SIZE))
+        return finetune(
+            model, images, labels, seed=0, epochs=EPOCHS, batch_size=BATCH_SIZE, on_step=bar.advance
+        )
+
+
+@torch.no_grad()
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    """(n, F, D) float32 features of `images` (n, 3, H, W)."""
+    backbone = Backbone(model)
+    tokens = backbone.run(backbone.stem(images.to(backbone.device)), 0, backbone.depth)
+    return backbone.features(tokens)
