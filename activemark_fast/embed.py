@@ -104,7 +104,7 @@ def embed(
 
     Returns:
         The marked model, its watermark and what was measured. The same model, key, images and settings give
-        the same weights, bit for bit, on one machine's CPU.
+        the same weights, bit for bit, on one machine's CPU with as many threads.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the model has non-finite weights, is no plain
