@@ -76,10 +76,10 @@ def run_demo(
     precision: str = "auto",
     progress: bool = False,
 ) -> list[DemoRow]:
-    """Marks the demo model and verifies it, three that descend from it or not by three innocent models.
+    """Marks the demo model, verifies three models that descend from the marked one and three that do not.
 
     Leaves in `out` the files owner.key (one that is there is used again), marked, watermark, finetuned,
-    pruned and original.safetensors, and demo.png; all are put there at the end, or none.
+    pruned and original.safetensors, and demo.png; they are put there at the end, whole.
 
     Args:
         out: the folder; made if its parent is there.
@@ -105,10 +105,11 @@ def run_demo(
         owners = embed(original, key, architecture=architecture, precision=precision, progress=progress)
         strangers = embed(original, _STRANGER, precision=precision, progress=progress)
         tuned = _finetuned(owners.model, progress)
+        pruned = prune(owners.model, PRUNED_SHARE)
         suspects: list[tuple[str, Decision, nn.Module]] = [
             ("marked", "match", owners.model),
             ("marked, fine-tuned", "match", tuned),
-            (f"marked, {PRUNED_SHARE:.0%} pruned", "match", prune(owners.model, PRUNED_SHARE)),
+            (f"marked, {PRUNED_SHARE:.0%} pruned", "match", pruned),
             ("marked by another owner", "no match", strangers.model),
             ("original", "no match", original),
             ("original, fine-tuned", "no match", _finetuned(original, progress)),
@@ -124,7 +125,7 @@ def run_demo(
             )
             for name, expected, suspect in suspects
         ]
-        models = {"marked": owners.model, "finetuned": tuned, "pruned": suspects[2][2], "original": original}
+        models = {"marked": owners.model, "finetuned": tuned, "pruned": pruned, "original": original}
         for name, model in models.items():
             save_model(model, staging / f"{name}.safetensors", architecture)
         owners.watermark.save(staging / "watermark.safetensors")
