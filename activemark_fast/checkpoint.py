@@ -139,6 +139,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str
     Raises:
         TypeError: an argument has the wrong type.
         CheckpointError: `architecture` is malformed, or there is no such folder.
+        OSError: the file cannot be written, as on a full disk.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
@@ -159,7 +160,10 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str
     # Written beside its place and moved there, so that no reader ever sees half a file.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         written = Path(folder) / "model.safetensors"
-        safetensors.torch.save_file(tensors, written, metadata={"architecture": architecture})
+        try:
+            safetensors.torch.save_file(tensors, written, metadata={"architecture": architecture})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
         os.replace(written, path)
 
 
