@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from activemark_fast.attacks import finetune, prune
 
-torch.set_num_threads(1)
 DEPTH = 4
 
 

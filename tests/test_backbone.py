@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, NotAViTError
 
-torch.set_num_threads(1)
 WIDTH, DEPTH, HEADS, SIZE, PATCH = 32, 4, 2, 32, 8
 PATCHES = (SIZE // PATCH) ** 2
 TINY: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}

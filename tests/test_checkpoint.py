@@ -30,7 +30,6 @@ from activemark_fast.checkpoint import (
     save_model,
 )
 
-torch.set_num_threads(1)
 KWARGS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY = f"timm:VisionTransformer?{json.dumps({**KWARGS, 'num_classes': 4})}"
 SHARED = Path(__file__).parents[2] / "shared" / "vfm"

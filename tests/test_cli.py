@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -67,17 +67,6 @@ class Ready:
     def embed_args(self, folder: Path, *more: object) -> list[object]:
         outputs = ["--out", folder / "out.safetensors", "--watermark", folder / "wm.safetensors"]
         return ["embed", self.original, *outputs, "--key", self.key, *SETTINGS, *more]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from activemark_fast.embed import Embedding
 from activemark_fast.key import Key
 from activemark_fast.watermark import fingerprint
 
-torch.set_num_threads(1)
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
 WIDTH, DEPTH = 128, 6
 

@@ -9,7 +9,6 @@ from torch import nn
 from activemark_fast.backbone import Backbone
 from activemark_fast.profile import TOP, Profile, profile
 
-torch.set_num_threads(1)
 DEPTH, WIDTH, TOKENS = 5, 32, 17
 
 

@@ -24,7 +24,6 @@ from activemark_fast.verdict import Verdict
 from activemark_fast.verify import verify
 from activemark_fast.watermark import Watermark, WatermarkError
 
-torch.set_num_threads(1)
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
 WIDTH, DEPTH, COUNT = 128, 6, 32
 

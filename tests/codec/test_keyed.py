@@ -16,7 +16,6 @@ from activemark_fast.key import Key, KeyStream
 from activemark_fast.site import Site
 from activemark_fast.verdict import bit_scores, sign_flip_p_value
 
-torch.set_num_threads(1)
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
 SITE = Site(
     block=1,

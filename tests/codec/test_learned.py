@@ -10,7 +10,6 @@ from activemark_fast.codec import CODECS, LearnedCodec
 from activemark_fast.key import Key
 from activemark_fast.site import Site
 
-torch.set_num_threads(1)
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
 SITE = Site(1, (2, 4), 17, 1, 48, (0, 5), (3, 40))
 BITS = 12

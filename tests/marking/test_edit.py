@@ -28,7 +28,6 @@ from activemark_fast.profile import profile
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site, place_site
 
-torch.set_num_threads(1)
 KEY = Key(b"k" * 32)
 WIDTH, DEPTH, BITS = 96, 6, 16
 

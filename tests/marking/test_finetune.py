@@ -18,7 +18,6 @@ from activemark_fast.marking.suffix import feature_cosine, final_features, read_
 from activemark_fast.profile import profile
 from activemark_fast.site import place_site
 
-torch.set_num_threads(1)
 KEY = Key(b"k" * 32)
 DEPTH, BITS = 6, 8
 
