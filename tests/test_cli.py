@@ -182,7 +182,12 @@ def test_interrupt_in_the_middle_of_an_embed(ready: Ready, tmp_path: Path) -> No
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     running = subprocess.Popen(
-        [*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL
+        [*COMMAND, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        stdin=subprocess.DEVNULL,
+        # Whoever runs the tests in the background has them inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(stderr)
     shown = b""
