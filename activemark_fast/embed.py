@@ -177,6 +177,7 @@ def embed(
             RuntimeWarning,
             stacklevel=2,
         )
+    coder.original_rate.fill_(quality.original_detection_rate)
     marked.to(original.device)
     for ours, theirs in zip(marked.modules(), model.modules(), strict=True):
         ours.training = theirs.training

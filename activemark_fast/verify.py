@@ -27,6 +27,8 @@ from activemark_fast.watermark import Watermark, fingerprint
 
 LEARNED_MATCH_RATE = 0.5
 """Detection rate from which a learned mark counts as found."""
+LEARNED_ORIGINAL_RATE = 0.01
+"""Detection rate on the unmarked original above which a learned codec can make no match."""
 
 
 @torch.no_grad()
@@ -61,7 +63,8 @@ def verify(
     Returns:
         The verdict. Keyed codec: "match" if the exact p-value is at most `alpha`, "no match" if it is above
         0.001, "inconclusive" between, and where the mark has too few bits for `alpha`. Learned codec: "match"
-        if at least half of the images are detected; there is no p-value.
+        if at least half of the images are detected, "inconclusive" if the codec also reads the unmarked
+        original; there is no p-value.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -147,12 +150,14 @@ def verify(
     if not codec.exact:
         found = float((errors <= tau).mean()) >= LEARNED_MATCH_RATE
         share = "at least" if found else "less than"
-        return verdict(
-            "match" if found else "no match",
-            f"the learned codec reads the message from {share} half of the images",
-            errors,
-            identical=identical,
-        )
+        reason = f"the learned codec reads the message from {share} half of the images"
+        original_rate = float(codec.original_rate)
+        if found and original_rate > LEARNED_ORIGINAL_RATE:
+            reason += (
+                f", but also from the unmarked original (R = {original_rate:.3f}), so this proves nothing"
+            )
+            return verdict("inconclusive", reason, errors, identical=identical)
+        return verdict("match" if found else "no match", reason, errors, identical=identical)
     scores = [score for values in logits.values() for score in bit_scores(values, message)]
     p_value = sign_flip_p_value(scores)
     decision: Decision

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,19 @@ def test_suspects_with_new_last_blocks_and_heads(keyed: Embedding) -> None:
     longer = marked_copy(keyed, depth=8)
     longer.reset_classifier(11)
     assert check(longer, keyed).decision == "match"
+
+
+@pytest.mark.parametrize(("original_rate", "decision"), [(0.0, "match"), (0.34, "inconclusive")])
+def test_a_learned_codec_that_reads_the_original_makes_no_match(
+    learned: Embedding, original_rate: float, decision: str
+) -> None:
+    fields = {field.name: getattr(learned.watermark, field.name) for field in dataclass_fields(Watermark)}
+    del fields["mac"]
+    fields["state"] = fields["state"] | {"original_rate": torch.tensor(original_rate)}
+    watermark = Watermark.seal(Key.of(KEY), **fields)
+    verdict = verify(learned.model, watermark, KEY, images(), tau=31)  # every image counts as detected
+    assert verdict.decision == decision
+    assert ("proves nothing" in verdict.reason) == (decision == "inconclusive")
 
 
 def test_the_learned_codec_reads_at_its_only_tap(learned: Embedding) -> None:

@@ -40,6 +40,7 @@ class KeyedCodec:
         self.bits = bits
         self.taps = site.taps
         self.scale = scale
+        self.original_rate = torch.ones(())
         self.slots = torch.from_numpy(keyed_slots(key, site))
         rows = keyed_directions(key, site, bits)
         self.inject_directions = torch.from_numpy(rows[0]).float()  # U: (M, D)

@@ -22,7 +22,7 @@ class LearnedCodec(nn.Module):
     the key, among the patch tokens or channels without massive activations.
 
     The codec is fitted, so what it reads from a model is no proof by itself: a codec can be fitted to any
-    model.
+    model. So a codec that reads the unmarked original as well (`original_rate`) makes no match.
     """
 
     name = "learned"
@@ -47,6 +47,8 @@ class LearnedCodec(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(length, DECODER_WIDTH), nn.ReLU(), nn.Linear(DECODER_WIDTH, bits)
         )
+        self.original_rate: Tensor
+        self.register_buffer("original_rate", torch.ones(()))
 
     @classmethod
     def create(cls, key: Key, site: Site, bits: int, output: Tensor, axis: str) -> Self:
@@ -73,7 +75,7 @@ class LearnedCodec(nn.Module):
         return codec.requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
-        """The weights of encoder and decoder."""
+        """The weights of encoder and decoder, and `original_rate`."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
 
     def _channel(self, stream: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class Codec(Protocol):
         sharpness: what logits are multiplied with in a training loss, so that about 1 is hardly read and 10
             is read safely.
         taps: blocks `logits` can read at.
+        original_rate: () float32, the detection rate on the unmarked original, 1 until `embed` has measured
+            it; a codec that is not exact keeps it in its state.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Codec(Protocol):
     passes: int
     sharpness: float
     taps: tuple[int, ...]
+    original_rate: Tensor
 
     @classmethod
     def create(cls, key: Key, site: Site, bits: int, output: Tensor, axis: str) -> Self:

@@ -44,6 +44,8 @@ def test_everything_follows_from_the_key(axis: str) -> None:
     assert ours.index == again.index
     for name, tensor in ours.state().items():
         assert torch.equal(tensor, again.state()[name])
+        if name == "original_rate":
+            continue
         assert not torch.equal(tensor, theirs.state()[name])
     first = ours.encoder[0]
     assert isinstance(first, torch.nn.Linear)
