@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
+from tiny import vit
 from torch import Tensor, nn
 
 from activemark_fast import embed, load_model, verify
@@ -21,24 +21,6 @@ from activemark_fast.watermark import fingerprint
 
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
 WIDTH, DEPTH = 128, 6
-
-
-def vit(seed: int = 0, **kwargs: Any) -> Any:
-    torch.manual_seed(seed)
-    sizes: dict[str, Any] = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": WIDTH,
-        "depth": DEPTH,
-        "num_heads": 4,
-    }
-    model: Any = VisionTransformer(**(sizes | kwargs), num_classes=3)
-    # timm starts all layers much smaller than trained ones are: tokens would hardly react to an injection.
-    with torch.no_grad():
-        for block in model.blocks:
-            block.mlp.fc1.weight.normal_(std=0.15)
-            block.mlp.fc2.weight.normal_(std=0.05)
-    return model.eval()
 
 
 def images(count: int = 32) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
+from tiny import vit
 from torch import Tensor, nn
 
 from activemark_fast.attacks import prune
@@ -27,24 +27,6 @@ from activemark_fast.watermark import Watermark, WatermarkError
 
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
 WIDTH, DEPTH, COUNT = 128, 6, 32
-
-
-def vit(seed: int = 0, **kwargs: Any) -> Any:
-    torch.manual_seed(seed)
-    sizes: dict[str, Any] = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": WIDTH,
-        "depth": DEPTH,
-        "num_heads": 4,
-    }
-    model: Any = VisionTransformer(**(sizes | kwargs), num_classes=3)
-    # timm starts all layers much smaller than trained ones are: tokens would hardly react to an injection.
-    with torch.no_grad():
-        for block in model.blocks:
-            block.mlp.fc1.weight.normal_(std=0.15)
-            block.mlp.fc2.weight.normal_(std=0.05)
-    return model.eval()
 
 
 def images(count: int = COUNT, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import torchvision
-from timm.models.vision_transformer import VisionTransformer
+from tiny import vit
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
@@ -33,21 +33,7 @@ WIDTH, DEPTH, BITS = 96, 6, 16
 
 
 def timm_vit(**kwargs: Any) -> nn.Module:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": WIDTH,
-        "depth": DEPTH,
-        "num_heads": 4,
-    }
-    model: Any = VisionTransformer(**(sizes | kwargs), num_classes=0).eval()
-    # timm starts all layers much smaller than trained ones are: tokens would hardly react to an injection.
-    with torch.no_grad():
-        for block in model.blocks:
-            block.mlp.fc1.weight.normal_(std=0.15)
-            block.mlp.fc2.weight.normal_(std=0.05)
-    return model
+    return vit(**({"embed_dim": WIDTH, "num_classes": 0} | kwargs))
 
 
 def clip_tower(batch_first: bool = True) -> nn.Module:
