@@ -1,0 +1,75 @@
+"""The command line `activemark`: one file for each command.
+
+The heavy modules are imported by the commands that need them, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from contextlib import redirect_stdout
+
+from activemark_fast import __version__
+from activemark_fast.cli import demo, embed, key, verify
+from activemark_fast.cli.common import Outcome, one_line
+
+ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code; usage errors and --help raise SystemExit.
+
+    Codes: 0 done, match, or a demo as expected; 1 no match, or a demo not as expected; 2 error;
+    3 inconclusive; 130 interrupted.
+    """
+    args = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            # Whatever a library prints, standard output holds the result only.
+            with redirect_stdout(sys.stderr):
+                outcome: Outcome = args.run(args)
+        except KeyboardInterrupt:
+            print("activemark: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except (OSError, TypeError, ValueError) as error:
+            print(f"activemark: error: {one_line(error)}", file=sys.stderr)
+            return ERROR
+    if args.json:
+        text = json.dumps(outcome.record, allow_nan=False)
+    else:
+        text = outcome.text if args.quiet or not outcome.hints else f"{outcome.text}\n{outcome.hints}"
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader has seen enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return outcome.code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="activemark",
+        description="Mark a visual foundation model before release; tell later what descends from it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"activemark {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (key, embed, verify, demo):
+        command.add_to(commands)
+    return parser
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    print(f"activemark: warning: {one_line(message)}", file=sys.stderr)

@@ -1,0 +1,123 @@
+"""What the commands share: the outcome, common options, keys, checks of output paths."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import device
+
+    from activemark_fast.key import Key
+
+MODEL_HELP = (
+    "open_clip:NAME/TAG, timm:NAME, hf:NAME or torchvision:NAME, each with @PATH for weights in a file; "
+    "a safetensors file that names its architecture; or demo, the model that comes with the package"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command ends with."""
+
+    code: int
+    record: dict[str, object]  # with --json, JSON types
+    text: str  # without
+    hints: str = ""  # neither with --json nor with --quiet
+
+
+# argparse has no public name for what `add_subparsers` returns.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_command(
+    group: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], Outcome],
+    summary: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """A new command in `group`, with the options that all commands have."""
+    made = group.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False)
+    made.set_defaults(run=run)
+    made.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    made.add_argument("--quiet", action="store_true", help="only the result: no progress bar, no advice")
+    return made
+
+
+def add_key(command: argparse.ArgumentParser) -> None:
+    """The option --key."""
+    command.add_argument(
+        "--key", type=Path, metavar="FILE", help="the owner's key file; without, a passphrase is asked for"
+    )
+
+
+def add_images(command: argparse.ArgumentParser, what: str) -> None:
+    """The option --images; `what` ends its help."""
+    command.add_argument("--images", type=Path, metavar="DIR", help=f"folder of hold-out images: {what}")
+
+
+def add_compute(command: argparse.ArgumentParser) -> None:
+    """The options --device and --precision."""
+    command.add_argument("--device", metavar="NAME", help="for example cpu, cuda:1 (cuda if there is one)")
+    command.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the forward passes; auto: bf16 on CUDA, fp32 elsewhere",
+    )
+
+
+def read_key(path: Path | None, *, confirm: bool) -> Key:
+    """The key in the file, or else the key of a passphrase that is typed, twice with `confirm`."""
+    from activemark_fast.key import Key
+
+    if path is not None:
+        if not path.is_file():
+            # What was given is not shown: it may be a passphrase in the wrong place.
+            raise ValueError("--key: there is no such file; a passphrase is asked for without --key")
+        return Key.of(path)
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise ValueError("key: wanted --key FILE, for there is no terminal to ask for a passphrase at")
+    try:
+        passphrase = getpass.getpass("Passphrase: ")
+        if confirm and getpass.getpass("The same again: ") != passphrase:
+            raise ValueError("passphrase: the two are not the same")
+    except EOFError as error:
+        raise ValueError("passphrase: none was typed") from error
+    return Key.of(passphrase)
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Refuses, before any work, a `path` (the value of option `name`) whose folder cannot be written to."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: the folder {path.parent} cannot be written to")
+
+
+def chosen_device(name: str | None) -> device:
+    """The device called `name`; without one, CUDA where there is a device, else the CPU."""
+    import torch
+
+    from activemark_fast.runtime import resolve_device
+
+    return resolve_device(name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Whether progress bars have a terminal to be shown on."""
+    return not args.quiet and sys.stderr.isatty()
+
+
+def one_line(message: object) -> str:
+    """An error or a warning as one line of text."""
+    if isinstance(message, OSError) and message.filename is not None and message.strerror is not None:
+        message = f"{message.filename}: {message.strerror}"
+    return " ".join(str(message).split())
