@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.ops.magnitude import top_magnitudes
+from activemark_fast.ops.magnitude import magnitudes
 
 TOP = 5
 """How many of the largest magnitudes of an image are looked at (paper, section 3.2)."""
@@ -54,12 +54,10 @@ def profile(backbone: Backbone, pixels: Tensor) -> Profile:
     top, median, massive = [], [], []
     for block in range(backbone.depth):
         tokens = backbone.run(tokens, block, block + 1)
-        stream = tokens.float()
-        largest = top_magnitudes(stream, TOP)
-        middle = stream.abs().flatten(1).median(dim=1).values
-        top.append(largest.values.mean(dim=0).double().cpu().numpy())
-        median.append(float(middle.mean()))
-        huge = largest.index[largest.values >= MASSIVE_RATIO * middle[:, None]].cpu().numpy()
+        found = magnitudes(tokens, TOP)
+        top.append(found.values.mean(dim=0).double().cpu().numpy())
+        median.append(float(found.median.mean()))
+        huge = found.index[found.values >= MASSIVE_RATIO * found.median[:, None]].cpu().numpy()
         place, count = np.unique(huge, return_counts=True)
         recurring = place[2 * count >= len(pixels)]
         massive.append(tuple((int(i) // backbone.width, int(i) % backbone.width) for i in recurring))

@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from activemark_fast.ops.magnitude.op import TopMagnitudes, top_magnitudes
+from activemark_fast.ops.magnitude.op import Magnitudes, magnitudes
 
-__all__ = ["TopMagnitudes", "top_magnitudes"]
+__all__ = ["Magnitudes", "magnitudes"]

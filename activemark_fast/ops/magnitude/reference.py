@@ -6,15 +6,25 @@ import torch
 from torch import Tensor
 
 
-def top_magnitudes_reference(
+def magnitudes_reference(
     x: Tensor,  # (images, tokens, width)
     k: int,  # 1 ... tokens * width
-) -> tuple[Tensor, Tensor, Tensor]:  # (images, k) float32, (images, k) int64, (images,) int64
-    """Sort every |value| of an image and keep the first k; see `op.top_magnitudes`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sort every |value| of an image; see `op.magnitudes`."""
     magnitude = x.detach().to(torch.float32).flatten(1).abs()
     finite = magnitude.isfinite()
     # A stable sort keeps equal magnitudes in the order of their index; -1 sorts behind every magnitude.
-    values, index = magnitude.masked_fill(~finite, -1.0).sort(dim=1, descending=True, stable=True)
-    values, index = values[:, :k], index[:, :k]
+    ordered, order = magnitude.masked_fill(~finite, -1.0).sort(dim=1, descending=True, stable=True)
+    values, index = ordered[:, :k], order[:, :k]
     missing = values < 0
-    return values.masked_fill(missing, torch.nan), index.masked_fill(missing, -1), (~finite).sum(dim=1)
+    count = finite.sum(dim=1)
+    # Of c finite values in descending order, place c // 2 holds the ceil(c / 2)-th smallest.
+    median = ordered.gather(1, (count // 2)[:, None])[:, 0]
+    squares = magnitude.masked_fill(~finite, 0.0).double().square().sum(dim=1)
+    return (
+        values.masked_fill(missing, torch.nan),
+        index.masked_fill(missing, -1),
+        median.masked_fill(count == 0, torch.nan),
+        (squares / count).float(),
+        (~finite).sum(dim=1),
+    )
