@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 .DEFAULT_GOAL := help
 # Installing builds the extension too and touches both stamps, so $(INSTALLED) must be looked at first.
 .NOTPARALLEL:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint sanitize bench clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -29,8 +29,14 @@ test: $(INSTALLED) $(BUILT)  ## Run the tests (make test PYTEST_ARGS="tests/ops 
 lint: $(INSTALLED)  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/ops/cuda_on_cpu/*
 	$(BIN)/mypy activemark_fast
+
+sanitize: $(INSTALLED)  ## Run the tests of the C++ code, built with sanitizers.
+	ACTIVEMARK_SANITIZE=ON ACTIVEMARK_CUDA=off $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize
+	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(BIN)/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider \
+		-k "not cuda_kernel" $(CURDIR)/tests/ops/test_magnitude.py
 
 bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks.
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,10 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake with Ninja and puts the module where setuptools expects it."""
+    """Runs CMake with Ninja and puts the module where setuptools expects it.
+
+    CMakeLists.txt's own options, all named ACTIVEMARK_…, are taken from the environment.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build one extension; a failing compiler raises CalledProcessError."""
@@ -42,6 +46,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            *(f"-D{name}={value}" for name, value in os.environ.items() if name.startswith("ACTIVEMARK_")),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]

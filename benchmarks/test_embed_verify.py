@@ -8,8 +8,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import activemark_fast
 from activemark_fast.checkpoint import load_model
-from activemark_fast.ops.magnitude import top_magnitudes
-from activemark_fast.ops.magnitude.reference import top_magnitudes_reference
 
 KEY = b"benchmark: a key of no secrecy"
 
@@ -33,9 +31,3 @@ def test_verify(benchmark: BenchmarkFixture, embedding: activemark_fast.Embeddin
     arguments = (embedding.model, embedding.watermark, KEY)
     verdict = benchmark.pedantic(activemark_fast.verify, arguments, rounds=3, warmup_rounds=1)
     assert verdict.decision == "match"
-
-
-@pytest.mark.parametrize("implementation", [top_magnitudes, top_magnitudes_reference])
-def test_top_magnitudes(benchmark: BenchmarkFixture, implementation) -> None:
-    activation = torch.randn(16, 257, 1024, generator=torch.Generator().manual_seed(0))
-    benchmark(implementation, activation, 5)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import ctypes
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,98 +13,257 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from activemark_fast.ops.magnitude import TopMagnitudes, top_magnitudes
-from activemark_fast.ops.magnitude.native import load_native, top_magnitudes_native
-from activemark_fast.ops.magnitude.reference import top_magnitudes_reference
+from activemark_fast.ops.magnitude import Magnitudes, magnitudes
+from activemark_fast.ops.magnitude.native import load_native, magnitudes_cpu
+from activemark_fast.ops.magnitude.reference import magnitudes_reference
 
 INF, NAN = float("inf"), float("nan")
-OTHER_DTYPES = [torch.float64, torch.float16, torch.bfloat16]
+COMPILED_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BEST = int(load_native().best_instructions())
+INSTRUCTIONS = ["portable", "avx2", "avx512"][: BEST + 1]
+
+Implementation = Callable[[Tensor, int], Magnitudes]
 
 
 def random_activations(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same(got: TopMagnitudes, want: TopMagnitudes) -> None:
-    torch.testing.assert_close(got._asdict(), want._asdict(), rtol=0, atol=0, equal_nan=True)
+def reference(x: Tensor, k: int) -> Magnitudes:
+    return Magnitudes(*magnitudes_reference(x, k))
 
 
-def assert_native_is_reference(x: Tensor, k: int) -> None:
-    assert_same(TopMagnitudes(*top_magnitudes_native(x, k)), TopMagnitudes(*top_magnitudes_reference(x, k)))
+def assert_agrees(got: Magnitudes, want: Magnitudes, dtype: torch.dtype) -> None:
+    """As the contract says: what is a choice or a count agrees exactly, what is a sum up to rounding."""
+    for name in ("values", "index", "nonfinite"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got.mean_square, want.mean_square, rtol=1e-5, atol=1e-37, equal_nan=True)
+    tolerance = 0.0 if dtype == torch.bfloat16 else 0.0025
+    torch.testing.assert_close(got.median, want.median, rtol=tolerance, atol=0, equal_nan=True)
+
+
+def compiled(instructions: str) -> Implementation:
+    return lambda x, k: Magnitudes(*magnitudes_cpu(x, k, instructions))
+
+
+@pytest.fixture(scope="module")
+def cuda_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Implementation:
+    """The CUDA kernel, its threads run in turns by the CPU."""
+    compiler = shutil.which("c++")
+    assert compiler, "the tests need the C++ compiler that the package was built with"
+    sources = Path(__file__).with_name("cuda_on_cpu")
+    library = tmp_path_factory.mktemp("cuda_on_cpu") / "magnitude.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+    command = [compiler, *flags, "-I", sources, "-o", library, sources / "magnitude.cpp"]
+    subprocess.run(list(map(str, command)), check=True)
+    function = ctypes.CDLL(str(library)).magnitudes
+    function.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        *[ctypes.c_int64] * 4,
+        *[ctypes.c_void_p] * 5,
+    ]
+
+    def run(x: Tensor, k: int, processors: int = 1) -> Magnitudes:
+        images = len(x)
+        out = Magnitudes(
+            torch.empty(images, k),
+            torch.empty(images, k, dtype=torch.int64),
+            torch.empty(images),
+            torch.empty(images),
+            torch.empty(images, dtype=torch.int64),
+        )
+        status = function(
+            processors,
+            x.data_ptr(),
+            COMPILED_DTYPES.index(x.dtype),
+            images,
+            x.shape[1] * x.shape[2],
+            x.stride(0),
+            k,
+            *(tensor.data_ptr() for tensor in out),
+        )
+        assert status == 0
+        return out
+
+    return run
 
 
 @st.composite
 def activations_and_k(draw: st.DrawFn) -> tuple[Tensor, int]:
     images, tokens, width = draw(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 150)))
-    seed = draw(st.integers(0, 2**16))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     x = torch.randn(images, tokens, width, generator=generator)
+    x = x * draw(st.sampled_from([1.0, 1e-30, 1e-3, 1e4, 1e30]))
     if draw(st.booleans()):  # coarse values: many ties
         x = x.mul(2).round().div(2)
     for value in draw(st.lists(st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1e-45, 3.4e38]), max_size=4)):
-        share = draw(st.sampled_from([0.01, 0.3, 1.0]))
+        share = draw(st.sampled_from([0.01, 0.3, 0.5, 1.0]))
         x = x.masked_fill(torch.rand(x.shape, generator=generator) < share, value)
-    return x, draw(st.integers(1, tokens * width))
+    return x.to(draw(st.sampled_from(COMPILED_DTYPES))), draw(st.integers(1, tokens * width))
 
 
-@given(activations_and_k())
-def test_native_equals_reference(case: tuple[Tensor, int]) -> None:
-    assert_native_is_reference(*case)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@given(case=activations_and_k())
+def test_compiled_equals_reference(instructions: str, case: tuple[Tensor, int]) -> None:
+    x, k = case
+    assert_agrees(compiled(instructions)(x, k), reference(x, k), x.dtype)
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (5, 123, 123), (2, 1, 256), (2, 257, 64), (3, 7, 1000), (0, 4, 4)]
 )
-@pytest.mark.parametrize("k", [1, 5, None])
-def test_shapes(shape: tuple[int, int, int], k: int | None) -> None:
-    values_per_image = shape[1] * shape[2]
-    assert_native_is_reference(random_activations(*shape), min(k or values_per_image, values_per_image))
+def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, instructions: str) -> None:
+    x = random_activations(*shape).to(dtype)
+    for k in {1, min(5, shape[1] * shape[2]), shape[1] * shape[2]}:
+        assert_agrees(compiled(instructions)(x, k), reference(x, k), dtype)
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending", "constant"])
-def test_ordered_input(order: str) -> None:
-    ramp = torch.arange(1.0, 2049.0)
-    x = {"ascending": ramp, "descending": ramp.flip(0), "constant": torch.ones(2048)}[order].reshape(
-        1, 2, 1024
-    )
-    assert_native_is_reference(x, 7)
+# Where most keys are equal, or none is near the sampled ones, the median takes more than one grid to find.
+HARD = {
+    "ascending": lambda n: torch.arange(1.0, n + 1),
+    "descending": lambda n: torch.arange(1.0, n + 1).flip(0),
+    "constant": lambda n: torch.full((n,), 0.7),
+    "zeros": lambda n: torch.zeros(n),
+    "nearly all zeros": lambda n: (torch.arange(n) % 97 == 0) * 3.0,
+    "two far values": lambda n: torch.where(torch.arange(n) % 2 == 0, 1e-20, 1e4),
+    "a cluster in a desert": lambda n: torch.where(
+        torch.arange(n) < n // 2 + 9, 1e-8, 1 + torch.arange(n) / n
+    ),
+    "all scales": lambda n: torch.logspace(-30, 4, n),
+    "not finite but for one": lambda n: torch.where(torch.arange(n) == n // 3, 2.5, INF),
+    "nothing finite": lambda n: torch.full((n,), NAN),
+}
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_input(name: str, dtype: torch.dtype, instructions: str) -> None:
+    x = HARD[name](40 * 250).to(torch.float32).reshape(1, 40, 250).to(dtype)
+    assert_agrees(compiled(instructions)(x, 7), reference(x, 7), dtype)
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+def test_every_16_bit_value_has_its_key(dtype: torch.dtype) -> None:
+    everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    x = everything.view(torch.float16 if dtype == torch.float32 else dtype).to(dtype).reshape(1, 256, 256)
+    assert_agrees(magnitudes(x, 2**16), reference(x, 2**16), dtype)
+
+
+def test_threads_change_nothing() -> None:
+    x = random_activations(7, 257, 256)
+    one = magnitudes_cpu(x, 5)
+    try:
+        torch.set_num_threads(3)
+        several = magnitudes_cpu(x, 5)
+    finally:
+        torch.set_num_threads(1)
+    for a, b in zip(one, several, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "k", "processors"),
+    [
+        ((1, 1, 1), 1, 1),
+        ((3, 5, 7), 35, 1),
+        ((2, 63, 129), 5, 1),
+        ((2, 100, 333), 8, 2),
+        ((3, 40, 1024), 9, 8),
+        ((1, 257, 256), 32, 4),
+    ],
+)
+def test_cuda_kernel_equals_reference(
+    cuda_on_cpu: Implementation, shape: tuple[int, int, int], k: int, processors: int, dtype: torch.dtype
+) -> None:
+    k = min(k, 32)
+    x = random_activations(*shape).to(dtype)
+    assert_agrees(cuda_on_cpu(x, k, processors), reference(x, k), dtype)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("name", HARD)
+def test_cuda_kernel_on_hard_input(cuda_on_cpu: Implementation, name: str, dtype: torch.dtype) -> None:
+    x = HARD[name](80 * 251).to(torch.float32).reshape(1, 80, 251).to(dtype)
+    assert_agrees(cuda_on_cpu(x, 7), reference(x, 7), dtype)
+
+
+def test_cuda_kernel_reads_unaligned_images(cuda_on_cpu: Implementation) -> None:
+    x = random_activations(3, 41, 251).to(torch.bfloat16)[:, 1:]
+    assert x[1].data_ptr() % 16 != 0
+    assert_agrees(cuda_on_cpu(x, 5), reference(x, 5), x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 123, 123), (64, 257, 1024), (2, 577, 1664), (0, 4, 4)])
+def test_cuda_device_equals_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x = random_activations(*shape).to(dtype)
+    k = min(5, shape[1] * shape[2])
+    first = magnitudes(x.cuda(), k)
+    assert_agrees(Magnitudes(*(tensor.cpu() for tensor in first)), reference(x, k), dtype)
+    for again in (magnitudes(x.cuda(), k) for _ in range(5)):
+        for a, b in zip(first, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("name", HARD)
+def test_cuda_device_on_hard_input(name: str, dtype: torch.dtype) -> None:
+    x = HARD[name](80 * 251).to(torch.float32).reshape(1, 80, 251).to(dtype)
+    got = Magnitudes(*(tensor.cpu() for tensor in magnitudes(x.cuda(), 7)))
+    assert_agrees(got, reference(x, 7), dtype)
 
 
 def test_known_answer() -> None:
     x = torch.tensor([[[1.0, -7.0, NAN], [3.0, -INF, 7.0]], [[0.0, -0.5, 0.25], [0.5, 0.0, 0.0]]])
-    got = top_magnitudes(x, 3)
+    got = magnitudes(x, 3)
     assert got.values.tolist() == [[7.0, 7.0, 3.0], [0.5, 0.5, 0.25]]
     assert got.index.tolist() == [[1, 5, 3], [1, 3, 2]]
+    assert got.median.tolist() == pytest.approx([3.0, 0.0], rel=0.0025)
+    assert got.mean_square.tolist() == [27.0, 0.09375]
     assert got.nonfinite.tolist() == [2, 0]
-    assert (got.values.dtype, got.index.dtype, got.nonfinite.dtype) == (
+    assert [tensor.dtype for tensor in got] == [
         torch.float32,
         torch.int64,
+        torch.float32,
+        torch.float32,
         torch.int64,
-    )
+    ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [*COMPILED_DTYPES, torch.float64])
 def test_fewer_finite_values_than_k(dtype: torch.dtype) -> None:
-    got = top_magnitudes(torch.tensor([[[NAN, -2.0, INF, -INF]]], dtype=dtype), 3)
+    got = magnitudes(torch.tensor([[[NAN, -2.0, INF, -INF]]], dtype=dtype), 3)
     assert got.values[0, 0] == 2.0
     assert got.values[0, 1:].isnan().all()
     assert got.index.tolist() == [[1, -1, -1]]
+    assert got.median.tolist() == pytest.approx([2.0], rel=0.0025)
+    assert got.mean_square.tolist() == [4.0]
     assert got.nonfinite.tolist() == [3]
 
 
-def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+@pytest.fixture
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tensors that reach the compiled kernel."""
     calls: list[Tensor] = []
 
-    def spy(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def spy(x: Tensor, k: int) -> tuple[Tensor, ...]:
         calls.append(x)
-        return top_magnitudes_native(x, k)
+        return magnitudes_cpu(x, k)
 
-    monkeypatch.setattr("activemark_fast.ops.magnitude.op.top_magnitudes_native", spy)
+    monkeypatch.setattr("activemark_fast.ops.magnitude.op.magnitudes_cpu", spy)
     return calls
 
 
 @pytest.mark.parametrize(
-    ("layout", "native"),
+    ("layout", "as_it_is"),
     [
         ("every other image", True),
         ("expanded", True),
@@ -109,7 +272,7 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         ("transposed", False),
     ],
 )
-def test_layouts(layout: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts(layout: str, as_it_is: bool, compiled_calls: list[Tensor]) -> None:
     x = random_activations(6, 20, 30)
     x = {
         "every other image": x[1::2],
@@ -118,25 +281,21 @@ def test_layouts(layout: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> 
         "channels cut off": x[:, :, 1:],
         "transposed": x.transpose(1, 2),
     }[layout]
-    calls = native_calls(monkeypatch)
-    assert_same(top_magnitudes(x, 9), top_magnitudes(x.contiguous(), 9))
-    assert_same(top_magnitudes(x, 9), TopMagnitudes(*top_magnitudes_reference(x, 9)))
-    assert sum(call is x for call in calls) == (2 if native else 0)
+    assert_agrees(magnitudes(x, 9), reference(x, 9), x.dtype)
+    assert [call is x for call in compiled_calls] == ([True] if as_it_is else [])
 
 
-@pytest.mark.parametrize("dtype", OTHER_DTYPES)
-def test_other_dtypes_rank_as_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = random_activations(3, 11, 13).to(dtype)
-    calls = native_calls(monkeypatch)
-    got = top_magnitudes(x, 143)
-    assert not calls
-    assert_same(got, top_magnitudes(x.float(), 143))
+def test_float64_is_ranked_as_float32(compiled_calls: list[Tensor]) -> None:
+    x = random_activations(3, 11, 13).double()
+    got = magnitudes(x, 143)
+    assert not compiled_calls
+    assert_agrees(got, magnitudes(x.float(), 143), x.dtype)
 
 
 def test_result_carries_no_gradient() -> None:
     x = random_activations(1, 2, 3).requires_grad_()
-    assert not top_magnitudes(x, 2).values.requires_grad
-    assert not top_magnitudes(x.double(), 2).values.requires_grad
+    assert not magnitudes(x, 2).values.requires_grad
+    assert not magnitudes(x.double(), 2).mean_square.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -161,22 +320,40 @@ def test_result_carries_no_gradient() -> None:
 )
 def test_bad_arguments(x: object, k: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        top_magnitudes(x, k)  # type: ignore[arg-type]
+        magnitudes(x, k)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    "bad", [{"images": -1}, {"image_stride": -1}, {"k": 0}, {"k": 7}, {"values_per_image": 0}]
+    "bad",
+    [
+        {"images": -1},
+        {"image_stride": -1},
+        {"k": 0},
+        {"k": 7},
+        {"values_per_image": 0},
+        {"threads": 0},
+    ],
 )
 def test_binding_refuses_bad_sizes(bad: dict[str, int]) -> None:
-    sizes = {"images": 1, "values_per_image": 6, "image_stride": 6, "k": 2} | bad
+    native = load_native()
+    sizes = {"images": 1, "values_per_image": 6, "image_stride": 6, "k": 2, "threads": 1} | bad
+    addresses = dict.fromkeys(("x", "values", "index", "median", "mean_square", "nonfinite", "scratch"), 0)
     with pytest.raises(ValueError, match="values_per_image"):
-        load_native().top_magnitudes_f32(x=0, values=0, index=0, nonfinite=0, **sizes)
+        native.magnitudes_cpu(
+            dtype=native.Dtype.float32, instructions=native.Instructions.portable, **addresses, **sizes
+        )
+
+
+@pytest.mark.skipif(BEST == 2, reason="this processor has all instructions there are")
+def test_binding_refuses_missing_instructions() -> None:
+    with pytest.raises(RuntimeError, match="lacks the instructions"):
+        magnitudes_cpu(torch.ones(1, 2, 3), 1, "avx512")
 
 
 def test_missing_binary_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "activemark_fast._native", None)
     with pytest.raises(ImportError, match="pip install"):
-        top_magnitudes(torch.ones(1, 2, 3), 1)
+        magnitudes(torch.ones(1, 2, 3), 1)
 
 
 def test_import_leaves_the_binary_alone() -> None:

@@ -1,9 +1,10 @@
-"""Launcher of the compiled magnitude kernel (csrc/magnitude_cpu.cpp)."""
+"""Launcher of the compiled magnitude kernels (csrc/magnitude.hpp)."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +25,88 @@ def load_native() -> ModuleType:
         ) from error
 
 
-def top_magnitudes_native(
-    x: Tensor,  # (images, tokens, width) float32 on the CPU, every x[i] contiguous
+def takes(x: Tensor) -> bool:
+    """Whether the compiled kernels read `x` as it is: its dtype, and every x[i] contiguous."""
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x[:1].is_contiguous()
+
+
+def magnitudes_cpu(
+    x: Tensor,  # (images, tokens, width) that the kernels take, on the CPU
     k: int,  # 1 ... tokens * width
-) -> tuple[Tensor, Tensor, Tensor]:  # (images, k) float32, (images, k) int64, (images,) int64
-    """One pass over the values of each image; see `op.top_magnitudes`."""
-    images, tokens, width = x.shape
-    values = torch.empty(images, k, dtype=torch.float32)
-    index = torch.empty(images, k, dtype=torch.int64)
-    nonfinite = torch.empty(images, dtype=torch.int64)
-    load_native().top_magnitudes_f32(
-        x=x.data_ptr(),
-        images=images,
-        values_per_image=tokens * width,
-        image_stride=x.stride(0),
+    instructions: str | None = None,  # "portable", "avx2" or "avx512"; by default this processor's best
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One pass over the values of each image; see `op.magnitudes`."""
+    native = load_native()
+    threads = torch.get_num_threads()
+    size = native.scratch_size(values_per_image=x.shape[1] * x.shape[2], threads=threads)
+    scratch = torch.empty(size, dtype=torch.int8)
+    outputs = _outputs(x, k)
+    native.magnitudes_cpu(
+        **_activations(x, native),
+        **_addresses(outputs),
         k=k,
-        values=values.data_ptr(),
-        index=index.data_ptr(),
-        nonfinite=nonfinite.data_ptr(),
+        scratch=scratch.data_ptr(),
+        threads=threads,
+        instructions=getattr(native.Instructions, instructions)
+        if instructions
+        else native.best_instructions(),
     )
-    return values, index, nonfinite
+    return outputs
+
+
+def has_cuda() -> bool:
+    """Whether the compiled module was built with CUDA."""
+    return bool(load_native().cuda)
+
+
+def most_top_cuda() -> int:
+    """The largest k of `magnitudes_cuda`."""
+    return int(load_native().MOST_TOP_CUDA)
+
+
+def magnitudes_cuda(
+    x: Tensor,  # (images, tokens, width) that the kernels take, on a CUDA device
+    k: int,  # 1 ... most_top_cuda()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same in one kernel on the current stream, which the host does not wait for."""
+    native = load_native()
+    with torch.cuda.device(x.device):
+        size = native.scratch_size_cuda(images=len(x), values_per_image=x.shape[1] * x.shape[2])
+        if size < 0:
+            raise RuntimeError(f"CUDA does not tell the properties of {x.device}")
+        scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+        outputs = _outputs(x, k)
+        native.magnitudes_cuda(
+            **_activations(x, native),
+            **_addresses(outputs),
+            k=k,
+            scratch=scratch.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return outputs
+
+
+def _outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    images, device = len(x), x.device
+    return (
+        torch.empty(images, k, dtype=torch.float32, device=device),
+        torch.empty(images, k, dtype=torch.int64, device=device),
+        torch.empty(images, dtype=torch.float32, device=device),
+        torch.empty(images, dtype=torch.float32, device=device),
+        torch.empty(images, dtype=torch.int64, device=device),
+    )
+
+
+def _activations(x: Tensor, native: ModuleType) -> dict[str, Any]:
+    return {
+        "x": x.data_ptr(),
+        "dtype": getattr(native.Dtype, str(x.dtype).removeprefix("torch.")),
+        "images": x.shape[0],
+        "values_per_image": x.shape[1] * x.shape[2],
+        "image_stride": x.stride(0),
+    }
+
+
+def _addresses(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> dict[str, int]:
+    names = ("values", "index", "median", "mean_square", "nonfinite")
+    return {name: tensor.data_ptr() for name, tensor in zip(names, outputs, strict=True)}

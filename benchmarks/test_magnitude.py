@@ -1,0 +1,112 @@
+"""The magnitude kernel against the memory it reads and against PyTorch: `make bench`.
+
+The activation is one of ViT-L/14: 8 images of 257 tokens of width 1024. It is read from memory (a different
+one each round, together larger than any cache) and, as in a profile, where the block before has just left it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from activemark_fast.ops.magnitude import magnitudes
+from activemark_fast.ops.magnitude.reference import magnitudes_reference
+
+SHAPE = (8, 257, 1024)
+K = 5
+MEMORY = 256 << 20
+"""Bytes: more than the caches hold."""
+ROUNDS = 30
+
+
+def topk_and_median(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What one would write in PyTorch."""
+    magnitude = x.float().flatten(1).abs()
+    return magnitude.topk(k).values, magnitude.median(dim=1).values
+
+
+def fastest(run: Callable[[], object], rounds: int) -> float:
+    """Seconds of the fastest of some runs."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(rounds))
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that the C library reads memory with, looking for a byte that is not there."""
+    memory = torch.zeros(MEMORY, dtype=torch.uint8)
+    memchr = ctypes.CDLL(None).memchr
+    memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    part = MEMORY // threads
+    with ThreadPoolExecutor(threads) as pool:
+
+        def read() -> None:
+            list(pool.map(lambda i: memchr(memory.data_ptr() + i * part, 1, part), range(threads)))
+
+        return MEMORY / fastest(read, 10)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["memory", "cache"])
+def test_magnitudes(benchmark: BenchmarkFixture, dtype: torch.dtype, threads: int, where: str) -> None:
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    size = x.numel() * x.element_size()
+    copies = itertools.cycle([x] if where == "cache" else [x.clone() for _ in range(MEMORY // size)])
+    torch.testing.assert_close(magnitudes(x, K).values, magnitudes_reference(x, K)[0], rtol=0, atol=0)
+
+    reading = [read_bandwidth(threads)]
+    benchmark.pedantic(lambda: magnitudes(next(copies), K), rounds=ROUNDS, warmup_rounds=3)
+    reading.append(read_bandwidth(threads))
+    speed = size / benchmark.stats["min"]
+    benchmark.extra_info["GB/s"] = round(speed / 1e9, 1)
+    benchmark.extra_info["over read bandwidth"] = round(speed / max(reading), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [magnitudes_reference, topk_and_median], ids=["sort", "topk_and_median"])
+def test_magnitudes_against(benchmark: BenchmarkFixture, other: Callable, dtype: torch.dtype) -> None:
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    benchmark.pedantic(magnitudes, (x, K), rounds=ROUNDS, warmup_rounds=3)
+    seconds = fastest(lambda: other(x, K), 3)
+    benchmark.extra_info["times faster"] = round(seconds / benchmark.stats["min"], 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_magnitudes_on_a_gpu(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
+    x = torch.randn(64, 257, 1024, device="cuda").to(dtype)
+    target = torch.empty_like(x)
+
+    def timed(run: Callable[[], object]) -> Callable[[], None]:
+        def synchronised() -> None:
+            for _ in range(20):
+                run()
+            torch.cuda.synchronize()
+
+        return synchronised
+
+    benchmark.pedantic(timed(lambda: magnitudes(x, K)), rounds=ROUNDS, warmup_rounds=3)
+    copy = fastest(timed(lambda: target.copy_(x)), ROUNDS)
+    # A copy reads and writes each byte.
+    benchmark.extra_info["over copy bandwidth"] = round(copy / 2 / benchmark.stats["min"], 2)

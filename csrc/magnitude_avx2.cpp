@@ -1,0 +1,155 @@
+// Compiled with -mavx2 -mfma -mf16c; called only where the processor has them.
+#include <immintrin.h>
+
+#include "magnitude_scan.hpp"
+
+namespace activemark {
+namespace {
+
+__m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+
+float sum(__m256 lanes) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+std::int32_t sum(__m256i lanes) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm_cvtsi128_si32(half);
+}
+
+std::int32_t largest_of(__m256i lanes) {
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm_cvtsi128_si32(half);
+}
+
+// What one register holds: 8 values of 32 bits, or 16 of 16 bits.
+struct Wide {
+    static constexpr int kLanes = 8;
+    static __m256i all(std::int32_t value) { return _mm256_set1_epi32(value); }
+    static __m256i larger(__m256i a, __m256i b) { return _mm256_max_epi32(a, b); }
+    static std::int32_t largest(__m256i lanes) { return largest_of(lanes); }
+    static __m256i cells(__m256i key, __m256i origin, __m128i shift) {
+        return _mm256_sra_epi32(_mm256_sub_epi32(key, origin), shift);
+    }
+    static __m256i pack(const __m256i (&cells)[4]) {
+        return _mm256_packs_epi16(_mm256_packs_epi32(cells[0], cells[1]),
+                                  _mm256_packs_epi32(cells[2], cells[3]));
+    }
+};
+
+struct Narrow {
+    static constexpr int kLanes = 16;
+    static __m256i all(std::int32_t value) { return _mm256_set1_epi16(static_cast<short>(value)); }
+    static __m256i larger(__m256i a, __m256i b) { return _mm256_max_epi16(a, b); }
+    static std::int32_t largest(__m256i lanes) {
+        const __m256i even = _mm256_and_si256(lanes, _mm256_set1_epi32(0xffff));
+        return largest_of(_mm256_max_epi32(even, _mm256_srli_epi32(lanes, 16)));
+    }
+    static __m256i cells(__m256i key, __m256i origin, __m128i shift) {
+        return _mm256_sra_epi16(_mm256_sub_epi16(key, origin), shift);
+    }
+    static __m256i pack(const __m256i (&cells)[2]) { return _mm256_packs_epi16(cells[0], cells[1]); }
+};
+
+// The values of one register, squared and added to two sums.
+struct Squares {
+    __m256 first = _mm256_setzero_ps(), second = _mm256_setzero_ps();
+
+    void add(__m256i bits, Float32) {
+        const __m256 value = _mm256_castsi256_ps(bits);
+        first = _mm256_fmadd_ps(value, value, first);
+    }
+    void add(__m256i bits, Float16) {
+        add(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)),
+            _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1)));
+    }
+    void add(__m256i bits, BFloat16) {
+        add(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(~0xffff))));
+    }
+    void add(__m256 a, __m256 b) {
+        first = _mm256_fmadd_ps(a, a, first);
+        second = _mm256_fmadd_ps(b, b, second);
+    }
+};
+
+// How many cells come before each step. A byte counts to 255; a block has 8 registers of cells.
+class Below {
+ public:
+    explicit Below(Steps steps) {
+        for (int i = 0; i < kSteps; ++i) steps_[i] = _mm256_set1_epi8(steps.cells[i]);
+    }
+    void add(__m256i cells) {
+        for (int i = 0; i < kSteps; ++i)
+            counts_[i] = _mm256_sub_epi8(counts_[i], _mm256_cmpgt_epi8(steps_[i], cells));
+    }
+    void store(std::int32_t* below) const {
+        for (int i = 0; i < kSteps; ++i) below[i] = sum(_mm256_sad_epu8(counts_[i], _mm256_setzero_si256()));
+    }
+
+ private:
+    static_assert(kBlocks * kBlock / 32 <= 255, "a byte cannot count so far");
+    __m256i steps_[kSteps];
+    __m256i counts_[kSteps] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+};
+
+template <typename Format, typename Lanes>
+void measure(const typename Format::Bits* x, int blocks, Grid grid, Steps steps, std::int8_t* cells,
+             Scan& scan) {
+    constexpr int kRegisters = 32 / Lanes::kLanes;
+    const __m256i mask = Lanes::all(Format::kMask), origin = Lanes::all(grid.origin);
+    const __m128i shift = _mm_cvtsi32_si128(grid.shift);
+    Below below(steps);
+    for (int block = 0; block < blocks; ++block) {
+        __m256i largest = _mm256_setzero_si256();
+        Squares squares;
+        for (int i = 0; i < kBlock; i += 32, cells += 32) {
+            __m256i wide[kRegisters];
+            for (int part = 0; part < kRegisters; ++part, x += Lanes::kLanes) {
+                if (part % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(x) + kPrefetch, _MM_HINT_T0);
+                const __m256i bits = load(x);
+                const __m256i key = _mm256_and_si256(bits, mask);
+                largest = Lanes::larger(largest, key);
+                squares.add(bits, Format());
+                wide[part] = Lanes::cells(key, origin, shift);
+            }
+            const __m256i packed = Lanes::pack(wide);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells), packed);
+            below.add(packed);
+        }
+        scan.largest[block] = Lanes::largest(largest);
+        scan.squares[block] = sum(_mm256_add_ps(squares.first, squares.second));
+    }
+    below.store(scan.below);
+}
+
+void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan) {
+    Below below(steps);
+    for (int i = 0; i < blocks * kBlock; i += 32) below.add(load(cells + i));
+    below.store(scan.below);
+}
+
+}  // namespace
+
+template <>
+Scanner<Float32> scanner_avx2<Float32>() {
+    return {measure<Float32, Wide>, count};
+}
+
+template <>
+Scanner<Float16> scanner_avx2<Float16>() {
+    return {measure<Float16, Narrow>, count};
+}
+
+template <>
+Scanner<BFloat16> scanner_avx2<BFloat16>() {
+    return {measure<BFloat16, Narrow>, count};
+}
+
+}  // namespace activemark

@@ -1,0 +1,54 @@
+// The inner loops of the CPU kernel, one version for each set of instructions. The files that are compiled
+// for newer processors hold nothing but these loops: a standard function compiled there could be the copy
+// that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+
+#include "magnitude_keys.hpp"
+
+namespace activemark {
+
+constexpr int kBlock = 256;  // values whose largest key and sum of squares are told apart
+constexpr int kBlocks = 8;   // most blocks of one call
+constexpr int kSteps = 3;
+
+// How many bytes ahead memory is asked for; left to itself it stops at the end of each page.
+constexpr int kPrefetch = 4096;
+
+// What is near the median, in cells of 2^shift keys: a key's cell is (key - origin) >> shift, and what does
+// not fit into a byte goes to the first or the last cell. Bytes can be counted again at little cost.
+struct Grid {
+    std::int32_t origin;
+    int shift;
+};
+constexpr int kFirstCell = -128;
+constexpr int kLastCell = 127;
+
+struct Steps {
+    std::int8_t cells[kSteps];
+};
+
+struct Scan {
+    std::int32_t below[kSteps];     // how many values are in cells before each step
+    std::int32_t largest[kBlocks];  // of each block: its largest key
+    float squares[kBlocks];         // and sum of squares, of no use where the largest key is kBig or more
+};
+
+// Both work on `blocks` (1 ... kBlocks) blocks of kBlock values each.
+template <typename Format>
+struct Scanner {
+    // Reads x and writes its cells, in any order.
+    void (*measure)(const typename Format::Bits* x, int blocks, Grid grid, Steps steps, std::int8_t* cells,
+                    Scan& scan);
+    // Reads cells; fills in `below` only.
+    void (*count)(const std::int8_t* cells, int blocks, Steps steps, Scan& scan);
+};
+
+// One for Float32, Float16 and BFloat16, where the processor is an x86.
+template <typename Format>
+Scanner<Format> scanner_avx2();
+template <typename Format>
+Scanner<Format> scanner_avx512();
+
+}  // namespace activemark

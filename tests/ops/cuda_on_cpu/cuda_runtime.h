@@ -1,0 +1,117 @@
+// As much of CUDA's runtime as csrc/*.cu need, on the CPU: thread blocks run one after the other, the threads
+// of a block in turns, from one __syncthreads to the next. It shows that a kernel computes the right thing,
+// not that it is fast or free of races.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __CUDACC__
+#define __global__ static
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+
+inline dim3 blockIdx, threadIdx;
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+using cudaStream_t = void*;
+
+// How many parts an image is cut into depends on it, so tests set it.
+inline int processors_of_the_device = 1;
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    return *value = processors_of_the_device, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* at, int value, std::size_t bytes, cudaStream_t) {
+    return std::memset(at, value, bytes), cudaSuccess;
+}
+
+// The threads of the block that runs.
+class Turns {
+ public:
+    void run(unsigned threads, std::function<void()> body) {
+        constexpr std::size_t kStack = 1 << 16;
+        body_ = body;
+        stacks_.resize(threads * kStack);
+        threads_.assign(threads, {});
+        for (unsigned i = 0; i < threads; ++i) {
+            ucontext_t& context = threads_[i].context;
+            getcontext(&context);
+            context.uc_stack.ss_sp = &stacks_[i * kStack];
+            context.uc_stack.ss_size = kStack;
+            context.uc_link = &scheduler_;
+            makecontext(&context, start, 0);
+        }
+        for (unsigned left = threads; left > 0;)
+            for (unsigned i = 0; i < threads; ++i) {
+                if (threads_[i].ended) continue;
+                threadIdx = dim3(i);
+                running_ = &threads_[i];
+                swapcontext(&scheduler_, &running_->context);
+                if (running_->ended) --left;
+            }
+    }
+    void end_turn() { swapcontext(&running_->context, &scheduler_); }
+
+ private:
+    struct Thread {
+        ucontext_t context;
+        bool ended;
+    };
+    static void start();
+
+    std::function<void()> body_;
+    std::vector<char> stacks_;
+    std::vector<Thread> threads_;
+    Thread* running_ = nullptr;
+    ucontext_t scheduler_;
+};
+
+inline Turns turns;
+
+inline void Turns::start() {
+    turns.body_();
+    turns.running_->ended = true;
+}
+
+inline void __syncthreads() { turns.end_turn(); }
+inline void __threadfence() {}
+
+template <typename T>
+T atomicAdd(T* at, T value) {
+    const T before = *at;
+    *at += value;
+    return before;
+}
+inline int atomicMax(int* at, int value) {
+    const int before = *at;
+    if (value > before) *at = value;
+    return before;
+}
+
+template <typename Argument>
+cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 blocks, dim3 threads, void** arguments,
+                             std::size_t, cudaStream_t) {
+    for (unsigned block = 0; block < blocks.x; ++block) {
+        blockIdx = dim3(block);
+        turns.run(threads.x, [=] { kernel(*static_cast<Argument*>(arguments[0])); });
+    }
+    return cudaSuccess;
+}
