@@ -149,10 +149,12 @@ def embed(
         history: list[dict[str, float | str]] = []
         if method == "edit" and isinstance(coder, KeyedCodec):
             texts = messages("edit", MESSAGES_PER_IMAGE, len(fitted))
-            history += search_edit(
+            quality, history = search_edit(
                 backbone, coder, site, fitted.output, texts, check, fidelity, autocast, bar
             )
-        quality, steps = check(), 0
+        else:
+            quality = check()
+        steps = 0
         if not quality.reaches(fidelity):
             stage = "polish" if method == "edit" else "fine-tuning"
             reference = Backbone(copy.deepcopy(model).eval().to(place))

@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(kThreads) measure(Job job) {
 
 template <typename Format>
 cudaError_t launch(Job& job, cudaStream_t stream) {
-    constexpr int kFew = 8;
+    constexpr int kFew = 16;
     void* arguments[] = {&job};
     const dim3 blocks(static_cast<unsigned>(job.in.images * job.parts_per_image)), threads(kThreads);
     return job.k <= kFew

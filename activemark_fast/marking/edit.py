@@ -52,7 +52,7 @@ def search_edit(
     fidelity: float,
     autocast: Autocast,
     bar: Progress,
-) -> list[dict[str, float | str]]:
+) -> tuple[Quality, list[dict[str, float | str]]]:
     """Edits `backbone` in place with the dials that give the largest margin at the fidelity asked for.
 
     What an edit costs, 1 - cosine, grows with about the square of its gain. So for each of a few protections
@@ -72,7 +72,7 @@ def search_edit(
         bar: shows the edits.
 
     Returns:
-        The dials and the quality of every edit tried; the last one is in the model.
+        The quality of the edit that is in the model, and the dials and the quality of every edit tried.
     """
     linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
     originals = [linear.weight.clone() for linear in linears]
@@ -107,7 +107,7 @@ def search_edit(
             break
         lower = affordable(strength, quality)
         strength = replace(lower, gain=0.97 * lower.gain)
-    return history
+    return quality, history
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def test_search_keeps_the_fidelity_and_its_history(fidelity: float) -> None:
     marked = case(timm_vit())
     check = marked.check()
     with Progress(shown=False) as bar:
-        history = search_edit(
+        quality, history = search_edit(
             marked.backbone,
             marked.codec,
             marked.site,
@@ -236,7 +236,7 @@ def test_search_keeps_the_fidelity_and_its_history(fidelity: float) -> None:
             nullcontext,
             bar,
         )
-    quality = check()
+    assert quality == check()
     last = history[-1]
     assert last["stage"] == "edit"
     assert last["fidelity"] == quality.fidelity
