@@ -45,7 +45,10 @@ def test_magnitudes_are_those_of_every_block_of_a_plain_run() -> None:
         magnitudes = stream.abs().flatten(1)
         largest = magnitudes.sort(dim=1, descending=True).values[:, :TOP].mean(dim=0)
         np.testing.assert_allclose(measured.top[block], largest.numpy(), rtol=1e-5)
-        np.testing.assert_allclose(measured.median[block], magnitudes.median(dim=1).values.mean(), rtol=1e-5)
+        # The compiled kernel bins float32 magnitudes: its median is within 0.25 % of the true one.
+        np.testing.assert_allclose(
+            measured.median[block], magnitudes.median(dim=1).values.mean(), rtol=0.0025
+        )
     assert measured.massive == ((),) * DEPTH
     assert measured.first_sharp_rise() is None
 
