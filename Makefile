@@ -24,7 +24,7 @@ demo: $(INSTALLED) $(BUILT)  ## Mark a small model and verify suspects.
 	$(BIN)/activemark demo
 
 test: $(INSTALLED) $(BUILT)  ## Run the tests (make test PYTEST_ARGS="tests/ops -x").
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## Check style and types.
 	$(BIN)/ruff check .
