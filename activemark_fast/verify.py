@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_finite_tensor
 from activemark_fast.key import Key
@@ -31,7 +31,6 @@ LEARNED_ORIGINAL_RATE = 0.01
 """Detection rate on the unmarked original above which a learned codec can make no match."""
 
 
-@torch.no_grad()
 def verify(
     suspect: nn.Module,
     watermark: Watermark,
@@ -73,31 +72,143 @@ def verify(
     """
     if not isinstance(suspect, nn.Module):
         raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
-    if not isinstance(watermark, Watermark):
-        raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
-    if not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha: wanted a number, got {type(alpha).__name__}")
-    if not 0 < alpha <= NO_MATCH_ABOVE:
-        raise ValueError(f"alpha: wanted above 0 and at most {NO_MATCH_ABOVE}, got {alpha}")
-    if tau is not None and (not isinstance(tau, int) or isinstance(tau, bool)):
-        raise TypeError(f"tau: wanted int, got {type(tau).__name__}")
     tensors = list(suspect.parameters())
     place = resolve_device(device, tensors[0].device if tensors else torch.device("cpu"))
-    autocast = resolve_autocast(precision, place)
-    secret = Key.of(key)
-    watermark.check(secret)  # before anything in it is relied on
-    tau = default_tau(watermark.bits) if tau is None else tau
-    if not 0 <= tau < watermark.bits:
-        raise ValueError(f"tau: wanted 0 to {watermark.bits - 1}, got {tau}")
-    if images is None and watermark.image_source != "key":
-        raise ImageMismatchError(
-            f"images: wanted the {len(watermark.digests)} images of the embedding "
-            f"({watermark.image_source}), got none"
-        )
-    holdout = holdout_images(images, secret, watermark.preprocess, len(watermark.digests))
-    check_digests(holdout, watermark.digests)
+    verifier = Verifier(watermark, key, images, alpha=alpha, tau=tau, device=place, precision=precision)
+    return verifier.judge(suspect)
 
-    def verdict(
+
+class Verifier:
+    """Judges suspects under one watermark and key.
+
+    All that does not depend on the suspect is checked and prepared once, when the object is made: the key,
+    the hold-out images, their messages and the codec.
+
+    Args: as `verify` takes them, but `device` is the CPU by default.
+
+    Raises:
+        TypeError, ValueError, WatermarkError, ImageMismatchError: as `verify` does.
+    """
+
+    def __init__(
+        self,
+        watermark: Watermark,
+        key: Key | bytes | str | os.PathLike[str],
+        images: object = None,
+        *,
+        alpha: float = 1e-6,
+        tau: int | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "auto",
+    ) -> None:
+        if not isinstance(watermark, Watermark):
+            raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
+        if not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha: wanted a number, got {type(alpha).__name__}")
+        if not 0 < alpha <= NO_MATCH_ABOVE:
+            raise ValueError(f"alpha: wanted above 0 and at most {NO_MATCH_ABOVE}, got {alpha}")
+        if tau is not None and (not isinstance(tau, int) or isinstance(tau, bool)):
+            raise TypeError(f"tau: wanted int, got {type(tau).__name__}")
+        self.device = resolve_device(device, torch.device("cpu"))
+        self._autocast = resolve_autocast(precision, self.device)
+        secret = Key.of(key)
+        watermark.check(secret)  # before anything in it is relied on
+        self.watermark = watermark
+        self.alpha = alpha
+        self.tau = default_tau(watermark.bits) if tau is None else tau
+        if not 0 <= self.tau < watermark.bits:
+            raise ValueError(f"tau: wanted 0 to {watermark.bits - 1}, got {tau}")
+        if images is None and watermark.image_source != "key":
+            raise ImageMismatchError(
+                f"images: wanted the {len(watermark.digests)} images of the embedding "
+                f"({watermark.image_source}), got none"
+            )
+        holdout = holdout_images(images, secret, watermark.preprocess, len(watermark.digests))
+        check_digests(holdout, watermark.digests)
+        self._pixels = holdout.pixels.to(self.device)
+        self._codec = watermark.restore_codec(secret).to(self.device)
+        self._taps = self._codec.taps
+        drawn = secret.stream("messages/verify").bits((len(holdout.digests), watermark.bits))
+        self._message = torch.from_numpy(drawn).to(self.device)
+
+    @torch.no_grad()
+    def judge(self, suspect: nn.Module) -> Verdict:
+        """The verdict on one suspect; see `verify`.
+
+        Raises:
+            TypeError: `suspect` is not a module.
+        """
+        if not isinstance(suspect, nn.Module):
+            raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
+        if any(tensor.device != self.device for tensor in suspect.parameters()):
+            suspect = copy.deepcopy(suspect).to(self.device)
+        try:
+            backbone = Backbone(suspect)
+        except NotAViTError as error:
+            return self._unreadable(suspect, f"the suspect cannot be read: {error}")
+        misfit = _misfit(backbone, self.watermark)
+        if misfit is not None:
+            return self._verdict("inconclusive", misfit)
+        readable = tuple(tap for tap in self._taps if tap < backbone.depth)
+        if not readable:
+            return self._verdict(
+                "inconclusive",
+                f"the suspect has {backbone.depth} blocks, the mark is first read after {self._taps[0] + 1}",
+            )
+        logits = self._read(backbone, readable)
+        if not all(bool(torch.isfinite(values).all()) for values in logits.values()):
+            return self._unreadable(suspect, "the suspect puts out NaN or infinite activations")
+        identical = fingerprint(suspect) == self.watermark.fingerprint
+        return self._decide(logits, identical)
+
+    def _read(self, backbone: Backbone, taps: tuple[int, ...]) -> dict[int, Tensor]:
+        """The logits (images, M) at each of `taps`."""
+        block = self.watermark.site.block
+        self._codec.taps = taps
+        with evaluating(backbone.model):
+            activations = site_activations(backbone, self._pixels, block, self._autocast)
+            return read_logits(backbone, self._codec, activations, self._message, block, self._autocast)
+
+    def _decide(self, logits: dict[int, Tensor], identical: bool) -> Verdict:
+        """What the logits at each tap, ascending, say; all are finite."""
+        codec, message = self._codec, self._message
+        errors = bit_errors(list(logits.values())[-1], message).cpu().numpy()
+        if not codec.exact:
+            found = float((errors <= self.tau).mean()) >= LEARNED_MATCH_RATE
+            share = "at least" if found else "less than"
+            reason = f"the learned codec reads the message from {share} half of the images"
+            original_rate = float(codec.original_rate)
+            if found and original_rate > LEARNED_ORIGINAL_RATE:
+                reason += (
+                    f", but also from the unmarked original (R = {original_rate:.3f}), so this proves nothing"
+                )
+                return self._verdict("inconclusive", reason, errors, identical=identical)
+            return self._verdict("match" if found else "no match", reason, errors, identical=identical)
+        scores = [score for values in logits.values() for score in bit_scores(values, message)]
+        p_value = sign_flip_p_value(scores)
+        decision: Decision
+        if p_value <= self.alpha:
+            decision, reason = "match", "the suspect carries the mark"
+        elif 2.0 ** -len(scores) > self.alpha:
+            decision = "inconclusive"
+            reason = (
+                f"{len(scores)} bits are too few for a match at alpha = {self.alpha:g}, whatever they read"
+            )
+        elif p_value > NO_MATCH_ABOVE:
+            decision, reason = "no match", "no sign of the mark"
+        else:
+            decision, reason = "inconclusive", "signs of the mark, but not enough to exclude chance"
+        return self._verdict(decision, reason, errors, p_value, identical)
+
+    def _unreadable(self, suspect: nn.Module, reason: str) -> Verdict:
+        # Looked for only now: a NaN where nothing is read (a head, a text tower) must not hide a mark.
+        broken = non_finite_tensor(suspect)
+        if broken is not None:
+            reason = f"the suspect has NaN or infinite weights in {broken!r}"
+        return self._verdict("inconclusive", reason)
+
+    def _verdict(
+        self,
         decision: Decision,
         reason: str,
         errors: np.ndarray | None = None,
@@ -105,72 +216,9 @@ def verify(
         identical: bool = False,
     ) -> Verdict:
         errors = np.zeros(0, dtype=np.int64) if errors is None else errors
-        rate = float((errors <= tau).mean()) if len(errors) else float("nan")
-        return Verdict(
-            decision, reason, errors, watermark.bits, tau, rate, p_value, alpha, watermark.codec, identical
-        )
-
-    site = watermark.site
-    if any(tensor.device != place for tensor in tensors):
-        suspect = copy.deepcopy(suspect).to(place)
-
-    def unreadable(reason: str) -> Verdict:
-        # Looked for only now: a NaN where nothing is read (a head, a text tower) must not hide a mark.
-        broken = non_finite_tensor(suspect)
-        if broken is not None:
-            reason = f"the suspect has NaN or infinite weights in {broken!r}"
-        return verdict("inconclusive", reason)
-
-    try:
-        backbone = Backbone(suspect)
-    except NotAViTError as error:
-        return unreadable(f"the suspect cannot be read: {error}")
-    misfit = _misfit(backbone, watermark)
-    if misfit is not None:
-        return verdict("inconclusive", misfit)
-
-    codec = watermark.restore_codec(secret).to(place)
-    readable = tuple(tap for tap in codec.taps if tap < backbone.depth)
-    if not readable:
-        return verdict(
-            "inconclusive",
-            f"the suspect has {backbone.depth} blocks, the mark is first read after {codec.taps[0] + 1}",
-        )
-    codec.taps = readable
-    drawn = secret.stream("messages/verify").bits((len(holdout.digests), watermark.bits))
-    message = torch.from_numpy(drawn).to(place)
-    with evaluating(suspect):
-        activations = site_activations(backbone, holdout.pixels, site.block, autocast)
-        logits = read_logits(backbone, codec, activations, message, site.block, autocast)
-    if not all(bool(torch.isfinite(values).all()) for values in logits.values()):
-        return unreadable("the suspect puts out NaN or infinite activations")
-
-    errors = bit_errors(logits[codec.taps[-1]], message).cpu().numpy()
-    identical = fingerprint(suspect) == watermark.fingerprint
-    if not codec.exact:
-        found = float((errors <= tau).mean()) >= LEARNED_MATCH_RATE
-        share = "at least" if found else "less than"
-        reason = f"the learned codec reads the message from {share} half of the images"
-        original_rate = float(codec.original_rate)
-        if found and original_rate > LEARNED_ORIGINAL_RATE:
-            reason += (
-                f", but also from the unmarked original (R = {original_rate:.3f}), so this proves nothing"
-            )
-            return verdict("inconclusive", reason, errors, identical=identical)
-        return verdict("match" if found else "no match", reason, errors, identical=identical)
-    scores = [score for values in logits.values() for score in bit_scores(values, message)]
-    p_value = sign_flip_p_value(scores)
-    decision: Decision
-    if p_value <= alpha:
-        decision, reason = "match", "the suspect carries the mark"
-    elif 2.0 ** -len(scores) > alpha:
-        decision = "inconclusive"
-        reason = f"{len(scores)} bits are too few for a match at alpha = {alpha:g}, whatever they read"
-    elif p_value > NO_MATCH_ABOVE:
-        decision, reason = "no match", "no sign of the mark"
-    else:
-        decision, reason = "inconclusive", "signs of the mark, but not enough to exclude chance"
-    return verdict(decision, reason, errors, p_value, identical)
+        rate = float((errors <= self.tau).mean()) if len(errors) else float("nan")
+        bits, codec = self.watermark.bits, self.watermark.codec
+        return Verdict(decision, reason, errors, bits, self.tau, rate, p_value, self.alpha, codec, identical)
 
 
 def _misfit(backbone: Backbone, watermark: Watermark) -> str | None:
