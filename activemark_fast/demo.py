@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from activemark_fast.attacks import finetune, prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoint import architecture_of, load_model, save_model
+from activemark_fast.datasets import Labelled
 from activemark_fast.embed import PROFILED_IMAGES, embed
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import feature_cosine
@@ -21,6 +22,7 @@ from activemark_fast.progress import Progress
 from activemark_fast.report.figures import verdicts_figure
 from activemark_fast.runtime import resolve_device
 from activemark_fast.triggers import Preprocess, synthetic_images
+from activemark_fast.utility import features
 from activemark_fast.verdict import Decision, Verdict
 from activemark_fast.verify import verify
 
@@ -105,7 +107,7 @@ def run_demo(
         owners = embed(original, key, architecture=architecture, precision=precision, progress=progress)
         strangers = embed(original, _STRANGER, precision=precision, progress=progress)
         tuned = _finetuned(owners.model, progress)
-        pruned = prune(owners.model, PRUNED_SHARE)
+        pruned = prune(owners.model, None, 0, PRUNED_SHARE)
         suspects: list[tuple[str, Decision, nn.Module]] = [
             ("marked", "match", owners.model),
             ("marked, fine-tuned", "match", tuned),
@@ -115,13 +117,13 @@ def run_demo(
             ("original, fine-tuned", "no match", _finetuned(original, progress)),
         ]
         fresh = _images(original, "demo/fresh", FRESH_IMAGES)
-        features = _features(original, fresh)
+        unmarked = features(original, fresh)
         rows = [
             DemoRow(
                 name,
                 expected,
                 verify(suspect, owners.watermark, key, precision=precision),
-                feature_cosine(_features(suspect, fresh), features),
+                feature_cosine(features(suspect, fresh), unmarked),
             )
             for name, expected, suspect in suspects
         ]
@@ -150,17 +152,7 @@ def _images(model: nn.Module, purpose: str, count: int) -> Tensor:
 def _finetuned(model: nn.Module, progress: bool) -> nn.Module:
     """A copy of `model`, all its layers fine-tuned to tell leaves from clouds."""
     images = _images(model, "demo/tuning", TUNING_IMAGES)
-    labels = torch.arange(len(images)) % 2
+    data = Labelled(images, torch.arange(len(images)) % 2)
     with Progress(progress) as bar:
         bar.stage("fine-tuning a suspect", EPOCHS * (len(images) // BATCH_SIZE))
-        return finetune(
-            model, images, labels, seed=0, epochs=EPOCHS, batch_size=BATCH_SIZE, on_step=bar.advance
-        )
-
-
-@torch.no_grad()
-def _features(model: nn.Module, images: Tensor) -> Tensor:
-    """(n, F, D) float32 features of `images` (n, 3, H, W)."""
-    backbone = Backbone(model)
-    tokens = backbone.run(backbone.stem(images.to(backbone.device)), 0, backbone.depth)
-    return backbone.features(tokens)
+        return finetune(model, data, 0, epochs=EPOCHS, batch_size=BATCH_SIZE, on_step=bar.advance)

@@ -15,9 +15,9 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress"},
+    {"key", "triggers", "runtime", "progress", "datasets"},
     {"backbone", "checkpoint"},
-    {"profile"},
+    {"profile", "utility"},
     {"site"},
     {"codec"},
     {"verdict"},

@@ -100,7 +100,7 @@ def test_casts_of_the_marked_model_match(dtype: torch.dtype, keyed: Embedding) -
 
 
 def test_pruned_and_disturbed_models_match(keyed: Embedding) -> None:
-    assert check(prune(keyed.model, 0.3), keyed).decision == "match"
+    assert check(prune(keyed.model, None, 0, 0.3), keyed).decision == "match"
     noisy = marked_copy(keyed)
     with torch.no_grad():
         for parameter in noisy.parameters():

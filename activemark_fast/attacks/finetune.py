@@ -1,4 +1,4 @@
-"""Fine-tuning for classification."""
+"""Fine-tuning, for classification or dense segmentation: head only, last blocks, all layers, LoRA."""
 
 from __future__ import annotations
 
@@ -7,72 +7,130 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.nn.utils import parametrize
 
+from activemark_fast.attacks.matrices import block_matrices, fresh
 from activemark_fast.backbone import Backbone
+from activemark_fast.datasets import Labelled
+from activemark_fast.utility import patch_grid
+
+LAYERS = ("head", "last", "all", "lora")
+LAST_SHARE = 4
+"""`layers="last"` trains the last block in four."""
+LORA_RANK = 8
+LORA_SCALE = 2.0
 
 
 def finetune(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
+    data: Labelled,
     seed: int,
-    lr: float = 1e-4,
+    strength: float = 1e-4,
+    *,
+    layers: str = "all",
     epochs: int = 3,
+    weight_decay: float = 0.05,
     batch_size: int = 64,
     on_step: Callable[[], None] | None = None,
 ) -> nn.Module:
-    """A copy of `model` after fine-tuning of all its layers.
+    """A copy of `model` after fine-tuning.
 
-    A fresh linear head on the class token and the mean patch is trained with the backbone: AdamW, weight
-    decay 0.05, cosine decay to 0, random horizontal flips, cross-entropy. The head is dropped at the end.
+    A fresh linear head is trained with the layers chosen, and dropped at the end: on the class token and the
+    mean patch, or for dense labels on every patch token, scaled up to the mask. AdamW, cosine decay to 0,
+    random horizontal flips, cross-entropy.
 
     Args:
         model: a plain ViT.
-        images: (n, 3, H, W), model input.
-        labels: (n,) int64, from 0.
+        data: labelled images; dense labels make it segmentation.
         seed: seeds order, flips and head.
-        lr: peak learning rate of backbone and head.
+        strength: peak learning rate.
+        layers: "head" (the backbone stays as it is), "last" (the last quarter of the blocks and the final
+            norm), "all", or "lora" (updates of rank 8 to every matrix of the blocks, scaled by 2 and merged
+            at the end; Hu et al. 2022).
         epochs: passes over the images.
+        weight_decay: of AdamW.
         batch_size: images a step.
         on_step: called after every step.
 
     Raises:
-        ValueError: `images` and `labels` differ in length, or hold less than one batch.
+        ValueError: `layers` is none of these, or `data` holds less than one batch.
     """
-    if len(images) != len(labels) or len(images) < batch_size:
-        raise ValueError(
-            f"images, labels: wanted as many of each, at least {batch_size}, got {len(images)}, {len(labels)}"
-        )
+    if layers not in LAYERS:
+        raise ValueError(f"layers: wanted one of {', '.join(LAYERS)}, got {layers!r}")
+    if len(data) < batch_size:
+        raise ValueError(f"data: wanted at least {batch_size} images, got {len(data)}")
     tuned = copy.deepcopy(model)
+    flags = {name: p.requires_grad for name, p in tuned.named_parameters()}
     backbone = Backbone(tuned)
+    device = backbone.device
     generator = torch.Generator().manual_seed(seed)
-    sample = backbone.features(backbone.run(backbone.stem(images[:1].to(backbone.device)), 0, backbone.depth))
-    head = nn.Linear(sample[0].numel(), int(labels.max()) + 1).to(backbone.device)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
-        head.bias.zero_()
-    tuned.requires_grad_(True).train()
-    parameters = [*tuned.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    steps = epochs * (len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    head = _Head(backbone, data, generator).to(device)
+    tuned.requires_grad_(layers == "all").train()
+    adapted = block_matrices(backbone) if layers == "lora" else []
+    if layers == "last":
+        for module in (*backbone.blocks[-max(1, backbone.depth // LAST_SHARE) :], backbone.norm):
+            module.requires_grad_(True)
+    for module, name in adapted:
+        low_rank = _LowRank(getattr(module, name), generator)
+        parametrize.register_parametrization(module, name, low_rank)
+    trained = [p for p in (*tuned.parameters(), *head.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=strength, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data) // batch_size))
     for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for chosen in order[: len(images) // batch_size * batch_size].split(batch_size):
-            batch = images[chosen]
+        order = torch.randperm(len(data), generator=generator)
+        for chosen in order[: len(data) // batch_size * batch_size].split(batch_size):
+            images, labels = data.images[chosen], data.labels[chosen]
             if torch.rand((), generator=generator) < 0.5:
-                batch = batch.flip(-1)
-            tokens = backbone.run(backbone.stem(batch.to(backbone.device)), 0, backbone.depth)
-            scores = head(backbone.features(tokens).flatten(1))
-            loss = nn.functional.cross_entropy(scores, labels[chosen].to(backbone.device))
+                images, labels = images.flip(-1), labels.flip(-1) if data.dense else labels
+            tokens = backbone.run(backbone.stem(images.to(device)), 0, backbone.depth)
+            loss = nn.functional.cross_entropy(head(tokens), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             if on_step is not None:
                 on_step()
-    for ours, theirs in zip(tuned.parameters(), model.parameters(), strict=True):
-        ours.requires_grad_(theirs.requires_grad)
-        ours.grad = None
+    for module, name in adapted:
+        parametrize.remove_parametrizations(module, name)
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad_(flags[name])
+        parameter.grad = None
     return tuned.train(model.training)
+
+
+class _Head(nn.Module):
+    """A linear head on the features of a backbone: (B, N, D) → (B, C), or (B, C, H, W) for dense labels."""
+
+    def __init__(self, backbone: Backbone, data: Labelled, generator: torch.Generator) -> None:
+        super().__init__()
+        self._backbone = [backbone]  # in a list, so that it is no part of this module
+        self._mask = data.labels.shape[1:] if data.dense else None
+        self._grid = patch_grid(backbone) if data.dense else None
+        width = backbone.width * (1 if data.dense else 1 + backbone.has_class_token)
+        self.linear = nn.Linear(width, data.classes)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(self.linear.weight.shape, generator=generator) * 0.02)
+            self.linear.bias.zero_()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        (backbone,) = self._backbone
+        if self._grid is None:
+            return self.linear(backbone.features(tokens).flatten(1))
+        patches = self.linear(backbone.norm(tokens)[:, backbone.prefix_tokens :])
+        scores = patches.transpose(1, 2).unflatten(2, self._grid)
+        return interpolate(scores, self._mask, mode="bilinear")
+
+
+class _LowRank(nn.Module):
+    """W → W + scale B A, with A (r, in) random and B (out, r) zero at first."""
+
+    def __init__(self, weight: Tensor, generator: torch.Generator) -> None:
+        super().__init__()
+        out, into = weight.shape
+        start = fresh((LORA_RANK, into), generator, into**-0.5)
+        self.a = nn.Parameter(start.to(weight.device, weight.dtype))
+        self.b = nn.Parameter(weight.new_zeros(out, LORA_RANK))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + LORA_SCALE * (self.b @ self.a)
