@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_finite_tensor
 from activemark_fast.key import Key
-from activemark_fast.marking.suffix import read_logits, site_activations
+from activemark_fast.marking.suffix import SiteActivations, read_logits, site_activations
 from activemark_fast.runtime import resolve_autocast, resolve_device
+from activemark_fast.sequential import look_ends, look_penalties, mark_excluded
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
@@ -84,7 +86,13 @@ class Verifier:
     All that does not depend on the suspect is checked and prepared once, when the object is made: the key,
     the hold-out images, their messages and the codec.
 
-    Args: as `verify` takes them, but `device` is the CPU by default.
+    Args:
+        watermark, key, images, alpha, tau, precision: as `verify` takes them.
+        power: None to read every image. Otherwise the images are read in a secret random order and in growing
+            steps, until the verdict is settled: a match, or no sign of a mark where a suspect with a mark of
+            `sequential.WEAKEST_MARK` would be given up with a probability of at most 1 - `power`. The p-value
+            stays exact (`sequential.look_penalties`). Above 0 and below 1. A codec without p-value reads all.
+        device: where to compute; by default the CPU.
 
     Raises:
         TypeError, ValueError, WatermarkError, ImageMismatchError: as `verify` does.
@@ -98,6 +106,7 @@ class Verifier:
         *,
         alpha: float = 1e-6,
         tau: int | None = None,
+        power: float | None = None,
         device: str | torch.device | None = None,
         precision: str = "auto",
     ) -> None:
@@ -109,6 +118,10 @@ class Verifier:
             raise ValueError(f"alpha: wanted above 0 and at most {NO_MATCH_ABOVE}, got {alpha}")
         if tau is not None and (not isinstance(tau, int) or isinstance(tau, bool)):
             raise TypeError(f"tau: wanted int, got {type(tau).__name__}")
+        if power is not None and not isinstance(power, (int, float)):
+            raise TypeError(f"power: wanted a number, got {type(power).__name__}")
+        if power is not None and not 0 < power < 1:
+            raise ValueError(f"power: wanted above 0 and below 1, got {power}")
         self.device = resolve_device(device, torch.device("cpu"))
         self._autocast = resolve_autocast(precision, self.device)
         secret = Key.of(key)
@@ -125,11 +138,18 @@ class Verifier:
             )
         holdout = holdout_images(images, secret, watermark.preprocess, len(watermark.digests))
         check_digests(holdout, watermark.digests)
-        self._pixels = holdout.pixels.to(self.device)
         self._codec = watermark.restore_codec(secret).to(self.device)
         self._taps = self._codec.taps
-        drawn = secret.stream("messages/verify").bits((len(holdout.digests), watermark.bits))
-        self._message = torch.from_numpy(drawn).to(self.device)
+        count = len(holdout.digests)
+        message = torch.from_numpy(secret.stream("messages/verify").bits((count, watermark.bits)))
+        self._power = power if self._codec.exact else None
+        if self._power is None:
+            order, self._ends = torch.arange(count), [count]
+        else:  # as an owner's folder is sorted, its first images need not be like the others
+            order, self._ends = torch.from_numpy(secret.stream("looks").permutation(count)), look_ends(count)
+        self._penalties = look_penalties(len(self._ends))
+        self._pixels = holdout.pixels[order].to(self.device)
+        self._message = message[order].to(self.device)
 
     @torch.no_grad()
     def judge(self, suspect: nn.Module) -> Verdict:
@@ -149,47 +169,57 @@ class Verifier:
         misfit = _misfit(backbone, self.watermark)
         if misfit is not None:
             return self._verdict("inconclusive", misfit)
-        readable = tuple(tap for tap in self._taps if tap < backbone.depth)
-        if not readable:
+        verdict = self.read(backbone, backbone.depth)
+        return replace(
+            verdict,
+            identical=verdict.images > 0 and fingerprint(suspect) == self.watermark.fingerprint,
+        )
+
+    @torch.no_grad()
+    def read(self, backbone: Backbone, depth: int, prefix: list[SiteActivations] | None = None) -> Verdict:
+        """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
+
+        Args:
+            backbone: a view of the suspect.
+            depth: how many of its blocks, from the first, hold the suspect's weights.
+            prefix: the activations of each look's images at the site, in order, as far as an earlier call got
+                them from weights that were equal up to the site's block; those that are needed are added.
+        """
+        prefix = [] if prefix is None else prefix
+        block, codec = self.watermark.site.block, self._codec
+        codec.taps = tuple(tap for tap in self._taps if tap < depth)
+        if not codec.taps:
             return self._verdict(
                 "inconclusive",
-                f"the suspect has {backbone.depth} blocks, the mark is first read after {self._taps[0] + 1}",
+                f"the suspect has {depth} blocks, the mark is first read after {self._taps[0] + 1}",
             )
-        logits = self._read(backbone, readable)
-        if not all(bool(torch.isfinite(values).all()) for values in logits.values()):
-            return self._unreadable(suspect, "the suspect puts out NaN or infinite activations")
-        identical = fingerprint(suspect) == self.watermark.fingerprint
-        return self._decide(logits, identical)
-
-    def _read(self, backbone: Backbone, taps: tuple[int, ...]) -> dict[int, Tensor]:
-        """The logits (images, M) at each of `taps`."""
-        block = self.watermark.site.block
-        self._codec.taps = taps
-        with evaluating(backbone.model):
-            activations = site_activations(backbone, self._pixels, block, self._autocast)
-            return read_logits(backbone, self._codec, activations, self._message, block, self._autocast)
-
-    def _decide(self, logits: dict[int, Tensor], identical: bool) -> Verdict:
-        """What the logits at each tap, ascending, say; all are finite."""
-        codec, message = self._codec, self._message
-        errors = bit_errors(list(logits.values())[-1], message).cpu().numpy()
+        parts: list[Tensor] = []
+        p_value = 1.0
+        start = 0
+        for look, (end, penalty) in enumerate(zip(self._ends, self._penalties, strict=True)):
+            with evaluating(backbone.model):
+                if look == len(prefix):
+                    pixels = self._pixels[start:end]
+                    prefix.append(site_activations(backbone, pixels, block, self._autocast))
+                new = self._message[start:end]
+                read = read_logits(backbone, codec, prefix[look], new, block, self._autocast)
+            parts.append(torch.stack(list(read.values())))
+            if not bool(torch.isfinite(parts[-1]).all()):
+                return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
+            logits, message = torch.cat(parts, dim=1), self._message[:end]  # (taps, n, M), (n, M)
+            errors = np.stack([bit_errors(values, message).cpu().numpy() for values in logits])
+            if codec.exact:
+                scores = [score for values in logits for score in bit_scores(values, message)]
+                p_value = min(p_value, penalty * sign_flip_p_value(scores))
+                if p_value <= self.alpha or (p_value > NO_MATCH_ABOVE and self._excluded(errors, penalty)):
+                    break
+            start = end
         if not codec.exact:
-            found = float((errors <= self.tau).mean()) >= LEARNED_MATCH_RATE
-            share = "at least" if found else "less than"
-            reason = f"the learned codec reads the message from {share} half of the images"
-            original_rate = float(codec.original_rate)
-            if found and original_rate > LEARNED_ORIGINAL_RATE:
-                reason += (
-                    f", but also from the unmarked original (R = {original_rate:.3f}), so this proves nothing"
-                )
-                return self._verdict("inconclusive", reason, errors, identical=identical)
-            return self._verdict("match" if found else "no match", reason, errors, identical=identical)
-        scores = [score for values in logits.values() for score in bit_scores(values, message)]
-        p_value = sign_flip_p_value(scores)
+            return self._decide_learned(errors[-1])
         decision: Decision
         if p_value <= self.alpha:
             decision, reason = "match", "the suspect carries the mark"
-        elif 2.0 ** -len(scores) > self.alpha:
+        elif self._penalties[-1] * 2.0 ** -len(scores) > self.alpha:
             decision = "inconclusive"
             reason = (
                 f"{len(scores)} bits are too few for a match at alpha = {self.alpha:g}, whatever they read"
@@ -198,7 +228,25 @@ class Verifier:
             decision, reason = "no match", "no sign of the mark"
         else:
             decision, reason = "inconclusive", "signs of the mark, but not enough to exclude chance"
-        return self._verdict(decision, reason, errors, p_value, identical)
+        return self._verdict(decision, reason, errors[-1], p_value)
+
+    def _excluded(self, errors: np.ndarray, penalty: int) -> bool:
+        """Whether the (taps, n) wrong bits so far exclude a mark, at this look's share of 1 - power."""
+        if self._power is None:
+            return False
+        return mark_excluded(1 - 2 * errors.T / self.watermark.bits, (1 - self._power) / penalty)
+
+    def _decide_learned(self, errors: np.ndarray) -> Verdict:
+        found = float((errors <= self.tau).mean()) >= LEARNED_MATCH_RATE
+        share = "at least" if found else "less than"
+        reason = f"the learned codec reads the message from {share} half of the images"
+        original_rate = float(self._codec.original_rate)
+        if found and original_rate > LEARNED_ORIGINAL_RATE:
+            reason += (
+                f", but also from the unmarked original (R = {original_rate:.3f}), so this proves nothing"
+            )
+            return self._verdict("inconclusive", reason, errors)
+        return self._verdict("match" if found else "no match", reason, errors)
 
     def _unreadable(self, suspect: nn.Module, reason: str) -> Verdict:
         # Looked for only now: a NaN where nothing is read (a head, a text tower) must not hide a mark.
@@ -213,12 +261,11 @@ class Verifier:
         reason: str,
         errors: np.ndarray | None = None,
         p_value: float | None = None,
-        identical: bool = False,
     ) -> Verdict:
         errors = np.zeros(0, dtype=np.int64) if errors is None else errors
         rate = float((errors <= self.tau).mean()) if len(errors) else float("nan")
         bits, codec = self.watermark.bits, self.watermark.codec
-        return Verdict(decision, reason, errors, bits, self.tau, rate, p_value, self.alpha, codec, identical)
+        return Verdict(decision, reason, errors, bits, self.tau, rate, p_value, self.alpha, codec)
 
 
 def _misfit(backbone: Backbone, watermark: Watermark) -> str | None:

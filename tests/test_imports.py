@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"profile", "utility"},
     {"site"},
     {"codec"},
-    {"verdict"},
+    {"verdict", "sequential"},
     {"watermark"},
     {"marking"},
     {"embed", "verify", "attacks"},

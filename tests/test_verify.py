@@ -18,11 +18,13 @@ from tiny import vit
 from torch import Tensor, nn
 
 from activemark_fast.attacks import prune
+from activemark_fast.backbone import Backbone
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
+from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.triggers import ImageMismatchError
 from activemark_fast.verdict import Verdict
-from activemark_fast.verify import verify
+from activemark_fast.verify import Verifier, verify
 from activemark_fast.watermark import Watermark, WatermarkError
 
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
@@ -283,6 +285,47 @@ def test_the_verdict_does_not_depend_on_the_mode_or_on_the_random_state(keyed: E
     torch.manual_seed(1)
     second = check(suspect.train(), keyed)
     assert first.to_dict() == second.to_dict()
+
+
+@pytest.fixture(scope="module")
+def sequential(keyed: Embedding) -> Verifier:
+    return Verifier(keyed.watermark, KEY, images(), power=0.999)
+
+
+def test_a_verdict_from_as_few_images_as_suffice(keyed: Embedding, sequential: Verifier) -> None:
+    match = sequential.judge(keyed.model)
+    assert (match.decision, match.identical, match.images) == ("match", True, 8)
+    assert match.p_value is not None
+    assert match.p_value <= 1e-6
+    for seed in range(4):
+        innocent = sequential.judge(vit(seed))
+        assert (innocent.decision, innocent.identical) == ("no match", False)
+        assert 8 <= innocent.images <= COUNT
+
+
+def test_a_verifier_that_reads_all_images_is_verify(keyed: Embedding, learned: Embedding) -> None:
+    for made in (keyed, learned):
+        verifier = Verifier(made.watermark, KEY, images())
+        for suspect in (made.model, vit(1), vit(depth=3), vit(2), nn.Identity()):
+            verdict = verify(suspect, made.watermark, KEY, images())
+            assert verifier.judge(suspect).to_dict() == verdict.to_dict()
+    early = Verifier(learned.watermark, KEY, images(), power=0.9)  # no p-value, so nothing to stop by
+    assert early.judge(vit(1)).to_dict() == check(vit(1), learned).to_dict()
+
+
+def test_the_taps_read_do_not_depend_on_the_suspect_before(keyed: Embedding, sequential: Verifier) -> None:
+    before = sequential.judge(keyed.model)
+    assert sequential.judge(marked_copy(keyed, depth=4)).decision == "match"
+    assert sequential.judge(keyed.model).to_dict() == before.to_dict()
+
+
+def test_a_prefix_is_computed_once_and_only_as_far_as_needed(keyed: Embedding, sequential: Verifier) -> None:
+    backbone = Backbone(copy.deepcopy(keyed.model))
+    prefix: list[SiteActivations] = []
+    first = sequential.read(backbone, backbone.depth, prefix)
+    assert [len(look) for look in prefix] == [8]
+    prefix[0].output.zero_()  # what is there is used
+    assert sequential.read(backbone, backbone.depth, prefix).to_dict() != first.to_dict()
 
 
 def test_another_key(keyed: Embedding) -> None:

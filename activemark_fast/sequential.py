@@ -1,0 +1,52 @@
+"""Verdicts from as few images as suffice: the looks, their price, and when to give a suspect up."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+FIRST_LOOK = 8
+"""Images read before the first look; each further look doubles their number."""
+WEAKEST_MARK = 0.25
+"""The least mean agreement of a mark that is not given up early: at most 12 of 32 bits wrong (chance: 16)."""
+
+
+def look_ends(images: int) -> list[int]:
+    """How many of the `images` have been read at each look: 8, 16, 32 … and all of them."""
+    ends = []
+    end = FIRST_LOOK
+    while end < images:
+        ends.append(end)
+        end *= 2
+    return [*ends, images]
+
+
+def look_penalties(looks: int) -> list[int]:
+    r"""What the exact p-value of each look is multiplied with; the smallest product so far is a p-value.
+
+    Weighted Bonferroni: look j has the weight w_j = 1 / penalty_j, and the weights sum to 1: a half for the
+    last look, which is as strong as the whole test but for a factor of 2, the other half shared equally.
+    For a suspect made without the key each p_j is at most x with a probability of at most x, so
+    P(some p_j / w_j <= x) <= sum_j P(p_j <= w_j x) <= sum_j w_j x = x, however the looks depend on one
+    another (they share images). That bounds the minimum over *all* looks; whoever stops early, by whatever
+    rule, reports a minimum over fewer of them, which is no smaller. So the p-value stays valid.
+    """
+    return [1] if looks == 1 else [2 * (looks - 1)] * (looks - 1) + [2]
+
+
+def mark_excluded(agreement: npt.NDArray[np.float64], miss: float) -> bool:
+    """Whether the images read so far exclude a mark of `WEAKEST_MARK` or more at every tap.
+
+    Given the suspect, its images and messages are independent draws, and so are the rows of `agreement`. The
+    upper confidence limit (Student's t, level 1 - `miss`) of their mean is compared with `WEAKEST_MARK`: a
+    suspect whose true mean agreement at some tap is that or higher is excluded with a probability of `miss`.
+
+    Args:
+        agreement: (n, taps), mean over the bits of +1 for a right bit and -1 for a wrong one; n >= 2.
+        miss: between 0 and 1.
+    """
+    n = len(agreement)
+    error = agreement.std(axis=0, ddof=1) / np.sqrt(n)
+    limit = agreement.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error
+    return bool((limit < WEAKEST_MARK).all())

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from activemark_fast.sequential import WEAKEST_MARK, look_ends, look_penalties, mark_excluded
+from activemark_fast.verdict import sign_flip_p_value
+
+
+@given(st.integers(1, 2000))
+def test_the_looks_end_with_all_images(images: int) -> None:
+    ends = look_ends(images)
+    assert ends[-1] == images
+    assert ends == sorted(set(ends))
+    assert ends[:-1] == [8 * 2**look for look in range(len(ends) - 1)]
+
+
+@given(st.integers(1, 20))
+def test_the_weights_of_the_looks_sum_to_one(looks: int) -> None:
+    penalties = look_penalties(looks)
+    assert len(penalties) == looks
+    assert sum(Fraction(1, penalty) for penalty in penalties) == 1
+
+
+def test_the_p_value_stays_valid_under_the_most_eager_stopping() -> None:
+    """Innocent suspects with strong habits, whoever looks stopping at the smallest p-value there is."""
+    draws = np.random.default_rng(0)
+    ends = look_ends(64)
+    smallest = []
+    for _ in range(2000):
+        # Each bit of an innocent has a leaning of its own, which the key's fair sign turns either way.
+        leaning = draws.choice([-1, 1], 8) * draws.uniform(0, 0.9, 8)
+        read = np.where(draws.uniform(-1, 1, (64, 8)) < leaning, 1, -1)
+        smallest.append(
+            min(
+                penalty * sign_flip_p_value(read[:end].sum(axis=0).tolist())
+                for end, penalty in zip(ends, look_penalties(len(ends)), strict=True)
+            )
+        )
+    p_values = np.array(smallest)
+    for level in (0.02, 0.05, 0.2):
+        assert (p_values <= level).mean() <= level + 3 * np.sqrt(level / len(p_values))
+
+
+@given(
+    st.integers(2, 64),
+    st.integers(1, 3),
+    st.floats(1e-6, 0.5),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_mark_is_excluded_when_the_limit_is_below_it_at_every_tap(
+    n: int, taps: int, miss: float, seed: int
+) -> None:
+    agreement = np.random.default_rng(seed).uniform(-0.5, 0.7, (n, taps))
+    limits = [stats.ttest_1samp(column, 0).confidence_interval(1 - 2 * miss).high for column in agreement.T]
+    assert mark_excluded(agreement, miss) == (max(limits) < WEAKEST_MARK)
+
+
+@pytest.mark.parametrize("end", [8, 16, 64])
+def test_how_often_a_mark_of_the_stated_strength_is_given_up(end: int) -> None:
+    draws = np.random.default_rng(end)
+    right = draws.random((4000, end, 32)) < (1 + WEAKEST_MARK) / 2
+    agreement = 2 * right.mean(axis=2) - 1
+    given_up = np.mean([mark_excluded(row[:, None], 0.05) for row in agreement])
+    assert 0.03 < given_up < 0.07
