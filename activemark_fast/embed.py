@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from activemark_fast.align import site_sample
 from activemark_fast.backbone import Backbone, non_finite_tensor
 from activemark_fast.codec import CODECS, Codec, KeyedCodec
 from activemark_fast.key import Key
@@ -136,6 +137,7 @@ def embed(
         bar.stage("prefix", 1)
         activations = site_activations(backbone, holdout.pixels, site.block, autocast)
         coder: Codec = CODECS[codec].create(secret, site, bits, activations.output, axis).to(place)
+        alignment = site_sample(backbone, secret, site, preprocess, autocast).half() if coder.exact else None
 
         def messages(purpose: str, *shape: int) -> Tensor:
             return torch.from_numpy(secret.stream(f"messages/{purpose}").bits((*shape, bits))).to(place)
@@ -195,6 +197,7 @@ def embed(
         state=coder.state(),
         fingerprint=fingerprint(marked),
         architecture=architecture,
+        alignment=alignment,
     )
     if inplace:
         model.load_state_dict(marked.state_dict())

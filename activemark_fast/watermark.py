@@ -7,7 +7,6 @@ import hmac
 import json
 import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from activemark_fast.codec import CODECS, Codec
+from activemark_fast.files import write_whole
 from activemark_fast.key import Key
 from activemark_fast.site import Site
 from activemark_fast.triggers import Preprocess
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: without `alignment`. 2: with it."""
 _METADATA_KEY = "activemark_watermark"
 _UNSET = "0" * 64
 """Stands where the checksum will stand while the checksum of the file is taken."""
@@ -48,7 +49,10 @@ class Watermark:
         state: the codec's tensors (`Codec.state`).
         fingerprint: `fingerprint` of the marked model.
         architecture: model string of the marked model (`load_model`), or None if it is not known.
-        mac: HMAC-SHA256 of all of the above under the key.
+        mac: HMAC-SHA256 of all of the others under the key.
+        alignment: (n, D) float16, the original's activations at the site on images of their own
+            (`align.site_sample`), or None where there are none to go by.
+        version: format the watermark was made in.
     """
 
     codec: str
@@ -62,6 +66,8 @@ class Watermark:
     fingerprint: str
     architecture: str | None
     mac: bytes
+    alignment: Tensor | None = None
+    version: int = FORMAT_VERSION
 
     @classmethod
     def seal(cls, key: Key, **fields: Any) -> Watermark:
@@ -74,6 +80,10 @@ class Watermark:
         if not hmac.compare_digest(self.mac, key.mac("watermark", self._body())):
             raise WatermarkError("key: wanted the key this watermark was made with, got another one")
 
+    def digest(self) -> bytes:
+        """SHA-256 over all of it: every setting, the marked model's fingerprint, the MAC."""
+        return hashlib.sha256(self._body() + self.mac).digest()
+
     def restore_codec(self, key: Key) -> Codec:
         """The codec, on the CPU."""
         return CODECS[self.codec].restore(key, self.site, self.bits, self.state, self.axis)
@@ -83,17 +93,7 @@ class Watermark:
         header = self._header() | {"mac": self.mac.hex(), "checksum": _UNSET}
         data = save(self._tensors(), metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
         data = _with_checksum(data, _UNSET, hashlib.sha256(data).hexdigest())
-        target = Path(path)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        write_whole(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Watermark:
@@ -108,7 +108,7 @@ class Watermark:
         version = header.get("version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise WatermarkError(
-                f"{path}: watermark of format {version}, this release reads format {FORMAT_VERSION}: "
+                f"{path}: watermark of format {version}, this release reads formats up to {FORMAT_VERSION}: "
                 "update activemark_fast"
             )
         checksum = header.get("checksum")
@@ -119,6 +119,7 @@ class Watermark:
         try:
             tensors = load(data)
             digests = tensors.pop("digests")
+            alignment = tensors.pop("alignment", None)
             if digests.dtype != torch.uint8 or digests.ndim != 2 or 0 in digests.shape:
                 raise ValueError(f"digests: wanted uint8 rows, got {digests.dtype} {tuple(digests.shape)}")
             place: dict[str, Any] = {
@@ -137,6 +138,8 @@ class Watermark:
                 fingerprint=header["fingerprint"],
                 architecture=header["architecture"],
                 mac=bytes.fromhex(header["mac"]),
+                alignment=alignment,
+                version=header["version"],
             )
             known = watermark.codec in CODECS
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -147,7 +150,7 @@ class Watermark:
 
     def _header(self) -> dict[str, Any]:
         return {
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "codec": self.codec,
             "bits": self.bits,
             "axis": self.axis,
@@ -161,6 +164,8 @@ class Watermark:
     def _tensors(self) -> dict[str, Tensor]:
         rows = np.frombuffer(b"".join(self.digests), dtype=np.uint8).reshape(len(self.digests), -1)
         tensors = {"digests": torch.from_numpy(rows.copy())}
+        if self.alignment is not None:
+            tensors["alignment"] = self.alignment
         return tensors | {f"codec.{name}": tensor for name, tensor in self.state.items()}
 
     def _body(self) -> bytes:

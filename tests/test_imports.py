@@ -15,14 +15,16 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets"},
+    {"key", "triggers", "runtime", "progress", "datasets", "files"},
     {"backbone", "checkpoint"},
     {"profile", "utility"},
     {"site"},
     {"codec"},
-    {"verdict", "sequential"},
     {"watermark"},
+    {"commitment"},
+    {"verdict"},
     {"marking"},
+    {"align"},
     {"embed", "verify", "attacks"},
     {"bulk"},
     {"report", "baselines"},

@@ -13,6 +13,7 @@ from activemark_fast.attacks.overwrite import overwrite
 from activemark_fast.attacks.prune import fine_prune, prune
 from activemark_fast.attacks.quantise import cast, quantise
 from activemark_fast.attacks.resize import resize
+from activemark_fast.attacks.symmetry import permute_inside, permute_residual, rotate_residual
 
 __all__ = [
     "add_task",
@@ -24,9 +25,12 @@ __all__ = [
     "finetune",
     "noise",
     "overwrite",
+    "permute_inside",
+    "permute_residual",
     "prune",
     "quantise",
     "reinitialise",
     "remove_head",
     "resize",
+    "rotate_residual",
 ]

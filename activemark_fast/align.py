@@ -1,0 +1,134 @@
+"""Undoes what an attacker can do to a residual stream without changing the model's function.
+
+Blocks only ever see the stream through layer norms and linear layers. So its channels can be permuted, or,
+once the norms' weights and biases are folded into the layers behind them, rotated by any orthogonal map that
+fixes the all-ones vector (which layer norm takes out), and all of it can be scaled: what is written into the
+stream is changed one way, what reads it the other way. The function stays, the directions of a mark move.
+
+The map is found from clean activations of the suspect and of the original, on images made for nothing else.
+It is a function of these and never sees the signs of the read-out P, so flipping a row of P still flips that
+bit's scores and nothing else: the sign-flip p-value of the aligned reading is exact for a suspect that was
+made without the key. But the original's activations come from the owner. Whoever chooses them chooses the
+map, and with it directions that any model answers to: an aligned reading is evidence against a distrusted
+owner only if the watermark was committed to before the suspect was published.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.key import Key
+from activemark_fast.marking.suffix import Autocast, site_activations
+from activemark_fast.site import Site
+from activemark_fast.triggers import Preprocess, synthetic_images
+
+ALIGNMENT_IMAGES = 32
+ROWS_PER_CHANNEL = 4
+"""Tokens sampled for each channel of the stream: half fit the map, half tell how good it is."""
+EXPLAINED_WELL = 0.5
+"""Share of the suspect's variance from which a map is worth a reading."""
+SIMPLER = 3.0
+"""A simpler kind of map may leave this many times as much unexplained as the best one, and
+`NEGLIGIBLE` more."""
+NEGLIGIBLE = 1e-4
+
+Kind = Literal["identity", "permutation", "rotation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """How a suspect's residual stream lies to the original's: theirs = scale * ours @ matrix.
+
+    Attributes:
+        kind: the simplest kind of map that explains the suspect about as well as any.
+        matrix: (D, D) float32, orthogonal.
+        scale: median length of the suspect's tokens over the original's.
+        explained: share of the suspect's variance which the map explains, on tokens it was not fitted to.
+    """
+
+    kind: Kind
+    matrix: Tensor
+    scale: float
+    explained: float
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether the map explains the suspect well and a reading without it would differ."""
+        moved = self.kind != "identity" or not 0.5 < self.scale < 2
+        return moved and self.explained >= EXPLAINED_WELL
+
+
+@torch.no_grad()
+def site_sample(
+    backbone: Backbone, key: Key, site: Site, preprocess: Preprocess, autocast: Autocast
+) -> Tensor:
+    """(n, D) float32 on the CPU: a model's clean activations at the site, some tokens of 32 images.
+
+    The images are made from the key for this alone; the same tokens are taken of every image, image by image.
+    """
+    images = preprocess(synthetic_images(key.stream("alignment/images"), ALIGNMENT_IMAGES, preprocess.size))
+    allowed = np.array(site.patch_tokens)
+    most = math.ceil(ROWS_PER_CHANNEL * site.width / ALIGNMENT_IMAGES)
+    tokens = np.sort(allowed[key.stream("alignment/tokens").permutation(len(allowed))[:most]])
+    output = site_activations(backbone, images, site.block, autocast).output
+    return output[:, torch.from_numpy(tokens).to(output.device)].flatten(0, 1).float().cpu()
+
+
+def find_alignment(original: Tensor, suspect: Tensor) -> Alignment | None:
+    """The map between two samples of the same tokens; None where the suspect's is constant or not finite.
+
+    An assignment of channels (least squares over permutations) and an orthogonal map (Procrustes) are fitted
+    to the first half of the tokens and judged, beside no map at all, by the second half.
+
+    Args:
+        original: (n, D), what `site_sample` took from the original.
+        suspect: (n, D), what it takes from the suspect.
+    """
+    ours, theirs = _without_mean(original), _without_mean(suspect)
+    spread = (theirs - theirs.mean(axis=0))[len(theirs) // 2 :]
+    variance, length = float((spread**2).sum()), float(np.median(np.linalg.norm(theirs, axis=1)))
+    if not (math.isfinite(variance) and variance > 0 and length > 0):
+        return None
+    scale = length / float(np.median(np.linalg.norm(ours, axis=1)))
+    half = len(ours) // 2
+    identity = np.eye(ours.shape[1])
+    fits = {"identity": lambda _: identity, "permutation": _assignment, "rotation": _procrustes}
+    unexplained = {
+        kind: float(((theirs[half:] - scale * ours[half:] @ fit(ours[:half].T @ theirs[:half])) ** 2).sum())
+        / variance
+        for kind, fit in fits.items()
+    }
+    kinds: tuple[Kind, ...] = ("identity", "permutation", "rotation")
+    enough = SIMPLER * min(unexplained.values()) + NEGLIGIBLE
+    kind = next(kind for kind in kinds if unexplained[kind] <= enough)
+    matrix = fits[kind](ours.T @ theirs)
+    return Alignment(kind, torch.from_numpy(matrix).float(), scale, 1 - unexplained[kind])
+
+
+def _without_mean(sample: Tensor) -> np.ndarray:
+    """float64, each token less its mean over the channels, which no layer behind a layer norm sees."""
+    rows = sample.double().cpu().numpy()
+    rows[~np.isfinite(rows)] = np.nan
+    return rows - rows.mean(axis=1, keepdims=True)
+
+
+def _assignment(products: np.ndarray) -> np.ndarray:
+    """The permutation matrix Q with the largest <ours Q, theirs>, from products = ours^T theirs."""
+    rows, columns = linear_sum_assignment(products, maximize=True)
+    matrix = np.zeros_like(products)
+    matrix[rows, columns] = 1
+    return matrix
+
+
+def _procrustes(products: np.ndarray) -> np.ndarray:
+    """The orthogonal matrix Q with the largest <ours Q, theirs> (Schönemann 1966)."""
+    u, _, vt = np.linalg.svd(products)
+    return u @ vt
