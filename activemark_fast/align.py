@@ -30,7 +30,7 @@ from activemark_fast.marking.suffix import Autocast, site_activations
 from activemark_fast.site import Site
 from activemark_fast.triggers import Preprocess, synthetic_images
 
-ALIGNMENT_IMAGES = 32
+FEWEST_IMAGES = 16
 ROWS_PER_CHANNEL = 4
 """Tokens sampled for each channel of the stream: half fit the map, half tell how good it is."""
 EXPLAINED_WELL = 0.5
@@ -70,14 +70,17 @@ class Alignment:
 def site_sample(
     backbone: Backbone, key: Key, site: Site, preprocess: Preprocess, autocast: Autocast
 ) -> Tensor:
-    """(n, D) float32 on the CPU: a model's clean activations at the site, some tokens of 32 images.
+    """(n, D) float32 on the CPU: a model's clean activations at the site, some tokens of some images.
 
-    The images are made from the key for this alone; the same tokens are taken of every image, image by image.
+    The images, at least 16, are made from the key for this alone. The same tokens are taken of every image,
+    image by image; n is about 4 D.
     """
-    images = preprocess(synthetic_images(key.stream("alignment/images"), ALIGNMENT_IMAGES, preprocess.size))
     allowed = np.array(site.patch_tokens)
-    most = math.ceil(ROWS_PER_CHANNEL * site.width / ALIGNMENT_IMAGES)
-    tokens = np.sort(allowed[key.stream("alignment/tokens").permutation(len(allowed))[:most]])
+    rows = ROWS_PER_CHANNEL * site.width
+    count = max(FEWEST_IMAGES, math.ceil(rows / len(allowed)))
+    chosen = key.stream("alignment/tokens").permutation(len(allowed))[: math.ceil(rows / count)]
+    tokens = np.sort(allowed[chosen])
+    images = preprocess(synthetic_images(key.stream("alignment/images"), count, preprocess.size))
     output = site_activations(backbone, images, site.block, autocast).output
     return output[:, torch.from_numpy(tokens).to(output.device)].flatten(0, 1).float().cpu()
 

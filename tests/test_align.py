@@ -84,7 +84,7 @@ def test_the_sample_is_of_clean_patch_tokens_and_comes_from_the_key() -> None:
     site = Site(0, (1,), 17, 1, 48, (3,), ())
     preprocess = Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3)
     taken = site_sample(Backbone(model), KEY, site, preprocess, nullcontext)
-    assert taken.shape == (32 * 6, 48)
+    assert taken.shape == (16 * 12, 48)
     assert taken.dtype == torch.float32
     assert torch.equal(taken, site_sample(Backbone(model), KEY, site, preprocess, nullcontext))
     other = site_sample(Backbone(model), Key(b"o" * 32), site, preprocess, nullcontext)
