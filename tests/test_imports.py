@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"codec"},
     {"watermark"},
     {"commitment"},
-    {"verdict"},
+    {"verdict", "sequential"},
     {"marking"},
     {"align"},
     {"embed", "verify", "attacks"},
