@@ -3,10 +3,22 @@
 from activemark_fast.checkpoint import load_model, save_model
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
+from activemark_fast.profile import Profile, profile
 from activemark_fast.verdict import Verdict
 from activemark_fast.verify import verify
 from activemark_fast.watermark import Watermark
 
 __version__ = "0.1.0"
 
-__all__ = ["Embedding", "Key", "Verdict", "Watermark", "embed", "load_model", "save_model", "verify"]
+__all__ = [
+    "Embedding",
+    "Key",
+    "Profile",
+    "Verdict",
+    "Watermark",
+    "embed",
+    "load_model",
+    "profile",
+    "save_model",
+    "verify",
+]

@@ -131,7 +131,7 @@ def run_demo(
         for name, model in models.items():
             save_model(model, staging / f"{name}.safetensors", architecture)
         owners.watermark.save(staging / "watermark.safetensors")
-        measured = profile(Backbone(original), fresh[:PROFILED_IMAGES].to(place))
+        measured = profile(original, fresh[:PROFILED_IMAGES])
         figure = verdicts_figure(
             [(row.suspect, row.verdict) for row in rows], measured, owners.watermark.site
         )

@@ -19,10 +19,9 @@ from activemark_fast.marking.edit import search_edit
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
 from activemark_fast.marking.quality import DETECTION_TARGET, MARGIN_TARGET, Quality, QualityCheck
 from activemark_fast.marking.suffix import final_features, site_activations
-from activemark_fast.profile import profile
+from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
-from activemark_fast.site import place_site
 from activemark_fast.triggers import Preprocess, holdout_images
 from activemark_fast.watermark import Watermark, fingerprint
 
@@ -132,8 +131,8 @@ def embed(
         backbone = Backbone(marked)
         bar.stage("profile", 1)
         with autocast():
-            measured = profile(backbone, holdout.pixels[:PROFILED_IMAGES].to(place, backbone.dtype))
-        site, site_reason = place_site(backbone, measured, block)
+            placement = measure(backbone, holdout.pixels[:PROFILED_IMAGES]).site(block=block)
+        site = placement.site
         bar.stage("prefix", 1)
         activations = site_activations(backbone, holdout.pixels, site.block, autocast)
         coder: Codec = CODECS[codec].create(secret, site, bits, activations.output, axis).to(place)
@@ -203,7 +202,7 @@ def embed(
         model.load_state_dict(marked.state_dict())
         marked = model
     seconds = time.perf_counter() - started
-    return Embedding(marked, watermark, quality, site_reason, steps, history, seconds)
+    return Embedding(marked, watermark, quality, placement.reason, steps, history, seconds)
 
 
 def _check_settings(

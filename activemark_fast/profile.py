@@ -1,64 +1,399 @@
-"""Activation profile: how large the largest activations are after every block."""
+"""profile: how large the largest activations are after every block, and which block is the expressive one."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from activemark_fast.backbone import Backbone
-from activemark_fast.ops.magnitude import magnitudes
+from activemark_fast.backbone import Backbone, evaluating
+from activemark_fast.ops.magnitude import Magnitudes, magnitudes
+from activemark_fast.progress import Progress
+from activemark_fast.runtime import resolve_autocast, resolve_device
+from activemark_fast.site import Placement, Site, SiteError, taps_after
+from activemark_fast.triggers import Preprocess, public_images
 
+MOST_IMAGES = 256
+MADE_IMAGES = 32
+"""How many images are made where none are given."""
+BATCH = 32
+KEPT = 16
+"""How many of an image's largest magnitudes are kept, unless more are asked for."""
 TOP = 5
-"""How many of the largest magnitudes of an image are looked at (paper, section 3.2)."""
+"""How many of them a rule looks at (paper, section 3.2)."""
 SHARP_RISE = 3.0
 """A block whose mean top magnitude is this many times its predecessor's makes activations massive."""
 MASSIVE_RATIO = 50.0
 """A magnitude this many times the median of its block is massive."""
 
 
+class Massive(NamedTuple):
+    """A place of massive activations."""
+
+    token: int
+    channel: int
+    images: int  # in how many of them the value there is massive
+    magnitude: float  # mean over those images
+
+
 @dataclass(frozen=True, eq=False)
-class Profile:
-    """Magnitudes of the residual stream after every block.
+class StreamProfile:
+    """Magnitudes of the residual stream at one depth, of every image. NaN and infinities are left out.
 
     Attributes:
-        top: (depth, 5) float64, mean over images of the five largest |values|, descending.
-        median: (depth,) float64, mean over images of the median |value|.
-        massive: for every block the (token, channel) pairs that are massive in at least half of the images.
+        values: (images, k) float64, the largest |values|, descending; NaN where fewer are finite.
+        tokens, channels: (images, k) int64, where they sit; -1 where `values` is NaN.
+        medians: (images,) float64, of |values|, within 0.25 %.
+        nonfinite: (images,) int64, how many values are NaN or infinite.
     """
 
-    top: np.ndarray
-    median: np.ndarray
-    massive: tuple[tuple[tuple[int, int], ...], ...]
+    values: np.ndarray
+    tokens: np.ndarray
+    channels: np.ndarray
+    medians: np.ndarray
+    nonfinite: np.ndarray
 
-    def first_sharp_rise(self) -> int | None:
-        """The first block where massive activations emerge; None if there is no such block.
+    @property
+    def top(self) -> np.ndarray:
+        """(k,) float64: the largest, the second largest … magnitude, mean over images."""
+        return _mean(self.values)
 
-        It is the first block after which the mean of the top magnitudes is at least three times what it was
-        before the block, with massive values among them.
+    @property
+    def median(self) -> float:
+        """The median magnitude, mean over images."""
+        return float(_mean(self.medians))
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """(k,) float64: `top` over `median`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.top / self.median
+
+    @cached_property
+    def massive(self) -> tuple[Massive, ...]:
+        """Where massive values are, at least 50 times the median of their image: the most frequent first.
+
+        Only the k largest values of an image are known, so of more than k massive ones some are missing.
         """
-        mean_top = self.top.mean(axis=1)
-        for block in range(1, len(mean_top)):
-            risen = mean_top[block] >= SHARP_RISE * mean_top[block - 1]
-            if risen and self.top[block, 0] >= MASSIVE_RATIO * self.median[block]:
-                return block
-        return None
+        places: dict[tuple[int, int], list[float]] = {}
+        for image, rank in np.argwhere(self._huge):
+            place = int(self.tokens[image, rank]), int(self.channels[image, rank])
+            places.setdefault(place, []).append(float(self.values[image, rank]))
+        found = [Massive(*place, len(values), float(np.mean(values))) for place, values in places.items()]
+        return tuple(sorted(found, key=lambda m: (-m.images, -m.magnitude, m.token, m.channel)))
+
+    @property
+    def massive_tokens(self) -> tuple[int, ...]:
+        """Tokens that hold a massive value in at least half of the images, in whatever channel."""
+        return self._recurring(self.tokens)
+
+    @property
+    def massive_channels(self) -> tuple[int, ...]:
+        """Channels that hold a massive value in at least half of the images, at whatever token."""
+        return self._recurring(self.channels)
+
+    @property
+    def _huge(self) -> np.ndarray:
+        return (self.values >= MASSIVE_RATIO * self.medians[:, None]) & (self.values > 0)
+
+    def _recurring(self, places: np.ndarray) -> tuple[int, ...]:
+        found = [np.unique(row[huge]) for row, huge in zip(places, self._huge, strict=True)]
+        place, images = np.unique(np.concatenate(found), return_counts=True)
+        return tuple(int(p) for p in place[2 * images >= len(places)])
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Magnitudes of the residual stream after every block. Blocks, tokens and channels count from 0.
+
+    Attributes:
+        stem: what enters block 0 (behind the norm before the blocks, where there is one).
+        blocks: what leaves each block.
+        num_tokens, prefix_tokens, width: token layout of the model, as in `Backbone`.
+        has_class_token: whether token 0 is a class token.
+    """
+
+    stem: StreamProfile
+    blocks: tuple[StreamProfile, ...]
+    num_tokens: int
+    prefix_tokens: int
+    width: int
+    has_class_token: bool
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.stem.values)
+
+    @property
+    def top(self) -> np.ndarray:
+        """(depth, k) float64: the largest magnitudes after every block, descending, mean over images."""
+        return np.array([block.top for block in self.blocks])
+
+    @property
+    def median(self) -> np.ndarray:
+        """(depth,) float64: the median magnitude after every block, mean over images."""
+        return np.array([block.median for block in self.blocks])
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """(depth, k) float64: `top` over `median`."""
+        return np.array([block.ratio for block in self.blocks])
+
+    @property
+    def massive(self) -> tuple[tuple[Massive, ...], ...]:
+        """Where massive values are after every block (`StreamProfile.massive`)."""
+        return tuple(block.massive for block in self.blocks)
+
+    def token_name(self, token: int) -> str:
+        """What a token stands for: "class token", "register 0" or "patch 0"."""
+        if token >= self.prefix_tokens:
+            return f"patch {token - self.prefix_tokens}"
+        if token == 0 and self.has_class_token:
+            return "class token"
+        return f"register {token - self.has_class_token}"
+
+    def site(self, rule: str = "paper", *, block: int | None = None) -> Placement:
+        """Where a mark goes, why, and how sure that is.
+
+        The rules look at the mean of an image's five largest magnitudes. Each names the block where massive
+        activations emerge:
+
+        - "paper" (section 3.2): the first sharp rise. The mean is at least three times what it was before the
+          block, and the largest is at least 50 times the median.
+        - "reference" (what the authors' code does): the block with the largest difference to its predecessor.
+
+        A model without massive activations, or in which they emerge before block 0, without a rise, or too
+        late to leave two blocks for the mark, is marked at its middle block. `Placement.reason` says so.
+
+        Args:
+            rule: "paper" or "reference".
+            block: take this block instead, whatever the rule says.
+
+        Raises:
+            ValueError: another `rule`.
+            SiteError: `block` leaves no block between it and the last one, or the model has fewer than 3
+                blocks.
+        """
+        if rule not in RULES:
+            raise ValueError(f"rule: wanted one of {sorted(RULES)}, got {rule!r}")
+        latest = self.depth - 3
+        if latest < 0:
+            raise SiteError(
+                f"model: wanted at least 3 blocks (site, marked block, last block), got {self.depth}"
+            )
+        if block is not None and not 0 <= block <= latest:
+            raise SiteError(
+                f"block: wanted 0 to {latest} (the mark needs room before the last of this model's "
+                f"{self.depth} blocks), got {block}"
+            )
+        heights, ratios = self._heights_and_ratios()
+        emergence = RULES[rule](_mean(heights.T), self._ratios_of_means())
+        alone = [RULES[rule](*image) for image in zip(heights.T, ratios.T, strict=True)]
+        agreeing = sum(answer == emergence for answer in alone)
+
+        middle = min(max(self.depth // 2 - 1, 0), latest)
+        if block is not None:
+            reason = f"block {block}, as asked for"
+        elif emergence is None:
+            block, reason = middle, f"block {middle}, the middle: {self._why_none()}"
+        elif emergence > self.depth - 4:
+            block = middle
+            reason = (
+                f"block {middle}, the middle: massive activations emerge too late, after block {emergence}"
+            )
+        else:
+            block, reason = emergence, f"block {emergence}, where massive activations emerge"
+        times = self._ratios_of_means()[1:].max() if emergence is None else self.ratio[emergence, 0]
+        sure = f"{times:.0f} times the median; {agreeing} of {self.images} images say so alone"
+        site = Site(
+            block=block,
+            taps=taps_after(block, self.depth),
+            num_tokens=self.num_tokens,
+            prefix_tokens=self.prefix_tokens,
+            width=self.width,
+            massive_tokens=self.blocks[block].massive_tokens,
+            massive_channels=self.blocks[block].massive_channels,
+        )
+        return Placement(site, emergence, agreeing / self.images, f"{reason} ({sure})")
+
+    def to_dict(self) -> dict[str, object]:
+        """The profile as JSON types; what is not known, or infinite, is None."""
+        return {
+            "images": self.images,
+            "num_tokens": self.num_tokens,
+            "prefix_tokens": self.prefix_tokens,
+            "width": self.width,
+            "stem": self._stream_dict(self.stem),
+            "blocks": [self._stream_dict(block) for block in self.blocks],
+        }
+
+    def __str__(self) -> str:
+        rows = [("after", "largest", "median", "ratio", "massive at (images)")]
+        names = ["stem", *(f"block {index}" for index in range(self.depth))]
+        for name, stream in zip(names, (self.stem, *self.blocks), strict=True):
+            numbers = (f"{stream.top[0]:.4g}", f"{stream.median:.4g}", f"{stream.ratio[0]:.3g}")
+            rows.append((name, *numbers, self._massive_text(stream)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column in (0, 4) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    def _heights_and_ratios(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of stem and blocks, of every image: mean of the five largest magnitudes, largest over median."""
+        streams = (self.stem, *self.blocks)
+        heights = np.array([_mean(stream.values[:, :TOP].T) for stream in streams])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return heights, np.array([stream.values[:, 0] / stream.medians for stream in streams])
+
+    def _ratios_of_means(self) -> np.ndarray:
+        return np.array([self.stem.ratio[0], *self.ratio[:, 0]])
+
+    def _why_none(self) -> str:
+        ratios = self._ratios_of_means()
+        if not (ratios[1:] >= MASSIVE_RATIO).any():
+            return "the model has no massive activations"
+        if ratios[0] >= MASSIVE_RATIO:
+            return "massive activations are there before block 0"
+        return "massive activations emerge without a sharp rise"
+
+    def _massive_text(self, stream: StreamProfile) -> str:
+        shown = [f"{self.token_name(m.token)}, channel {m.channel} ({m.images})" for m in stream.massive[:3]]
+        more = len(stream.massive) - len(shown)
+        return "; ".join(shown) + (f"; {more} more" if more else "")
+
+    def _stream_dict(self, stream: StreamProfile) -> dict[str, object]:
+        return {
+            "top": [_json(value) for value in stream.top],
+            "median": _json(stream.median),
+            "ratio": [_json(value) for value in stream.ratio],
+            "nonfinite": int(stream.nonfinite.sum()),
+            "massive": [{"name": self.token_name(m.token), **m._asdict()} for m in stream.massive],
+        }
+
+
+def profile(
+    model: nn.Module,
+    images: object = None,
+    *,
+    k: int = KEPT,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    progress: bool = False,
+) -> Profile:
+    """Runs `model` once, block by block, and keeps of every block's output only what a profile needs.
+
+    Args:
+        model: a plain ViT (`Backbone` says which); it is left as it is.
+        images: images in any of the forms that `holdout_images` lists, up to 256; one is enough. Without
+            any, 32 are made, the same for everybody.
+        k: how many of the largest magnitudes of each image to keep, at least 5. Massive activations are
+            looked for among them.
+        device: where to compute; by default where the model is.
+        precision: "auto" (bf16 on CUDA, fp32 elsewhere), "fp32", "bf16" or "fp16"; weights stay in their
+            own dtype.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or the model is no plain ViT (`NotAViTError`).
+    """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: wanted int, got {type(k).__name__}")
+    backbone = Backbone(model)
+    most = backbone.num_tokens * backbone.width
+    if not TOP <= k <= most:
+        raise ValueError(f"k: wanted {TOP} to {most}, the number of values of an image, got {k}")
+    place = resolve_device(device, backbone.device)
+    autocast = resolve_autocast(precision, place)
+    preprocess = Preprocess(backbone.image_size, backbone.mean, backbone.std)
+    pixels = public_images(images, preprocess, MADE_IMAGES if images is None else MOST_IMAGES)
+    if place != backbone.device:
+        backbone = Backbone(copy.deepcopy(model).to(place))
+    with evaluating(backbone.encoder), autocast(), Progress(progress) as bar:
+        bar.stage("profile", len(pixels))
+        return measure(backbone, pixels, k, bar.advance)
 
 
 @torch.no_grad()
-def profile(backbone: Backbone, pixels: Tensor) -> Profile:
-    """Runs `pixels` (n, 3, H, W) through `backbone`, block by block, keeping one block's activations."""
-    tokens = backbone.stem(pixels)
-    top, median, massive = [], [], []
-    for block in range(backbone.depth):
-        tokens = backbone.run(tokens, block, block + 1)
-        found = magnitudes(tokens, TOP)
-        top.append(found.values.mean(dim=0).double().cpu().numpy())
-        median.append(float(found.median.mean()))
-        huge = found.index[found.values >= MASSIVE_RATIO * found.median[:, None]].cpu().numpy()
-        place, count = np.unique(huge, return_counts=True)
-        recurring = place[2 * count >= len(pixels)]
-        massive.append(tuple((int(i) // backbone.width, int(i) % backbone.width) for i in recurring))
-    return Profile(np.array(top), np.array(median), tuple(massive))
+def measure(
+    backbone: Backbone,
+    pixels: Tensor,  # (n, 3, H, W), on any device
+    k: int = KEPT,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> Profile:
+    """The profile of `backbone`, in the mode its blocks are in; `on_batch` hears of each batch measured."""
+    found: list[list[Magnitudes]] = [[] for _ in range(backbone.depth + 1)]
+    for batch in pixels.split(BATCH):
+        tokens = backbone.stem(batch.to(backbone.device, backbone.dtype))
+        found[0].append(magnitudes(tokens, k))
+        for block in range(backbone.depth):
+            tokens = backbone.run(tokens, block, block + 1)
+            found[block + 1].append(magnitudes(tokens, k))
+        on_batch(len(batch))
+    stem, *blocks = (_gather(batches, backbone.width) for batches in found)
+    return Profile(
+        stem=stem,
+        blocks=tuple(blocks),
+        num_tokens=backbone.num_tokens,
+        prefix_tokens=backbone.prefix_tokens,
+        width=backbone.width,
+        has_class_token=backbone.has_class_token,
+    )
+
+
+def _gather(batches: list[Magnitudes], width: int) -> StreamProfile:
+    """What was found in all batches, off the device: only here the host waits for it."""
+    values, index, median, _, nonfinite = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    place = index.numpy()
+    return StreamProfile(
+        values=values.double().numpy(),
+        tokens=np.where(place < 0, -1, place // width),
+        channels=np.where(place < 0, -1, place % width),
+        medians=median.double().numpy(),
+        nonfinite=nonfinite.numpy(),
+    )
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean along the first axis of what is there; NaN where nothing is."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(there, values, 0).sum(axis=0) / there.sum(axis=0))
+
+
+def _json(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _first_sharp_rise(heights: np.ndarray, ratios: np.ndarray) -> int | None:
+    rises = (heights[1:] >= SHARP_RISE * heights[:-1]) & (ratios[1:] >= MASSIVE_RATIO)
+    return int(rises.argmax()) if rises.any() else None
+
+
+def _largest_jump(heights: np.ndarray, ratios: np.ndarray) -> int | None:
+    jumps = np.diff(heights)
+    if not (ratios[1:] >= MASSIVE_RATIO).any() or not (jumps > 0).any():
+        return None
+    return int(np.nanargmax(jumps))
+
+
+# (depth + 1,) mean of the top magnitudes and (depth + 1,) largest over median, the stem's first → the block.
+RULES: dict[str, Callable[[np.ndarray, np.ndarray], int | None]] = {
+    "paper": _first_sharp_rise,
+    "reference": _largest_jump,
+}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from activemark_fast.backbone import Backbone
-from activemark_fast.profile import Profile
-
 
 class SiteError(ValueError):
     """The model has no room for the mark at the block asked for."""
@@ -38,47 +35,24 @@ class Site:
         return [t for t in range(self.prefix_tokens, self.num_tokens) if t not in self.massive_tokens]
 
 
-def place_site(backbone: Backbone, profile: Profile, block: int | None = None) -> tuple[Site, str]:
-    """The site for a mark, and one sentence on why it is there.
+@dataclass(frozen=True)
+class Placement:
+    """What `Profile.site` answers.
 
-    Without `block` it is where massive activations emerge (the first sharp rise of the profile). A model that
-    has none, or has them too late to leave two blocks for the mark, is marked at its middle block.
-
-    Raises:
-        SiteError: `block` leaves no block between it and the last one, or the model has fewer than 3 blocks.
+    Attributes:
+        site: where the mark goes.
+        emergence: the block where massive activations emerge, by the rule; None if it finds no such block.
+        agreement: share of images, each looked at alone, for which the rule gives the same `emergence`.
+        reason: one sentence on why the mark is there, and how sure that is.
     """
-    latest = backbone.depth - 3
-    if latest < 0:
-        raise SiteError(
-            f"model: wanted at least 3 blocks (site, marked block, last block), got {backbone.depth}"
-        )
-    if block is not None:
-        if not 0 <= block <= latest:
-            raise SiteError(
-                f"block: wanted 0 to {latest} (the mark needs room before the last of this model's "
-                f"{backbone.depth} blocks), got {block}"
-            )
-        reason = f"block {block}, as asked for"
-    else:
-        rise = profile.first_sharp_rise()
-        middle = min(max(backbone.depth // 2 - 1, 0), latest)
-        if rise is None:
-            block, reason = middle, f"block {middle}, the middle: the model has no massive activations"
-        elif rise > backbone.depth - 4:
-            block = middle
-            reason = f"block {middle}, the middle: massive activations emerge too late, after block {rise}"
-        else:
-            block, reason = rise, f"block {rise}, where massive activations emerge"
-    last = backbone.depth - 2
-    taps = (last,) if last - block < 2 else (block + (last - block + 1) // 2, last)
-    massive = profile.massive[block]
-    site = Site(
-        block=block,
-        taps=taps,
-        num_tokens=backbone.num_tokens,
-        prefix_tokens=backbone.prefix_tokens,
-        width=backbone.width,
-        massive_tokens=tuple(sorted({token for token, _ in massive})),
-        massive_channels=tuple(sorted({channel for _, channel in massive})),
-    )
-    return site, reason
+
+    site: Site
+    emergence: int | None
+    agreement: float
+    reason: str
+
+
+def taps_after(block: int, depth: int) -> tuple[int, ...]:
+    """The taps of a mark that is injected after `block` in a model of `depth` blocks."""
+    last = depth - 2
+    return (last,) if last - block < 2 else (block + (last - block + 1) // 2, last)

@@ -26,6 +26,10 @@ MIN_IMAGES = 16
 MIN_SYNTHETIC_SIDE = 8  # pixels: below it no leaf fits
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
+# The images of `public_images` are no secret.
+_EVERYBODY = Key(b"activemark_fast: everybody's images")
+_SYNTHETIC = "triggers/synthetic"
+
 _Array = npt.NDArray[np.float64]
 
 
@@ -114,7 +118,7 @@ def holdout_images(images: object, key: Key, preprocess: Preprocess, count: int 
         raise TypeError(f"count: wanted int, got {type(count).__name__}")
     if count < MIN_IMAGES:
         raise ValueError(f"count: wanted at least {MIN_IMAGES} images, got {count}")
-    source, singles = _open(images, key, preprocess.size, count)
+    source, singles = _open(images, key.stream(_SYNTHETIC), preprocess.size, count)
     pixels, digests = [], []
     for index, image in enumerate(islice(singles, count)):
         pixels.append(_model_input(image, preprocess, index))
@@ -125,6 +129,22 @@ def holdout_images(images: object, key: Key, preprocess: Preprocess, count: int 
             "detection rate can be estimated"
         )
     return HoldOut(torch.stack(pixels), tuple(digests), source)
+
+
+def public_images(images: object, preprocess: Preprocess, count: int) -> Tensor:
+    """The first `count` of `images` as model input, for work that needs no key.
+
+    images: as in `holdout_images`, but one is enough; None: `count` synthetic images, the same for everybody.
+
+    Returns (n, 3, H, W) float32 on the CPU, n <= count.
+
+    Raises TypeError or ValueError as `holdout_images` does.
+    """
+    _, singles = _open(images, _EVERYBODY.stream(_SYNTHETIC), preprocess.size, count)
+    pixels = [_model_input(image, preprocess, index) for index, image in enumerate(islice(singles, count))]
+    if not pixels:
+        raise ValueError("images: wanted at least 1, got none")
+    return torch.stack(pixels)
 
 
 def check_digests(holdout: HoldOut, expected: Sequence[bytes]) -> None:
@@ -243,10 +263,12 @@ def _rgb(lightness: _Array, yellow: _Array, red: _Array) -> _Array:
     return np.stack([lightness + yellow + red, lightness + yellow - red, lightness - 2 * yellow])
 
 
-def _open(images: object, key: Key, size: tuple[int, int], count: int) -> tuple[str, Iterator[Tensor]]:
+def _open(
+    images: object, stream: KeyStream, size: tuple[int, int], count: int
+) -> tuple[str, Iterator[Tensor]]:
     """The name of the source and its images one by one, each (3, h, w)."""
     if images is None:
-        return "key", iter(synthetic_images(key.stream("triggers/synthetic"), count, size))
+        return "key", iter(synthetic_images(stream, count, size))
     if isinstance(images, Tensor):
         if images.dim() != 4:
             raise ValueError(f"images: wanted a tensor of shape (n, 3, h, w), got {tuple(images.shape)}")

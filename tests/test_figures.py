@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from tiny import profile_of
 
 from activemark_fast.profile import Profile
 from activemark_fast.report import verdict_figure, verdicts_figure
@@ -58,9 +59,9 @@ def keyed_rows() -> list[tuple[str, Verdict]]:
 
 @pytest.fixture
 def profile() -> Profile:
-    top = np.full((12, 5), 8.0) - np.arange(5)
-    top[5:10, 0] = 170.0
-    return Profile(top, np.linspace(0.8, 1.5, 12), ((),) * 12)
+    values = np.full((13, 4, 5), 8.0) - np.arange(5)
+    values[6:11, :, 0] = 170.0
+    return profile_of(values, np.linspace(0.8, 1.5, 13))
 
 
 def drawn(figure: Figure) -> Figure:

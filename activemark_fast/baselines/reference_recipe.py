@@ -21,9 +21,9 @@ from activemark_fast.baselines.common import Cost, Finding, share_of
 from activemark_fast.codec import LearnedCodec
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import read_logits, site_activations
-from activemark_fast.profile import profile
+from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
-from activemark_fast.site import Site, place_site
+from activemark_fast.site import Site
 from activemark_fast.triggers import Preprocess, holdout_images
 from activemark_fast.verdict import bit_errors, default_tau
 
@@ -99,7 +99,7 @@ def generate(
     place = original.device
     preprocess = Preprocess(original.image_size, original.mean, original.std)
     pixels = holdout_images(images, secret, preprocess, IMAGES).pixels.to(place, original.dtype)
-    site, _ = place_site(original, profile(original, pixels[:PROFILED_IMAGES]), block)
+    site = measure(original, pixels[:PROFILED_IMAGES]).site("reference", block=block).site
     codec = LearnedCodec.create(secret, site, bits, pixels, "token").to(place)
     last = codec.taps[-1]
     suffix = nn.ModuleList(list(marked.blocks)[site.block + 1 : last + 1]).requires_grad_(True)

@@ -24,9 +24,9 @@ from activemark_fast.marking.suffix import (
     read_logits,
     site_activations,
 )
-from activemark_fast.profile import profile
+from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
-from activemark_fast.site import Site, place_site
+from activemark_fast.site import Site
 
 KEY = Key(b"k" * 32)
 WIDTH, DEPTH, BITS = 96, 6, 16
@@ -97,7 +97,7 @@ class Case:
 def case(model: nn.Module, block: int | None = None) -> Case:
     backbone = Backbone(model)
     pixels = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(backbone.dtype)
-    site, _ = place_site(backbone, profile(backbone, pixels[:8]), block)
+    site = measure(backbone, pixels[:8]).site(block=block).site
     activations = site_activations(backbone, pixels, site.block, nullcontext)
     codec = KeyedCodec.create(KEY, site, BITS, activations.output, "token")
     drawn = KEY.stream("test").bits((3, 48, BITS))

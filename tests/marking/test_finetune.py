@@ -15,8 +15,7 @@ from activemark_fast.codec import CODECS, Codec
 from activemark_fast.key import Key
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
 from activemark_fast.marking.suffix import feature_cosine, final_features, read_logits, site_activations
-from activemark_fast.profile import profile
-from activemark_fast.site import place_site
+from activemark_fast.profile import measure
 
 KEY = Key(b"k" * 32)
 DEPTH, BITS = 6, 8
@@ -39,7 +38,7 @@ class Run:
         self.original_model = copy.deepcopy(self.model)
         self.backbone, self.original = Backbone(self.model), Backbone(self.original_model)
         pixels = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-        self.site, _ = place_site(self.backbone, profile(self.backbone, pixels[:4]))
+        self.site = measure(self.backbone, pixels[:4]).site().site
         self.activations = site_activations(self.backbone, pixels, self.site.block, nullcontext)
         self.codec: Codec = CODECS[codec].create(KEY, self.site, BITS, self.activations.output, "token")
         self.features = final_features(self.backbone, self.activations, self.site.block, nullcontext)
