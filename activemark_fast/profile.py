@@ -193,6 +193,8 @@ class Profile:
             raise SiteError(
                 f"model: wanted at least 3 blocks (site, marked block, last block), got {self.depth}"
             )
+        if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
+            raise TypeError(f"block: wanted int, got {type(block).__name__}")
         if block is not None and not 0 <= block <= latest:
             raise SiteError(
                 f"block: wanted 0 to {latest} (the mark needs room before the last of this model's "
@@ -202,21 +204,11 @@ class Profile:
         emergence = RULES[rule](_mean(heights.T), self._ratios_of_means())
         alone = [RULES[rule](*image) for image in zip(heights.T, ratios.T, strict=True)]
         agreeing = sum(answer == emergence for answer in alone)
-
-        middle = min(max(self.depth // 2 - 1, 0), latest)
-        if block is not None:
-            reason = f"block {block}, as asked for"
-        elif emergence is None:
-            block, reason = middle, f"block {middle}, the middle: {self._why_none()}"
-        elif emergence > self.depth - 4:
-            block = middle
-            reason = (
-                f"block {middle}, the middle: massive activations emerge too late, after block {emergence}"
-            )
+        if block is None:
+            block, why = self._block_for(emergence)
+            reason = f"{why}; {agreeing} of {self.images} images agree)"
         else:
-            block, reason = emergence, f"block {emergence}, where massive activations emerge"
-        times = self._ratios_of_means()[1:].max() if emergence is None else self.ratio[emergence, 0]
-        sure = f"{times:.0f} times the median; {agreeing} of {self.images} images say so alone"
+            reason = f"block {block}, as asked for"
         site = Site(
             block=block,
             taps=taps_after(block, self.depth),
@@ -226,7 +218,7 @@ class Profile:
             massive_tokens=self.blocks[block].massive_tokens,
             massive_channels=self.blocks[block].massive_channels,
         )
-        return Placement(site, emergence, agreeing / self.images, f"{reason} ({sure})")
+        return Placement(site, emergence, agreeing / self.images, reason)
 
     def to_dict(self) -> dict[str, object]:
         """The profile as JSON types; what is not known, or infinite, is None."""
@@ -264,13 +256,26 @@ class Profile:
     def _ratios_of_means(self) -> np.ndarray:
         return np.array([self.stem.ratio[0], *self.ratio[:, 0]])
 
-    def _why_none(self) -> str:
+    def _block_for(self, emergence: int | None) -> tuple[int, str]:
+        """The block to mark and why, up to an open bracket."""
         ratios = self._ratios_of_means()
-        if not (ratios[1:] >= MASSIVE_RATIO).any():
-            return "the model has no massive activations"
-        if ratios[0] >= MASSIVE_RATIO:
-            return "massive activations are there before block 0"
-        return "massive activations emerge without a sharp rise"
+        middle = max(self.depth // 2 - 1, 0)
+        if emergence is None:
+            if not (ratios[1:] >= MASSIVE_RATIO).any():
+                why = "the model has no massive activations"
+            elif ratios[0] >= MASSIVE_RATIO:
+                why = "massive activations are there before block 0"
+            else:
+                why = "massive activations emerge without a sharp rise"
+            return (
+                middle,
+                f"block {middle}, the middle: {why} (at most {ratios[1:].max():.0f} times the median",
+            )
+        times = f"({ratios[emergence + 1]:.0f} times the median"
+        if emergence > self.depth - 4:
+            late = f"massive activations emerge too late, after block {emergence}"
+            return middle, f"block {middle}, the middle: {late} {times}"
+        return emergence, f"block {emergence}, where massive activations emerge {times}"
 
     def _massive_text(self, stream: StreamProfile) -> str:
         shown = [f"{self.token_name(m.token)}, channel {m.channel} ({m.images})" for m in stream.massive[:3]]

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from tiny import profile_of
 
 from activemark_fast.profile import Profile
-from activemark_fast.report import verdict_figure, verdicts_figure
+from activemark_fast.report import profile_figure, verdict_figure, verdicts_figure
 from activemark_fast.site import Site
 from activemark_fast.verdict import Decision, Verdict
 
@@ -74,9 +74,11 @@ def texts_of(axes: Axes) -> list[Text]:
     if axes.axison:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            texts += [axis.label, *(t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high)]
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            texts += [axis.label, *(label for tick in ticks for label in (tick.label1, tick.label2))]
     legend = axes.get_legend()
-    return [text for text in texts + (legend.get_texts() if legend else []) if text.get_text()]
+    texts += legend.get_texts() if legend else []
+    return [text for text in texts if text.get_text() and text.get_visible()]
 
 
 def bars_of(axes: Axes) -> list[Rectangle]:
@@ -183,6 +185,56 @@ def test_verdict_figure_of_an_unreadable_suspect() -> None:
 def test_a_hostile_suspect_name_is_text(profile: Profile) -> None:
     rows = [(r"$\frac{$", keyed_rows()[0][1])]
     drawn(verdicts_figure(rows, profile, SITE))
+
+
+PROFILES = {
+    "massive at one place": [1.0] * 6 + [150.0] * 7,
+    "massive nowhere": [1.0] * 13,
+    "massive too late": [1.0] * 12 + [3e6],
+    "24 blocks": [1.0] * 12 + [300.0] * 13,
+    "zeros": [0.0] * 4,
+    "not finite": [np.nan] * 5,
+}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_figure_is_legible(name: str) -> None:
+    measured = profile_of(PROFILES[name], medians=0.8)
+    assert_legible(drawn(profile_figure(measured, measured.site())))
+
+
+def test_profile_figure_shows_curves_site_and_places(profile: Profile) -> None:
+    placement = profile.site()
+    figure = drawn(profile_figure(profile, placement))
+    curves, places = figure.axes[:2]
+    heights = {tuple(np.asarray(line.get_ydata())) for line in curves.lines}
+    assert all(tuple(profile.top[:, rank]) in heights for rank in range(5))
+    assert tuple(profile.median) in heights
+    for axes in (curves, places):
+        upright = {line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1}
+        assert placement.site.block == 5
+        assert placement.site.block in upright
+    assert [label.get_text() for label in places.get_yticklabels()] == ["class token, channel 7"]
+    (dots,) = places.collections
+    assert dots.get_offsets().tolist() == [[block, 0] for block in range(5, 10)]
+    times = [profile.ratio[block, 0] for block in range(5, 10)]
+    assert np.asarray(dots.get_array()) == pytest.approx(times)
+    assert placement.reason in figure.get_suptitle().replace("\n", " ")
+
+
+def test_profile_figure_shows_the_most_frequent_places_and_counts_all() -> None:
+    places = [(token, 3) for token in range(17)] + [(token, 9) for token in range(3)]
+    values = np.ones((7, 5, 20))
+    values[3:] = 100
+    values[3:, 2:, :4] = 1  # these in two images of five
+    measured = profile_of(values, places=places)
+    figure = drawn(profile_figure(measured, measured.site()))
+    places_axes = figure.axes[1]
+    names = [label.get_text() for label in places_axes.get_yticklabels()]
+    assert len(names) == 16
+    assert "class token, channel 3" not in names
+    assert "16 most frequent of 20" in places_axes.get_title("left")
+    assert_legible(figure)
 
 
 def test_no_pyplot_and_no_matplotlib_without_report() -> None:

@@ -58,8 +58,8 @@ def test_where_the_mark_goes(
     placement = profile_with_rise(depth, rise).site(rule)
     assert (placement.site.block, placement.site.taps) == (block, taps)
     assert why in placement.reason
-    times = "1 times" if rise is None else "1000 times"
-    assert placement.reason.endswith(f"({times} the median; 2 of 2 images say so alone)")
+    times = "at most 1 times" if rise is None else "1000 times"
+    assert placement.reason.endswith(f"({times} the median; 2 of 2 images agree)")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,12 @@ def test_a_block_without_room(block: int) -> None:
 def test_a_model_without_room(depth: int) -> None:
     with pytest.raises(SiteError, match=f"^model: wanted at least 3 blocks .*, got {depth}$"):
         profile_with_rise(depth, None).site()
+
+
+@pytest.mark.parametrize("block", ["3", 3.0, True])
+def test_a_block_of_another_type(block: object) -> None:
+    with pytest.raises(TypeError, match=r"^block: wanted int, got "):
+        profile_with_rise(6, 2).site(block=block)  # type: ignore[arg-type]
 
 
 def test_an_unknown_rule() -> None:

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from activemark_fast.profile import TOP, Profile
+from activemark_fast.profile import Profile
+from activemark_fast.report.profile import draw_profile
+from activemark_fast.report.style import BLUE, GREY, VERMILION
 from activemark_fast.site import Site
 from activemark_fast.verdict import Decision, Verdict
 
-# Okabe and Ito's colours, told apart with any colour vision.
-_BLUE, _VERMILION, _PURPLE, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#6B6B6B"
-_COLOURS: dict[Decision, str] = {"match": _BLUE, "no match": _VERMILION, "inconclusive": _GREY}
+_COLOURS: dict[Decision, str] = {"match": BLUE, "no match": VERMILION, "inconclusive": GREY}
 _ROW_HEIGHT = 0.8
 
 
@@ -36,7 +35,8 @@ def verdicts_figure(rows: Sequence[tuple[str, Verdict]], profile: Profile, site:
         raise ValueError("rows: wanted at least one suspect, got none")
     figure = Figure(figsize=(15, 2.4 + 0.5 * max(len(rows), 5)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1.2, 1))
-    _draw_profile(left, profile, site)
+    draw_profile(left, profile, site)
+    left.set_title("Where the mark goes: activation profile", loc="left")
     names = [name for name, _ in rows]
     verdicts = [verdict for _, verdict in rows]
     _draw_error_rows(middle, verdicts)
@@ -62,7 +62,7 @@ def verdict_figure(verdict: Verdict) -> Figure:
     title = textwrap.fill(heading, 80, break_on_hyphens=False)
     if not verdict.images:
         axes.axis("off")
-        axes.text(0.5, 0.5, "no image could be read", ha="center", va="center", color=_GREY)
+        axes.text(0.5, 0.5, "no image could be read", ha="center", va="center", color=GREY)
     else:
         p_value = "none (learned codec)" if verdict.p_value is None else f"{verdict.p_value:.2g} (exact)"
         title += (
@@ -75,28 +75,6 @@ def verdict_figure(verdict: Verdict) -> Figure:
     return figure
 
 
-def _draw_profile(axes: Axes, profile: Profile, site: Site) -> None:
-    blocks = np.arange(len(profile.median))
-    for rank in range(TOP):
-        label = {0: "largest", 1: f"2nd to {TOP}th"}.get(rank)
-        shade = 1.0 if rank == 0 else 0.7 - 0.12 * rank
-        axes.plot(blocks, profile.top[:, rank], color=_BLUE, alpha=shade, marker="o", ms=3.5, label=label)
-    axes.plot(blocks, profile.median, color=_GREY, ls="--", marker="s", ms=3, label="median")
-    axes.axvline(site.block, color=_PURPLE, lw=6, alpha=0.5, label=f"injected after {site.block}")
-    for tap in site.taps:
-        label = f"read after {' and '.join(map(str, site.taps))}" if tap == site.taps[0] else None
-        axes.axvline(tap, color="black", ls=":", lw=1.5, label=label)
-    axes.set_yscale("log")
-    low, high = profile.median.min(), profile.top.max()
-    axes.set_ylim(low / 1.5, high * (high / low) ** 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("block, counted from 0")
-    axes.set_ylabel("|activation| after the block, mean over images")
-    axes.set_title("Where the mark goes: activation profile", loc="left")
-    axes.legend(loc="upper left", ncols=2, fontsize=9, framealpha=1, edgecolor="white")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _draw_error_rows(axes: Axes, verdicts: Sequence[Verdict]) -> None:
     bits, tau = verdicts[0].bits, verdicts[0].tau
     for row, verdict in enumerate(verdicts):
@@ -104,11 +82,11 @@ def _draw_error_rows(axes: Axes, verdicts: Sequence[Verdict]) -> None:
         height = _ROW_HEIGHT * counts / max(counts.max(), 1)
         colour = _COLOURS[verdict.decision]
         axes.bar(range(bits + 1), -height, bottom=row + _ROW_HEIGHT / 2, width=0.9, color=colour)
-        axes.axhline(row + _ROW_HEIGHT / 2, color=_GREY, lw=0.5)
+        axes.axhline(row + _ROW_HEIGHT / 2, color=GREY, lw=0.5)
         text = f"R = {verdict.detection_rate:.3f}" if verdict.images else "not read"
         axes.text(bits + 0.5, row, text, ha="right", va="center", fontsize=9)
     axes.axvline(tau + 0.5, color="black", ls="--", lw=1)
-    axes.axvline(bits / 2, color=_GREY, ls=":", lw=1.5)
+    axes.axvline(bits / 2, color=GREY, ls=":", lw=1.5)
     axes.text(tau + 0.7, -0.52, f"τ = {tau}", ha="left", va="bottom", fontsize=9)
     axes.text(bits / 2 + 0.3, -0.52, f"chance: {bits / 2:g}", ha="left", va="bottom", fontsize=9)
     axes.set_xlim(-0.7, bits + 0.7)
@@ -121,7 +99,7 @@ def _draw_p_values(axes: Axes, verdicts: Sequence[Verdict]) -> None:
     axes.set_xlabel(r"$-\log_{10}$ p-value, exact sign-flip test")
     if all(verdict.p_value is None for verdict in verdicts):
         text = "none: the learned codec is fitted,\nso no exact test exists for it"
-        axes.text(0.5, 0.5, text, ha="center", va="center", color=_GREY, transform=axes.transAxes)
+        axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
         axes.set_xticks([])
         return
     threshold = -math.log10(verdicts[0].alpha)
