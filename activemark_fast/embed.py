@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from activemark_fast.backbone import Backbone, non_finite_tensor
 from activemark_fast.codec import CODECS, Codec, KeyedCodec
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import search_edit
+from activemark_fast.marking.engine import Engine, halving, plan_engine
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
 from activemark_fast.marking.quality import DETECTION_TARGET, MARGIN_TARGET, Quality, QualityCheck
-from activemark_fast.marking.suffix import final_features, site_activations
+from activemark_fast.marking.resume import TrainingFile, TrainingState
+from activemark_fast.marking.suffix import BATCH, SiteActivations, final_features, site_activations
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
@@ -42,7 +45,8 @@ class Embedding:
         quality: how the mark and the model do on images that were kept from marking.
         site_reason: why the mark is where it is.
         steps: gradient steps taken; 0 if the edit was enough.
-        history: one dict for every edit that was tried and every check during training.
+        history: one dict for every strength of the edit that was tried and every check during training.
+        engine: how it was computed and why so; `peak_bytes` was told before the edit began.
         seconds: wall time of `embed`.
     """
 
@@ -52,6 +56,7 @@ class Embedding:
     site_reason: str
     steps: int
     history: list[dict[str, float | str]] = field(repr=False)
+    engine: Engine
     seconds: float
 
     @property
@@ -76,6 +81,7 @@ def embed(
     architecture: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Embedding:
     """Marks `model` (arXiv 2510.04966, with the keyed codec and the closed-form edit by default).
@@ -100,7 +106,10 @@ def embed(
         device: where to compute; by default where the model is.
         precision: "auto" (bf16 on CUDA, fp32 elsewhere), "fp32", "bf16" or "fp16"; weights stay in their
             own dtype.
-        progress: show a progress bar on standard error.
+        checkpoint: file that gradient training is saved to, about once a minute, until it has ended. If it is
+            there, the training goes on from it, to the result it would have had. An edit takes seconds and
+            starts anew.
+        progress: show progress bars on standard error, and how much memory the marking will take.
 
     Returns:
         The marked model, its watermark and what was measured. The same model, key, images and settings give
@@ -125,6 +134,17 @@ def embed(
     autocast = resolve_autocast(precision, place)
     preprocess = Preprocess(original.image_size, original.mean, original.std)
     holdout = holdout_images(images, secret, preprocess, IMAGES)
+    saved = resumed = None
+    if checkpoint is not None:
+        if not isinstance(checkpoint, (str, os.PathLike)):
+            raise TypeError(f"checkpoint: wanted a path, got {type(checkpoint).__name__}")
+        inputs: dict[str, object] = {
+            "model": fingerprint(model),
+            "images": [digest.hex() for digest in holdout.digests],
+            "settings": [codec, method, bits, axis, block, fidelity, max_steps, precision, str(place)],
+        }
+        saved = TrainingFile(Path(checkpoint), secret, inputs)
+        resumed = saved.load()
 
     marked = copy.deepcopy(model).eval().to(place)
     with Progress(progress) as bar:
@@ -134,7 +154,9 @@ def embed(
             placement = measure(backbone, holdout.pixels[:PROFILED_IMAGES]).site(block=block)
         site = placement.site
         bar.stage("prefix", 1)
-        activations = site_activations(backbone, holdout.pixels, site.block, autocast)
+        activations = halving(
+            lambda batch: site_activations(backbone, holdout.pixels, site.block, autocast, batch), BATCH
+        )
         coder: Codec = CODECS[codec].create(secret, site, bits, activations.output, axis).to(place)
         alignment = site_sample(backbone, secret, site, preprocess, autocast).half() if coder.exact else None
 
@@ -143,22 +165,28 @@ def embed(
 
         held = torch.arange(len(activations), device=place) % HELD_OUT_EVERY == 0
         fitted, kept = activations[~held], activations[held]
+        del activations
+        engine = plan_engine(backbone, site, precision, len(held), len(fitted), MESSAGES_PER_IMAGE)
+        fitted = SiteActivations(engine.keep(fitted.source), engine.keep(fitted.output))
+        if method == "edit":
+            bar.note(f"embed: {engine}")
         check = QualityCheck(backbone, coder, site, kept, messages("check", len(kept)), autocast)
-        features = final_features(backbone, fitted, site.block, autocast)
-        if not bool(torch.isfinite(features).all()):
-            raise ValueError("model: wanted finite features, got NaN or infinity (its activations overflow)")
         history: list[dict[str, float | str]] = []
-        if method == "edit" and isinstance(coder, KeyedCodec):
+        if resumed is not None:
+            history = resumed.history
+            quality = check()
+        elif method == "edit" and isinstance(coder, KeyedCodec):
             texts = messages("edit", MESSAGES_PER_IMAGE, len(fitted))
             quality, history = search_edit(
-                backbone, coder, site, fitted.output, texts, check, fidelity, autocast, bar
+                backbone, coder, site, fitted.output, texts, check, fidelity, engine, bar
             )
         else:
             quality = check()
         steps = 0
-        if not quality.reaches(fidelity):
+        if resumed is not None or not quality.reaches(fidelity):
             stage = "polish" if method == "edit" else "fine-tuning"
             reference = Backbone(copy.deepcopy(model).eval().to(place))
+            features = final_features(reference, fitted, site.block, autocast)
             bar.stage(stage, max_steps)
 
             def reached(step: int, loss: float) -> bool:
@@ -168,10 +196,15 @@ def embed(
                 bar.advance(CHECK_EVERY, loss=loss, bit_error=quality.bit_error, fidelity=quality.fidelity)
                 return quality.reaches(fidelity)
 
+            def save(step: int, tensors: dict[str, Tensor]) -> None:
+                if saved is not None and saved.due():
+                    saved.save(TrainingState(step, tensors, history))
+
+            if resumed is not None:
+                bar.advance(resumed.step)
             draws = secret.stream("fine-tuning")
-            steps = finetune(
-                backbone, reference, coder, site, fitted, features, draws, max_steps, autocast, reached
-            )
+            training = (site, fitted, features, draws, max_steps, autocast, reached, resumed, save)
+            steps = finetune(backbone, reference, coder, *training)
     if not quality.reaches(fidelity):
         warnings.warn(
             f"the mark did not reach its targets: fidelity {quality.fidelity:.4f} (wanted {fidelity}), "
@@ -201,8 +234,10 @@ def embed(
     if inplace:
         model.load_state_dict(marked.state_dict())
         marked = model
+    if saved is not None:
+        saved.remove()
     seconds = time.perf_counter() - started
-    return Embedding(marked, watermark, quality, placement.reason, steps, history, seconds)
+    return Embedding(marked, watermark, quality, placement.reason, steps, history, engine, seconds)
 
 
 def _check_settings(

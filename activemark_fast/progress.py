@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from tqdm import tqdm
@@ -19,6 +20,11 @@ class Progress:
         """Ends the bar there is and starts one of `total` steps."""
         self._close()
         self._bar = tqdm(total=total, desc=name, disable=not self._shown, leave=False, dynamic_ncols=True)
+
+    def note(self, text: str) -> None:
+        """Leaves a line on standard error, above the bars."""
+        if self._shown:
+            tqdm.write(text, file=sys.stderr)
 
     def advance(self, steps: int = 1, **measured: float) -> None:
         """Moves the bar on and shows numbers beside it."""

@@ -15,17 +15,22 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import KeyedCodec
+from activemark_fast.marking.engine import Engine, halving
 from activemark_fast.marking.quality import Quality, QualityCheck
-from activemark_fast.marking.suffix import BATCH, Autocast
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 
 RIDGE = 1e-4
 """Identity term of the solve, over the mean diagonal of its matrix."""
-PROTECTIONS = (10.0, 30.0, 100.0)
 LARGEST_GAIN = 2.0
-TRIAL_IMAGES = 64
-FINAL_EDITS = 3
+GROUPS = 8
+"""The slots are averaged in this many groups before they enter the solve: a reading averages them all."""
+CLEAN_ROWS = 8
+"""Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
+COLUMN_PARTS = 4
+SCALINGS = 4
+USED_UP = 0.05
+"""How much of the loss of fidelity that is allowed may be left unused."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class EditStrength:
     protection: float
 
 
+FIRST_STRENGTH = EditStrength(gain=0.65, protection=15.0)
+
+
 @torch.no_grad()
 def search_edit(
     backbone: Backbone,
@@ -50,15 +58,14 @@ def search_edit(
     messages: Tensor,
     check: QualityCheck,
     fidelity: float,
-    autocast: Autocast,
+    engine: Engine,
     bar: Progress,
 ) -> tuple[Quality, list[dict[str, float | str]]]:
-    """Edits `backbone` in place with the dials that give the largest margin at the fidelity asked for.
+    """Edits `backbone` in place with the gain that just keeps the fidelity asked for.
 
-    What an edit costs, 1 - cosine, grows with about the square of its gain. So for each of a few protections
-    one trial on 64 images tells the gain that just meets the fidelity, and a second trial what margin that
-    gives; the best pair is then used on all images, its gain lowered once or twice more where the fidelity is
-    missed.
+    One edit is solved for. The change of the weights is then scaled: what it costs, 1 - cosine, grows with
+    about the square of the gain, so one or two looks at the clean features tell the scale which the fidelity
+    allows. The margin that comes with it hardly depends on the protection between 10 and 30.
 
     Args:
         backbone: the model to mark.
@@ -68,45 +75,45 @@ def search_edit(
         messages: (r, n, M), r random messages for each image.
         check: measures the edited model.
         fidelity: lowest mean cosine to the original's features.
-        autocast: mixed precision of the forward passes.
-        bar: shows the edits.
+        engine: how to compute.
+        bar: shows the steps.
 
     Returns:
-        The quality of the edit that is in the model, and the dials and the quality of every edit tried.
+        The quality of the edit that is in the model; the dials of every scale tried, and what was measured.
     """
     linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
     originals = [linear.weight.clone() for linear in linears]
-    history: list[dict[str, float | str]] = []
+    strength = FIRST_STRENGTH
 
-    def tried(stage: str, strength: EditStrength, images: int) -> Quality:
+    def solved(batch: int) -> list[Tensor]:
         for linear, weight in zip(linears, originals, strict=True):
-            linear.weight.copy_(weight)
-        edit(backbone, codec, site, output[:images], messages[:, :images], strength, autocast)
-        quality = check()
-        history.append({"stage": stage, **asdict(strength), **asdict(quality)})
-        bar.advance(margin=quality.margin, fidelity=quality.fidelity, bit_error=quality.bit_error)
-        return quality
+            linear.weight.copy_(weight)  # an earlier try may have run out of memory half way
+        bar.stage("edit", len(linears))
+        return edit(backbone, codec, site, output, messages, strength, replace(engine, batch=batch), bar)
 
-    def affordable(strength: EditStrength, quality: Quality) -> EditStrength:
-        allowance = (1 - fidelity) / max(1 - quality.fidelity, 1e-9)
-        return replace(strength, gain=min(strength.gain * allowance**0.5, LARGEST_GAIN))
-
-    bar.stage("edit: search", 2 * len(PROTECTIONS))
-    trials: list[tuple[Quality, EditStrength]] = []
-    for protection in PROTECTIONS:
-        first = EditStrength(1.0, protection)
-        strength = affordable(first, tried("edit trial", first, TRIAL_IMAGES))
-        trials.append((tried("edit trial", strength, TRIAL_IMAGES), strength))
-    finite = [trial for trial in trials if math.isfinite(trial[0].margin)] or trials
-    _, strength = max(finite, key=lambda trial: trial[0].margin)
-
-    bar.stage("edit", 1)
-    for _ in range(FINAL_EDITS):
-        quality = tried("edit", strength, len(output))
-        if quality.fidelity >= fidelity:
+    changes = halving(solved, engine.batch)
+    history: list[dict[str, float | str]] = []
+    allowed = 1 - fidelity
+    bar.stage("edit: strength", SCALINGS)
+    for attempt in range(1, SCALINGS + 1):
+        reached = check.fidelity()
+        history.append({"stage": "edit scale", **asdict(strength), "fidelity": reached})
+        bar.advance(fidelity=reached)
+        lost = 1 - reached if math.isfinite(reached) else math.inf
+        if (1 - USED_UP) * allowed <= lost <= allowed or attempt == SCALINGS:
             break
-        lower = affordable(strength, quality)
-        strength = replace(lower, gain=0.97 * lower.gain)
+        # It aims at the middle of what will do: a bit less than the fidelity allows.
+        aim = (1 - USED_UP / 2) * allowed / max(lost, 1e-9)
+        gain = min(strength.gain * max(aim, 1e-2) ** 0.5, LARGEST_GAIN)
+        if gain == strength.gain:
+            break
+        strength = replace(strength, gain=gain)
+        for linear, weight, change in zip(linears, originals, changes, strict=True):
+            scaled = change * (gain / FIRST_STRENGTH.gain)
+            linear.weight.copy_(weight + scaled.to(weight.dtype))
+    quality = check(fidelity=reached)
+    history.append({"stage": "edit", **asdict(strength), **asdict(quality)})
+    bar.advance(margin=quality.margin, fidelity=quality.fidelity, bit_error=quality.bit_error)
     return quality, history
 
 
@@ -118,17 +125,19 @@ def edit(
     output: Tensor,
     messages: Tensor,
     strength: EditStrength,
-    autocast: Autocast,
-) -> None:
+    engine: Engine,
+    bar: Progress,
+) -> list[Tensor]:
     """Writes the mark into `backbone`'s weights, in place.
 
     For each block after the site up to the last tap, with k the hidden activations of its MLP at the slots:
     Δk is what the injection changes in k, δ = (gamma s (2m - 1) - P Δh) / (blocks left to the tap) what is
-    still missing in the projection P of the block's output, and
+    still missing in the projection P of the block's output, both averaged over groups of slots, and
 
         ΔW = P^T E[δ Δk^T] (E[Δk Δk^T] + lambda E[k₀ k₀^T] + ε I)^-1
 
-    with k₀ the hidden activations of all tokens of clean images.
+    with k₀ the hidden activations of tokens of clean images. Each block runs once: what ΔW adds to its output
+    follows from k, which is kept until ΔW is known.
 
     Args:
         backbone: the model to mark.
@@ -137,47 +146,54 @@ def edit(
         output: (n, N, D), clean output of the site's block.
         messages: (r, n, M), r random messages for each image.
         strength: the dials.
-        autocast: mixed precision of the forward passes.
+        engine: how to compute.
+        bar: moves on with every block.
+
+    Returns:
+        ΔW of each block, (D, H) float32.
 
     Raises:
         ValueError: a block is not pre-norm residual, its LayerScale is 0 in some channel, or its MLP's hidden
             activations are all 0 or not finite.
     """
     signs = 2 * messages.float() - 1
-    clean = output.clone()
-    injected = []
-    for message in messages:
-        one = output.clone()
-        one[:, codec.slots] += codec.injection(message)[:, None].to(one.dtype)
-        injected.append(one)
+    streams = []  # of some images each: (1 + r, b, N, D), the clean one first
+    for start in range(0, len(output), engine.batch):
+        part = slice(start, start + engine.batch)
+        clean = engine.fetch(output[part])
+        stream = clean.repeat(1 + len(messages), 1, 1, 1)
+        for index, message in enumerate(messages[:, part], start=1):
+            stream[index, :, codec.slots] += codec.injection(message)[:, None].to(stream.dtype)
+        streams.append(engine.keep(stream))
 
+    changes = []
     for block in range(site.block + 1, site.taps[-1] + 1):
         tap = next(t for t in site.taps if t >= block)
         share = 1 / (tap - block + 1)
         target = strength.gain * codec.scale * signs
-        matrix, cross = _moments(
-            backbone, codec, block, tap, clean, injected, target, share, strength.protection, autocast
+        matrix, cross, hidden = _moments(
+            backbone, codec, block, tap, streams, target, share, strength.protection, engine
         )
-        matrix.diagonal().add_(RIDGE * matrix.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:
-            raise ValueError(
-                f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
-                "carry a mark"
-            )
-        solution = torch.cholesky_solve(cross, factor)  # (H, M)
+        solution = _solve(matrix, cross, block)  # (H, M)
+        del matrix
         gain = backbone.mlp_gain(block)
         if not bool((gain != 0).all()):
             raise ValueError(
                 f"model: block {block} scales a channel of its MLP by 0, so it cannot carry a mark"
             )
-        write = codec.read_directions[tap].double() / gain.double()  # (M, D)
+        read = codec.read_directions[tap]  # (M, D)
+        change = (solution @ (read.double() / gain.double())).T
         weight = backbone.mlp_out(block).weight
-        weight += (solution @ write).T.to(weight.dtype)
-        for stream in (clean, *injected):
-            for part in stream.split(BATCH):
-                with autocast():
-                    part.copy_(backbone.run(part, block, block + 1))
+        weight += change.to(weight.dtype)
+        changes.append(change.float())
+        answer = solution.float()
+        for index, k in enumerate(hidden):
+            stream = engine.fetch(streams[index])
+            stream += ((engine.fetch(k).float() @ answer) @ read).to(stream.dtype)
+            streams[index] = engine.keep(stream)
+            hidden[index] = k.new_empty(0)
+        bar.advance()
+    return changes
 
 
 def _moments(
@@ -185,46 +201,82 @@ def _moments(
     codec: KeyedCodec,
     block: int,
     tap: int,
-    clean: Tensor,
-    injected: list[Tensor],
+    streams: list[Tensor],
     target: Tensor,
     share: float,
     protection: float,
-    autocast: Autocast,
-) -> tuple[Tensor, Tensor]:
-    """The matrix (H, H) and the right-hand sides E[Δk δ^T] (H, M) of a block's solve, float64."""
-    hidden: list[Tensor] = []
+    engine: Engine,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Runs a block over `streams`, in place, and gathers what its solve needs.
+
+    Returns:
+        The matrix (H, H) float32, lower triangle only; the right-hand sides E[Δk δ^T] (H, M) float32; the
+        hidden activations (1 + r, b, N, H) of each batch.
+    """
+    seen: list[Tensor] = []
     linear = backbone.mlp_out(block)
-    hook = linear.register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
-
-    def through(stream: Tensor) -> tuple[Tensor, Tensor]:
-        hidden.clear()
-        with autocast():
-            after = backbone.run(stream, block, block + 1)
-        batch, tokens = after.shape[:2]
-        return after[:, codec.slots].float(), backbone.batch_first(hidden[0]).reshape(
-            batch, tokens, -1
-        ).float()
-
-    size = linear.in_features
-    device = clean.device
-    changed = torch.zeros(size, size, dtype=torch.float64, device=device)
-    kept = torch.zeros_like(changed)
-    cross = torch.zeros(size, codec.bits, dtype=torch.float64, device=device)
-    projection = codec.read_directions[tap].T
+    size, device = linear.in_features, target.device
+    matrix = torch.zeros(size, size, device=device)
+    cross = torch.zeros(size, codec.bits, device=device)
+    pool = _slot_groups(len(codec.slots), device)
+    images, tokens = target.shape[1], streams[0].shape[2]
+    stride = max(1, images * tokens // (CLEAN_ROWS * size))
+    rows = sum(-(-stream.shape[1] * tokens // stride) for stream in streams)
+    samples = target.shape[0] * images * len(pool)
+    hidden: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
-        for start in range(0, len(clean), BATCH):
-            part = slice(start, start + BATCH)
-            after_clean, k_clean = through(clean[part])
-            flat = k_clean.flatten(0, 1)
-            kept += flat.T @ flat
-            for stream, wanted in zip(injected, target, strict=True):
-                after, k = through(stream[part])
-                missing = share * (wanted[part][:, None] - (after - after_clean) @ projection)
-                change = (k - k_clean)[:, codec.slots].flatten(0, 1)
-                changed += change.T @ change
-                cross += change.T @ missing.flatten(0, 1)
+        start = 0
+        for index, kept in enumerate(streams):
+            stream = engine.fetch(kept)
+            seen.clear()
+            with engine.autocast():
+                after = backbone.run(stream.flatten(0, 1), block, block + 1).view_as(stream)
+            k = backbone.batch_first(seen.pop()).reshape(*stream.shape[:3], size)
+            _add_gram(matrix, k[0].flatten(0, 1)[::stride].float(), protection / rows)
+            change = pool @ _changed(k, codec.slots)  # (r, b, G, H)
+            part = slice(start, start + stream.shape[1])
+            there = pool @ (_changed(after, codec.slots) @ codec.read_directions[tap].T)
+            missing = share * (target[:, part, None] - there)  # (r, b, G, M)
+            flat = change.flatten(0, 2)
+            _add_gram(matrix, flat, 1 / samples)
+            cross.addmm_(flat.T, missing.flatten(0, 2), alpha=1 / samples)
+            streams[index], start = engine.keep(after.to(stream.dtype)), part.stop
+            hidden.append(engine.keep(k))
     finally:
         hook.remove()
-    samples = len(injected) * len(clean) * len(codec.slots)
-    return changed / samples + protection * kept / (len(clean) * clean.shape[1]), cross / samples
+    return matrix, cross, hidden
+
+
+def _changed(values: Tensor, slots: Tensor) -> Tensor:
+    """(1 + r, b, N, ...) → (r, b, S, ...) float32: what the injections change at the slots."""
+    at_slots = values[:, :, slots].float()
+    return at_slots[1:] - at_slots[:1]
+
+
+def _slot_groups(slots: int, device: torch.device) -> Tensor:
+    """(G, S): the mean over each of the groups, which hold every G-th slot."""
+    groups = min(GROUPS, slots)
+    member = torch.arange(slots, device=device) % groups == torch.arange(groups, device=device)[:, None]
+    return member / member.sum(dim=1, keepdim=True)
+
+
+def _add_gram(matrix: Tensor, rows: Tensor, weight: float) -> None:
+    """Adds weight * rows^T rows to the lower triangle of `matrix`; above it, what the parts bring along."""
+    step = -(-len(matrix) // COLUMN_PARTS)
+    for start in range(0, len(matrix), step):
+        part = slice(start, start + step)
+        matrix[start:, part].addmm_(rows[:, start:].T, rows[:, part], alpha=weight)
+
+
+def _solve(matrix: Tensor, cross: Tensor, block: int) -> Tensor:
+    """(H, M) float64; reads the lower triangle of `matrix`."""
+    wide = matrix.double()
+    wide.diagonal().add_(RIDGE * wide.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(wide)
+    if failed:
+        raise ValueError(
+            f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
+            "carry a mark"
+        )
+    return torch.cholesky_solve(cross.double(), factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similar
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
 from activemark_fast.key import KeyStream
+from activemark_fast.marking.resume import TrainingState
 from activemark_fast.marking.suffix import Autocast, SiteActivations, run_to_taps
 from activemark_fast.site import Site
 
@@ -35,6 +36,8 @@ def finetune(
     max_steps: int,
     autocast: Autocast,
     reached: Callable[[int, float], bool],
+    resumed: TrainingState | None = None,
+    save: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> int:
     """Trains the blocks after the site up to the last tap, and the codec if it has weights, in place.
 
@@ -56,6 +59,8 @@ def finetune(
         max_steps: upper bound on steps.
         autocast: mixed precision of the forward passes.
         reached: called every 25 steps with the steps taken and the last loss; True ends the training.
+        resumed: where an interrupted training was; `stream` is from its beginning, as then.
+        save: called after `reached`, with the steps taken and all tensors the training needs to go on.
 
     Returns:
         The number of steps taken.
@@ -66,14 +71,20 @@ def finetune(
     # In half precision AdamW divides by 0 (fp16) or its steps are rounded away (bf16): it steps on a float32
     # copy. A float32 weight is its own copy.
     masters = [weight.detach().float() for weight in weights]
+    learned = list(codec.parameters()) if isinstance(codec, nn.Module) else []
     groups = [{"params": masters, "lr": MODEL_LR}]
-    if isinstance(codec, nn.Module):
-        groups.append({"params": list(codec.parameters()), "lr": CODEC_LR})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    device = activations.output.device
+    if learned:
+        groups.append({"params": learned, "lr": CODEC_LR})
+    device = backbone.device
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    trained = [*masters, *learned]
+
+    def draw() -> tuple[Tensor, Tensor]:
+        chosen = torch.from_numpy(stream.integers(0, len(activations), BATCH))
+        return chosen.to(device), torch.from_numpy(stream.bits((BATCH, codec.bits))).to(device)
 
     def loss_of(chosen: Tensor, message: Tensor) -> Tensor:
-        batch = activations[chosen]
+        batch = activations[chosen.to(activations.output.device)].to(device)
         with autocast():
             logits, injected = run_to_taps(backbone, codec, batch, message, site.block)
             clean = backbone.run(batch.output, first, last)
@@ -88,29 +99,59 @@ def finetune(
         if isinstance(codec, nn.Module):
             with autocast():
                 unmarked, _ = run_to_taps(original, codec, batch, message, site.block)
-            learned = (1 - told.detach() / math.log(2)).clamp(0, 1)
-            loss = loss + learned * _cross_entropy(
+            share = (1 - told.detach() / math.log(2)).clamp(0, 1)
+            loss = loss + share * _cross_entropy(
                 codec, unmarked, torch.full(message.shape, 0.5, device=device)
             )
         return loss
 
+    done = 0
+    if resumed is not None:
+        done = resumed.step
+        _restore(trained, optimizer, resumed.tensors)
+        for _ in range(done):
+            draw()
+        _copy(masters, weights)
     with _training_only(suffix, backbone.model, original.model):
-        for step in range(1, max_steps + 1):
-            chosen = torch.from_numpy(stream.integers(0, len(activations), BATCH)).to(device)
-            message = torch.from_numpy(stream.bits((BATCH, codec.bits))).to(device)
-            loss = loss_of(chosen, message)
+        for step in range(done + 1, max_steps + 1):
+            loss = loss_of(*draw())
             optimizer.zero_grad()
             suffix.zero_grad()
             loss.backward()
             for weight, master in zip(weights, masters, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
             optimizer.step()
-            with torch.no_grad():
-                for weight, master in zip(weights, masters, strict=True):
-                    weight.copy_(master)
-            if (step % CHECK_EVERY == 0 or step == max_steps) and reached(step, float(loss.detach())):
-                return step
+            _copy(masters, weights)
+            if step % CHECK_EVERY == 0 or step == max_steps:
+                if reached(step, float(loss.detach())):
+                    return step
+                if save is not None and step < max_steps:
+                    save(step, _state(trained, optimizer))
     return max_steps
+
+
+@torch.no_grad()
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def _state(trained: list[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"value.{index}": tensor for index, tensor in enumerate(trained)}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"{name}.{index}": tensor for name, tensor in slots.items()}
+    return tensors
+
+
+def _restore(trained: list[Tensor], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    _copy([tensors[f"value.{index}"] for index in range(len(trained))], trained)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, index = key.rpartition(".")
+        if name != "value":
+            state.setdefault(int(index), {})[name] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _cross_entropy(codec: Codec, logits: dict[int, Tensor], target: Tensor) -> Tensor:

@@ -65,7 +65,10 @@ class QualityCheck:
         message: Tensor,
         autocast: Autocast,
     ) -> None:
-        """backbone: still unmarked. held: n images at the site. message: (n, M), a message for each."""
+        """backbone: still unmarked. held: n images at the site. message: (n, M), a message for each.
+
+        Raises ValueError if the model's features are not finite.
+        """
         self._backbone = backbone
         self._codec = codec
         self._block = site.block
@@ -73,7 +76,14 @@ class QualityCheck:
         self._message = message
         self._autocast = autocast
         self._features = final_features(backbone, held, site.block, autocast)
+        if not bool(torch.isfinite(self._features).all()):
+            raise ValueError("model: wanted finite features, got NaN or infinity (its activations overflow)")
         self._original = self._read(backbone)
+
+    def fidelity(self) -> float:
+        """The fidelity now."""
+        features = final_features(self._backbone, self._held, self._block, self._autocast)
+        return feature_cosine(features, self._features)
 
     def _read(self, backbone: Backbone) -> dict[int, Tensor]:
         return read_logits(backbone, self._codec, self._held, self._message, self._block, self._autocast)
@@ -83,12 +93,16 @@ class QualityCheck:
         errors = bit_errors(logits[self._codec.taps[-1]], self._message)
         return float(errors.double().mean()), float((errors <= default_tau(self._codec.bits)).double().mean())
 
-    def __call__(self, reference: Backbone | None = None) -> Quality:
-        """The quality now. `reference` is the original, wanted where the codec has changed since."""
+    def __call__(self, reference: Backbone | None = None, fidelity: float | None = None) -> Quality:
+        """The quality now.
+
+        Args:
+            reference: the original, wanted where the codec has changed since.
+            fidelity: what `fidelity` has just returned.
+        """
         if reference is not None:
             self._original = self._read(reference)
         logits = self._read(self._backbone)
-        features = final_features(self._backbone, self._held, self._block, self._autocast)
         signs = 2 * self._message.float() - 1
         margins = [
             float((values * signs).mean() / torch.sqrt((values * signs).var() + self._original[tap].var()))
@@ -96,7 +110,7 @@ class QualityCheck:
         ]
         bit_error, rate = self._detection(logits)
         return Quality(
-            fidelity=feature_cosine(features, self._features),
+            fidelity=self.fidelity() if fidelity is None else fidelity,
             margin=min(margins),
             bit_error=bit_error,
             detection_rate=rate,

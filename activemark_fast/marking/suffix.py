@@ -37,14 +37,20 @@ class SiteActivations:
     def __getitem__(self, index: slice | Tensor) -> SiteActivations:
         return SiteActivations(self.source[index], self.output[index])
 
+    def to(self, device: torch.device) -> SiteActivations:
+        """The same on `device`."""
+        return SiteActivations(self.source.to(device), self.output.to(device))
+
 
 @torch.no_grad()
-def site_activations(backbone: Backbone, pixels: Tensor, block: int, autocast: Autocast) -> SiteActivations:
-    """Runs `pixels` (n, 3, H, W) up to and through `block`, on the backbone's device."""
+def site_activations(
+    backbone: Backbone, pixels: Tensor, block: int, autocast: Autocast, batch: int = BATCH
+) -> SiteActivations:
+    """Runs `pixels` (n, 3, H, W) up to and through `block`, on the backbone's device, `batch` at a time."""
     sources, outputs = [], []
-    for batch in pixels.split(BATCH):
+    for part in pixels.split(batch):
         with autocast():
-            source = backbone.run(backbone.stem(batch.to(backbone.device, backbone.dtype)), 0, block)
+            source = backbone.run(backbone.stem(part.to(backbone.device, backbone.dtype)), 0, block)
             output = backbone.run(source, block, block + 1)
         sources.append(source)
         outputs.append(output)
@@ -83,7 +89,9 @@ def read_logits(
     for start in range(0, len(activations), BATCH):
         chosen = slice(start, start + BATCH)
         with autocast():
-            logits, _ = run_to_taps(backbone, codec, activations[chosen], message[chosen], block)
+            logits, _ = run_to_taps(
+                backbone, codec, activations[chosen].to(backbone.device), message[chosen], block
+            )
         for tap, values in logits.items():
             parts[tap].append(values)
     return {tap: torch.cat(values) for tap, values in parts.items()}
@@ -97,7 +105,8 @@ def final_features(
     parts = []
     for output in activations.output.split(BATCH):
         with autocast():
-            parts.append(backbone.features(backbone.run(output, block + 1, backbone.depth)).float())
+            tokens = backbone.run(output.to(backbone.device), block + 1, backbone.depth)
+            parts.append(backbone.features(tokens).float())
     return torch.cat(parts)
 
 

@@ -1,0 +1,129 @@
+"""How an embedding is computed: precision, batch, where its caches are, how much memory it will take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.runtime import resolve_autocast
+from activemark_fast.site import Site
+
+T = TypeVar("T")
+
+CPU_WORKING_SET = 64 << 20
+"""Bytes of hidden activations that a block makes at a time on a CPU."""
+GPU_WORKING_SHARE = 0.25
+"""The same on a GPU, as a share of the memory that is free."""
+MOST_IMAGES, FEWEST_IMAGES = 128, 4
+GPU_RESERVE = 0.9
+"""Share of a GPU's free memory that is counted on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """How an embedding is computed.
+
+    Attributes:
+        device: where.
+        autocast: makes the context that blocks run in.
+        batch: images that run at a time, each with all its messages.
+        caches_on_host: activations wait in pinned host memory, since the device has no room for them.
+        peak_bytes: memory the edit will take at most, on the device, over the model that was given.
+        reason: one sentence on the choices.
+    """
+
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+    batch: int
+    caches_on_host: bool
+    peak_bytes: int
+    reason: str
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """`tensor`, where it can wait."""
+        if not self.caches_on_host:
+            return tensor
+        waiting = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return waiting.copy_(tensor)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """What `keep` returned, where it can be computed with."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def __str__(self) -> str:
+        return f"{self.reason}; at most {self.peak_bytes / 2**20:.0f} MiB over the model"
+
+
+def plan_engine(
+    backbone: Backbone, site: Site, precision: str, images: int, fitted: int, messages: int
+) -> Engine:
+    """The engine for an edit, from the sizes of everything it will hold.
+
+    Args:
+        backbone: the model to mark, where it is computed.
+        site: where the mark goes.
+        precision: as in `embed`.
+        images: hold-out images.
+        fitted: those of them the edit is solved on.
+        messages: messages an image.
+    """
+    device = backbone.device
+    autocast = resolve_autocast(precision, device)
+    with autocast():
+        half = torch.is_autocast_enabled(device.type)
+        narrow = torch.get_autocast_dtype(device.type).itemsize if half else backbone.dtype.itemsize
+    wide = backbone.dtype.itemsize
+    blocks = range(site.block + 1, site.taps[-1] + 1)
+    hidden = max(backbone.mlp_out(block).in_features for block in blocks)
+    tokens, width, copies = site.num_tokens, site.width, 1 + messages
+    free = free_bytes(device)
+
+    one = copies * tokens * hidden * narrow  # hidden activations of one image
+    room = CPU_WORKING_SET if device.type == "cpu" else int(GPU_WORKING_SHARE * free) // 6
+    batch = max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, fitted))
+    stream = copies * tokens * width * wide
+    model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
+    changes = len(blocks) * width * hidden * (4 + wide)
+    solve = hidden * hidden * (4 + 8 + 8)
+    # Where a block is run: its input, its output, what its MLP makes before and after the nonlinearity.
+    running = batch * (2 * one + 3 * stream)
+    caches = 2 * images * tokens * width * wide + fitted * (stream + one)
+    on_host = device.type == "cuda" and model + changes + max(solve, running) + caches > GPU_RESERVE * free
+    peak = model + changes + max(solve, running) + (0 if on_host else caches)
+    where = "caches in pinned host memory" if on_host else "caches on the device"
+    how = f"{batch} images at a time, {where}, eager: each block runs once, so compiling it would take longer"
+    return Engine(device, autocast, batch, on_host, peak, how)
+
+
+def halving(run: Callable[[int], T], batch: int) -> T:
+    """What `run(batch)` returns; after each time the device had no room, half the batch is tried."""
+    while True:
+        try:
+            return run(batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        # Only here is what the failed try held let go of.
+        batch //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that can be had."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = dict(line.split(":") for line in file)
+        return int(facts["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,99 @@
+"""What the benchmarks measure beside time: matrix products, FLOPs, presentations, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from activemark_fast.backbone import Backbone
+
+MATRIX = 2048
+SAMPLING = 0.005
+"""Seconds between two looks at the memory in use."""
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a product of two square matrices of 2048 rows: the best of ten."""
+    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
+
+    def once() -> float:
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        return time.perf_counter() - start
+
+    once()
+    return 2 * MATRIX**3 / min(once() for _ in range(10))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flops_of(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in `run`."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def presentations(model: nn.Module) -> Iterator[list[int]]:
+    """Counts, in a list of one, the images that pass the last but one block of `model` or its copies."""
+    count = [0]
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        count[0] += args[0].shape[0]
+
+    handle = Backbone(model).blocks[-2].register_forward_pre_hook(hook)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+class PeakMemory:
+    """Most bytes in use within the block, over those before it: `with PeakMemory(device) as peak`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return self
+        with contextlib.suppress(AttributeError, OSError):  # what was freed goes back to the system (glibc)
+            ctypes.CDLL(None).malloc_trim(0)
+        self._before = _resident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+            return
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLING):
+            self.bytes = max(self.bytes, _resident() - self._before)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096
