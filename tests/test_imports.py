@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"marking"},
     {"align"},
     {"embed", "verify", "attacks"},
-    {"bulk"},
+    {"bulk", "evaluate"},
     {"report", "baselines"},
     {"demo", "cli"},
     {"__main__"},

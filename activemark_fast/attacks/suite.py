@@ -1,0 +1,174 @@
+"""The robustness suites: which attacks at which strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from activemark_fast.attacks.cut import cut, reinitialise, remove_head
+from activemark_fast.attacks.distil import distil
+from activemark_fast.attacks.finetune import finetune
+from activemark_fast.attacks.merge import add_task, average
+from activemark_fast.attacks.noise import noise
+from activemark_fast.attacks.overwrite import overwrite
+from activemark_fast.attacks.prune import fine_prune, prune
+from activemark_fast.attacks.quantise import cast, quantise
+from activemark_fast.attacks.resize import resize
+from activemark_fast.attacks.symmetry import permute_inside, permute_residual, rotate_residual
+
+SUITES = ("quick", "full")
+TaskName = Literal["similar", "dissimilar", "segmentation"]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One row of a suite.
+
+    Attributes:
+        family: what kind of attack it is.
+        name: what exactly is done; unique within the suite.
+        run: `attack(model, data, seed, strength, **settings)`; None leaves the model as it was released.
+        strength: see `run`.
+        settings: see `run`.
+        task: which labelled images it trains on.
+        other: which other model takes part: the unmarked original, or a sibling under another key.
+        removes: the mark is expected to go with the weights that carry it, so that no match is claimed.
+        timm_only: it knows the models of timm only.
+        adds_mark: the suspect ends up with a mark under the other key as well.
+        quick: whether the quick suite has it, too.
+    """
+
+    family: str
+    name: str
+    run: Callable[..., nn.Module] | None
+    strength: float
+    settings: Mapping[str, float | str | bool] = field(default_factory=dict)
+    task: TaskName = "similar"
+    other: Literal["original", "sibling"] | None = None
+    removes: bool = False
+    timm_only: bool = False
+    adds_mark: bool = False
+    quick: bool = False
+
+
+def suite(name: str, depth: int) -> list[Attack]:
+    """The attacks of the suite "quick" or "full" on a model of `depth` blocks.
+
+    Raises:
+        ValueError: there is no suite of this name.
+    """
+    if name not in SUITES:
+        raise ValueError(f"suite: wanted one of {', '.join(SUITES)}, got {name!r}")
+    return [attack for attack in _all(depth) if attack.quick or name == "full"]
+
+
+def _all(depth: int) -> list[Attack]:
+    return [
+        Attack("none", "as released", None, 0, quick=True),
+        *_fine_tuning(),
+        *_pruning(),
+        Attack(
+            "quantisation", "int8 weights and activations", quantise, 8, {"activations": True}, quick=True
+        ),
+        Attack("quantisation", "int4 weights in groups of 32", quantise, 4, quick=True),
+        Attack("quantisation", "fp8 weights", cast, 8, quick=True),
+        Attack("quantisation", "bf16 weights", cast, 16, quick=True),
+        *(
+            Attack("noise", f"weights + {share:.0%} noise", noise, share, quick=share == 0.3)
+            for share in (0.05, 0.1, 0.2, 0.3, 0.5)
+        ),
+        *(
+            Attack(
+                "merging",
+                f"{1 - share:.0%} of it, {share:.0%} of the original",
+                average,
+                share,
+                other="original",
+                quick=share == 0.5,
+            )
+            for share in (0.25, 0.5, 0.75)
+        ),
+        Attack("merging", "task vector of the original added", add_task, 1, other="original", quick=True),
+        Attack(
+            "merging",
+            "collusion: mean with a sibling under another key",
+            average,
+            0.5,
+            other="sibling",
+            adds_mark=True,
+            quick=True,
+        ),
+        Attack("overwriting", "second mark, features to 0.996", overwrite, 0.004, adds_mark=True, quick=True),
+        Attack("overwriting", "second mark, features to 0.98", overwrite, 0.02, adds_mark=True),
+        Attack("late blocks", "last block re-initialised", reinitialise, 1, quick=True),
+        Attack(
+            "late blocks", f"last {depth // 4} blocks re-initialised", reinitialise, depth // 4, quick=True
+        ),
+        Attack("late blocks", f"last {depth // 4} blocks cut off", cut, depth // 4, quick=True),
+        Attack("late blocks", "head removed", remove_head, 1, quick=True),
+        Attack("resolution", "images 1.5 times as large", resize, 1.5, timm_only=True, quick=True),
+        *(
+            Attack("symmetry", name, run, 1, timm_only=True, quick=quick)
+            for name, run, quick in (
+                ("residual stream permuted", permute_residual, True),
+                ("residual stream rotated", rotate_residual, True),
+                ("heads and units permuted and scaled", permute_inside, False),
+            )
+        ),
+        Attack("replacement", "distilled into a fresh model", distil, 3, removes=True, quick=True),
+        Attack("replacement", "all blocks re-initialised", reinitialise, depth, removes=True, quick=True),
+    ]
+
+
+def _fine_tuning() -> list[Attack]:
+    def tuned(
+        name: str, lr: float, task: TaskName = "similar", quick: bool = False, **settings: float | str
+    ) -> Attack:
+        return Attack("fine-tuning", name, finetune, lr, settings, task=task, quick=quick)
+
+    return [
+        tuned("head only, 1e-3", 1e-3, quick=True, layers="head", epochs=1),
+        tuned("last quarter, 1e-4", 1e-4, quick=True, layers="last"),
+        tuned("last quarter, 1e-3", 1e-3, layers="last"),
+        tuned("all, 1e-5", 1e-5),
+        tuned("all, 3e-5", 3e-5),
+        tuned("all, 1e-4", 1e-4, quick=True),
+        tuned("all, 3e-4", 3e-4, quick=True),
+        tuned("all, 1e-3", 1e-3, quick=True),
+        tuned("all, 1e-4, no weight decay", 1e-4, weight_decay=0.0),
+        tuned("all, 1e-4, weight decay 0.3", 1e-4, weight_decay=0.3),
+        tuned("all, 1e-4, 1 epoch", 1e-4, epochs=1),
+        tuned("all, 1e-4, 10 epochs", 1e-4, epochs=10),
+        tuned("LoRA, 1e-4", 1e-4, layers="lora"),
+        tuned("LoRA, 1e-3", 1e-3, quick=True, layers="lora"),
+        tuned("dissimilar task, all, 1e-4", 1e-4, "dissimilar", quick=True),
+        tuned("dissimilar task, all, 3e-4", 3e-4, "dissimilar"),
+        tuned("segmentation, all, 1e-4", 1e-4, "segmentation", quick=True, epochs=5),
+        tuned("segmentation, all, 3e-4", 3e-4, "segmentation", epochs=5),
+        tuned("segmentation, last quarter, 1e-3", 1e-3, "segmentation", layers="last", epochs=5),
+    ]
+
+
+def _pruning() -> list[Attack]:
+    names = {"global": "weights", "layer": "weights of each matrix", "heads": "heads", "units": "MLP units"}
+    shares = {"global": (0.2, 0.4, 0.6, 0.8), "layer": (0.2, 0.4, 0.6, 0.8)}
+    quick = {("global", 0.4), ("global", 0.6), ("layer", 0.6), ("heads", 0.25), ("units", 0.25)}
+    return [
+        *(
+            Attack(
+                "pruning",
+                f"{share:.0%} of {names[scope]}",
+                prune,
+                share,
+                {"scope": scope},
+                quick=(scope, share) in quick,
+            )
+            for scope in names
+            for share in shares.get(scope, (0.25, 0.5))
+        ),
+        Attack("pruning", "fine-pruning of 25% of MLP units", fine_prune, 0.25, quick=True),
+        Attack("pruning", "fine-pruning of 50% of MLP units", fine_prune, 0.5),
+    ]
