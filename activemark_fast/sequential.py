@@ -50,3 +50,12 @@ def mark_excluded(agreement: npt.NDArray[np.float64], miss: float) -> bool:
     error = agreement.std(axis=0, ddof=1) / np.sqrt(n)
     limit = agreement.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error
     return bool((limit < WEAKEST_MARK).all())
+
+
+def images_to_exclude(agreement: npt.NDArray[np.float64], miss: float) -> int | None:
+    """About how many images like these `mark_excluded` would take; None where no number would do."""
+    n, room = len(agreement), WEAKEST_MARK - agreement.mean(axis=0)
+    if not bool((room > 0).all()):
+        return None
+    spread = stdtrit(n - 1, 1 - miss) * agreement.std(axis=0, ddof=1)
+    return int(np.ceil(((spread / room) ** 2).max())) + 1

@@ -9,7 +9,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.special import bdtrc, betaincinv
 from torch import Tensor
+
+from activemark_fast.commitment import Opening
 
 Decision = Literal["match", "no match", "inconclusive"]
 
@@ -66,6 +69,42 @@ def default_tau(bits: int) -> int:
     return tau
 
 
+def detection_threshold(
+    images: int, chance: float, false_accusation: float = 1e-6, miss: float = 1e-3
+) -> tuple[int, float]:
+    """How many detected images to ask for, and the lowest R of a marked model that then passes.
+
+    Assumes that the images are independent draws, given the suspect. For a marked model whose images are
+    drawn from one distribution that is so. For an innocent one it is an idealisation: all its images share
+    its weights, so R can exceed this threshold more often than stated; decide by the exact p-value.
+
+    Args:
+        images: number of images n.
+        chance: probability that an innocent suspect passes an image (`fair_coin_pass_rate`).
+        false_accusation: most often that chance may reach the threshold.
+        miss: most often that a marked model may fall short of it.
+
+    Returns:
+        The least k with P(at least k of n images by chance) <= `false_accusation`, n + 1 if there is none;
+        and the R at which P(fewer than k of n) = `miss`, above which it is lower.
+    """
+    enough = (k for k in range(1, images + 1) if bdtrc(k - 1, images, chance) <= false_accusation)
+    k = next(enough, images + 1)
+    return k, 1.0 if k > images else float(betaincinv(k, images - k + 1, 1 - miss))
+
+
+def clopper_pearson(count: int, images: int, level: float = 0.95) -> tuple[float, float]:
+    """Exact two-sided confidence interval for a rate of which `count` of `images` draws were seen.
+
+    Assumes independent draws from one distribution: here images of one suspect, so it tells how far R would
+    move with other images, and nothing of other suspects (Clopper & Pearson 1934).
+    """
+    tail = (1 - level) / 2
+    low = 0.0 if count == 0 else float(betaincinv(count, images - count + 1, tail))
+    high = 1.0 if count == images else float(betaincinv(count + 1, images - count, 1 - tail))
+    return low, high
+
+
 def bit_errors(logits: Tensor, message: Tensor) -> Tensor:
     """(n,) int64, wrong bits of each image for (n, M) logits and message; a logit of exactly 0 is wrong."""
     return (_agreement(logits, message) <= 0).sum(dim=1)
@@ -102,6 +141,9 @@ class Verdict:
         alpha: p-value at or below which a keyed mark is a match.
         codec: name of the codec.
         identical: the suspect's weights are, bit for bit, those of the marked model.
+        aligned: "permutation", "rotation" or "scaling" of the residual stream that was undone before reading.
+        chosen: what the owner chose and could have fitted to a suspect that was already at hand.
+        opening: whether the key and the watermark were committed to; None if no commitment was given.
     """
 
     decision: Decision
@@ -114,19 +156,58 @@ class Verdict:
     alpha: float
     codec: str
     identical: bool = False
+    aligned: str | None = None
+    chosen: tuple[str, ...] = ()
+    opening: Opening | None = None
 
     @property
     def images(self) -> int:
         """Number of images read."""
         return len(self.bit_errors)
 
+    @property
+    def detection_interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the detection rate (`clopper_pearson`); NaN without images."""
+        if not self.images:
+            return math.nan, math.nan
+        return clopper_pearson(int((self.bit_errors <= self.tau).sum()), self.images)
+
+    @property
+    def evidence(self) -> str | None:
+        """What a match proves to somebody who does not trust the owner; None if it is no match.
+
+        The p-value bounds chance. It does not bound an owner who had the suspect first and chose something to
+        fit it: a learned codec, the hold-out images, activations to align with. Only time excludes that.
+        """
+        if self.decision != "match":
+            return None
+        since = None if self.opening is None else self.opening.proven_since
+        if self.chosen:
+            chosen = " and ".join(self.chosen)
+            if since is None:
+                return (
+                    f"none by itself: the owner chose {chosen} and may have fitted them to the suspect; "
+                    "it is evidence only with a timestamped commitment that is older than the suspect"
+                )
+            return f"if the suspect is younger than {since.isoformat()}, when {chosen} had been committed to"
+        tries = "" if self.p_value is None else f"a forger would try about {1 / self.p_value:.2g} keys"
+        return tries if since is None else f"{tries}, and before {since.isoformat()}"
+
     def __str__(self) -> str:
         lines = [f"{self.decision.upper()}: {self.reason}"]
         if self.images:
+            chance = fair_coin_pass_rate(self.bits, self.tau)
             lines.append(
                 f"  detection rate R = {self.detection_rate:.3f} over {self.images} images "
                 f"(at most {self.tau} of {self.bits} bits wrong; mean {self.bit_errors.mean():.2f}; "
-                f"chance {fair_coin_pass_rate(self.bits, self.tau):.2g} an image)"
+                f"chance {chance:.2g} an image)"
+            )
+            low, high = self.detection_interval
+            wanted, weakest = detection_threshold(self.images, chance)
+            lines.append(
+                f"    95 % interval {low:.3f} to {high:.3f}; threshold {wanted / self.images:.3f} "
+                f"(were images independent: reached by chance at 1e-6, "
+                f"missed by a mark of R = {weakest:.3f} at 1e-3)"
             )
             lines.append(
                 f"  p-value = {self.p_value:.3g} (exact sign-flip test; match at or below {self.alpha:.3g})"
@@ -135,6 +216,10 @@ class Verdict:
             )
         if self.identical:
             lines.append("  the suspect's weights are identical to the marked model's")
+        if self.evidence is not None:
+            lines.append(f"  evidence: {self.evidence}")
+        if self.opening is not None:
+            lines.append(f"  commitment: {self.opening}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:
@@ -147,8 +232,13 @@ class Verdict:
             "bits": self.bits,
             "tau": self.tau,
             "detection_rate": self.detection_rate if self.images else None,
+            "detection_interval": list(self.detection_interval) if self.images else None,
             "p_value": self.p_value,
             "alpha": self.alpha,
             "identical": self.identical,
+            "aligned": self.aligned,
+            "chosen": list(self.chosen),
+            "evidence": self.evidence,
+            "commitment": None if self.opening is None else self.opening.to_dict(),
             "bit_errors": self.bit_errors.tolist(),
         }

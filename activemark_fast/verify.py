@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from activemark_fast.align import Alignment, find_alignment, site_sample
 from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_finite_tensor
+from activemark_fast.codec import Codec, KeyedCodec
+from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations, read_logits, site_activations
 from activemark_fast.runtime import resolve_autocast, resolve_device
-from activemark_fast.sequential import look_ends, look_penalties, mark_excluded
+from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties, mark_excluded
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
@@ -31,6 +34,14 @@ LEARNED_MATCH_RATE = 0.5
 """Detection rate from which a learned mark counts as found."""
 LEARNED_ORIGINAL_RATE = 0.01
 """Detection rate on the unmarked original above which a learned codec can make no match."""
+MISS = 1e-3
+"""How often "no match" may be said of a mark of `sequential.WEAKEST_MARK` where all images are read."""
+PLAIN_PRICE, ALIGNED_PRICE = 101 / 100, 101.0
+"""What the p-values of the plain and of the aligned reading are multiplied with where both may be made.
+
+Weighted Bonferroni: the inverses sum to 1, so the smaller product is a p-value whenever the second reading is
+made, for whatever reason, and however the two depend on one another.
+"""
 
 
 def verify(
@@ -41,6 +52,8 @@ def verify(
     *,
     alpha: float = 1e-6,
     tau: int | None = None,
+    align: bool | None = None,
+    commitment: Commitment | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
 ) -> Verdict:
@@ -58,14 +71,19 @@ def verify(
         alpha: p-value at or below which a keyed mark is a match; above 0, at most 0.001.
         tau: most wrong bits of an image that counts as detected; by default what one fair-coin message in
             10,000 stays within (5 of 32 bits).
+        align: whether to undo a permutation, rotation or scaling of the suspect's residual stream before
+            reading (`align`). None: where the plain reading is no match and such a map explains the suspect
+            well; the p-value pays for the second try.
+        commitment: what the owner published; the verdict then tells whether this key and watermark are the
+            committed ones, and since when.
         device: where to compute; by default where the suspect is.
         precision: as in `embed`.
 
     Returns:
-        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha`, "no match" if it is above
-        0.001, "inconclusive" between, and where the mark has too few bits for `alpha`. Learned codec: "match"
-        if at least half of the images are detected, "inconclusive" if the codec also reads the unmarked
-        original; there is no p-value.
+        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha`; "no match" if it is above
+        0.001 and the images exclude a mark of `sequential.WEAKEST_MARK`; else, and where the mark has too few
+        bits for `alpha`, "inconclusive". Learned codec: "match" if at least half of the images are detected,
+        "inconclusive" if the codec also reads the unmarked original; there is no p-value.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -76,8 +94,28 @@ def verify(
         raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
     tensors = list(suspect.parameters())
     place = resolve_device(device, tensors[0].device if tensors else torch.device("cpu"))
-    verifier = Verifier(watermark, key, images, alpha=alpha, tau=tau, device=place, precision=precision)
+    verifier = Verifier(
+        watermark,
+        key,
+        images,
+        alpha=alpha,
+        tau=tau,
+        align=align,
+        commitment=commitment,
+        device=place,
+        precision=precision,
+    )
     return verifier.judge(suspect)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What one reading of a suspect showed: its p-value (1 for a codec without), bit errors (taps, n)."""
+
+    p_value: float
+    errors: np.ndarray
+    excluded: bool
+    alignment: Alignment | None
 
 
 class Verifier:
@@ -87,7 +125,7 @@ class Verifier:
     the hold-out images, their messages and the codec.
 
     Args:
-        watermark, key, images, alpha, tau, precision: as `verify` takes them.
+        watermark, key, images, alpha, tau, align, commitment, precision: as `verify` takes them.
         power: None to read every image. Otherwise the images are read in a secret random order and in growing
             steps, until the verdict is settled: a match, or no sign of a mark where a suspect with a mark of
             `sequential.WEAKEST_MARK` would be given up with a probability of at most 1 - `power`. The p-value
@@ -107,6 +145,8 @@ class Verifier:
         alpha: float = 1e-6,
         tau: int | None = None,
         power: float | None = None,
+        align: bool | None = None,
+        commitment: Commitment | None = None,
         device: str | torch.device | None = None,
         precision: str = "auto",
     ) -> None:
@@ -122,6 +162,10 @@ class Verifier:
             raise TypeError(f"power: wanted a number, got {type(power).__name__}")
         if power is not None and not 0 < power < 1:
             raise ValueError(f"power: wanted above 0 and below 1, got {power}")
+        if align is not None and not isinstance(align, bool):
+            raise TypeError(f"align: wanted True, False or None, got {type(align).__name__}")
+        if commitment is not None and not isinstance(commitment, Commitment):
+            raise TypeError(f"commitment: wanted a Commitment, got {type(commitment).__name__}")
         self.device = resolve_device(device, torch.device("cpu"))
         self._autocast = resolve_autocast(precision, self.device)
         secret = Key.of(key)
@@ -131,6 +175,11 @@ class Verifier:
         self.tau = default_tau(watermark.bits) if tau is None else tau
         if not 0 <= self.tau < watermark.bits:
             raise ValueError(f"tau: wanted 0 to {watermark.bits - 1}, got {tau}")
+        if align and watermark.alignment is None:
+            raise ValueError("align: wanted a watermark with activations to align with, got one without")
+        self._align = align if watermark.alignment is not None else False
+        self._opening = None if commitment is None else Opening.of(commitment, secret, watermark)
+        self._secret = secret
         if images is None and watermark.image_source != "key":
             raise ImageMismatchError(
                 f"images: wanted the {len(watermark.digests)} images of the embedding "
@@ -186,13 +235,56 @@ class Verifier:
                 them from weights that were equal up to the site's block; those that are needed are added.
         """
         prefix = [] if prefix is None else prefix
-        block, codec = self.watermark.site.block, self._codec
+        codec = self._codec
         codec.taps = tuple(tap for tap in self._taps if tap < depth)
         if not codec.taps:
             return self._verdict(
                 "inconclusive",
                 f"the suspect has {depth} blocks, the mark is first read after {self._taps[0] + 1}",
             )
+        readings = []
+        if self._align is not True:
+            price = 1.0 if self._align is False else PLAIN_PRICE
+            plain = self._reading(backbone, codec, prefix, price, None)
+            if plain is None:
+                return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
+            readings.append(plain)
+        if self._align is True or (self._align is None and readings[0].p_value > self.alpha):
+            alignment = self._alignment(backbone)
+            if alignment is not None and isinstance(codec, KeyedCodec):
+                moved = codec.aligned(alignment.matrix.to(self.device), alignment.scale)
+                price = 1.0 if self._align else ALIGNED_PRICE
+                aligned = self._reading(backbone, moved, prefix, price, alignment)
+                readings += [] if aligned is None else [aligned]
+        if not readings:
+            return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
+        return self._decide(min(readings, key=lambda reading: reading.p_value))
+
+    def _alignment(self, backbone: Backbone) -> Alignment | None:
+        """How the suspect's residual stream lies to the original's; None if it is not worth a reading."""
+        stored = self.watermark.alignment
+        if stored is None:
+            return None
+        site, preprocess = self.watermark.site, self.watermark.preprocess
+        with evaluating(backbone.model):
+            sample = site_sample(backbone, self._secret, site, preprocess, self._autocast)
+        alignment = find_alignment(stored, sample)
+        wanted = alignment is not None and (self._align is True or alignment.worthwhile)
+        return alignment if wanted else None
+
+    def _reading(
+        self,
+        backbone: Backbone,
+        codec: Codec,
+        prefix: list[SiteActivations],
+        price: float,
+        alignment: Alignment | None,
+    ) -> _Reading | None:
+        """Looks at more and more images until the verdict is settled; None where the suspect overflows.
+
+        price: what a p-value is multiplied with besides the penalty of its look.
+        """
+        block = self.watermark.site.block
         parts: list[Tensor] = []
         p_value = 1.0
         start = 0
@@ -205,36 +297,59 @@ class Verifier:
                 read = read_logits(backbone, codec, prefix[look], new, block, self._autocast)
             parts.append(torch.stack(list(read.values())))
             if not bool(torch.isfinite(parts[-1]).all()):
-                return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
+                return None
             logits, message = torch.cat(parts, dim=1), self._message[:end]  # (taps, n, M), (n, M)
             errors = np.stack([bit_errors(values, message).cpu().numpy() for values in logits])
             if codec.exact:
                 scores = [score for values in logits for score in bit_scores(values, message)]
-                p_value = min(p_value, penalty * sign_flip_p_value(scores))
-                if p_value <= self.alpha or (p_value > NO_MATCH_ABOVE and self._excluded(errors, penalty)):
+                p_value = min(p_value, price * penalty * sign_flip_p_value(scores))
+                excluded = mark_excluded(self._agreement(errors), self._miss(penalty))
+                settled = p_value <= self.alpha or (p_value > NO_MATCH_ABOVE and excluded)
+                if settled and self._power is not None:
                     break
             start = end
-        if not codec.exact:
-            return self._decide_learned(errors[-1])
+        return _Reading(p_value, errors, codec.exact and excluded, alignment)
+
+    def _decide(self, reading: _Reading) -> Verdict:
+        if not self._codec.exact:
+            return self._decide_learned(reading.errors[-1])
+        taps, images = reading.errors.shape
+        p_value, alignment, bits = reading.p_value, reading.alignment, taps * self.watermark.bits
+        price = 1.0 if self._align is not None else ALIGNED_PRICE if alignment is not None else PLAIN_PRICE
         decision: Decision
         if p_value <= self.alpha:
             decision, reason = "match", "the suspect carries the mark"
-        elif self._penalties[-1] * 2.0 ** -len(scores) > self.alpha:
+        elif price * self._penalties[-1] * 2.0**-bits > self.alpha:
             decision = "inconclusive"
             reason = (
-                f"{len(scores)} bits are too few for a match at alpha = {self.alpha:g}, whatever they read"
+                f"{bits} bits are too few for a match at alpha = {self.alpha:g}, whatever they read: "
+                "more bits or taps would be needed"
             )
-        elif p_value > NO_MATCH_ABOVE:
+        elif p_value > NO_MATCH_ABOVE and reading.excluded:
             decision, reason = "no match", "no sign of the mark"
+        elif p_value > NO_MATCH_ABOVE:
+            decision = "inconclusive"
+            enough = images_to_exclude(self._agreement(reading.errors), self._miss(self._penalties[-1]))
+            more = "more bits" if enough is None else f"about {enough} images, or more bits,"
+            reason = f"no sign of the mark, but {images} images are too few to exclude one: {more} would do"
         else:
-            decision, reason = "inconclusive", "signs of the mark, but not enough to exclude chance"
-        return self._verdict(decision, reason, errors[-1], p_value)
+            decision = "inconclusive"
+            reason = "signs of the mark, but not enough to exclude chance: more hold-out images or bits might"
+        verdict = self._verdict(decision, reason, reading.errors[-1], p_value)
+        if alignment is None:
+            return verdict
+        kind = "scaling" if alignment.kind == "identity" else alignment.kind
+        reason += f" (after undoing a {kind} of its residual stream that explains {alignment.explained:.3f})"
+        chosen = (*verdict.chosen, "activations to align with")
+        return replace(verdict, reason=reason, aligned=kind, chosen=chosen)
 
-    def _excluded(self, errors: np.ndarray, penalty: int) -> bool:
-        """Whether the (taps, n) wrong bits so far exclude a mark, at this look's share of 1 - power."""
-        if self._power is None:
-            return False
-        return mark_excluded(1 - 2 * errors.T / self.watermark.bits, (1 - self._power) / penalty)
+    def _agreement(self, errors: np.ndarray) -> np.ndarray:
+        """(n, taps), mean over the bits of +1 for a right bit and -1 for a wrong one."""
+        return np.asarray(1 - 2 * errors.T / self.watermark.bits)
+
+    def _miss(self, penalty: int) -> float:
+        """The share of all misses that one look may make."""
+        return MISS if self._power is None else (1 - self._power) / penalty
 
     def _decide_learned(self, errors: np.ndarray) -> Verdict:
         found = float((errors <= self.tau).mean()) >= LEARNED_MATCH_RATE
@@ -264,8 +379,23 @@ class Verifier:
     ) -> Verdict:
         errors = np.zeros(0, dtype=np.int64) if errors is None else errors
         rate = float((errors <= self.tau).mean()) if len(errors) else float("nan")
-        bits, codec = self.watermark.bits, self.watermark.codec
-        return Verdict(decision, reason, errors, bits, self.tau, rate, p_value, self.alpha, codec)
+        watermark = self.watermark
+        chosen = [] if self._codec.exact else ["the codec"]
+        if watermark.image_source != "key":
+            chosen.append("the hold-out images")
+        return Verdict(
+            decision,
+            reason,
+            errors,
+            watermark.bits,
+            self.tau,
+            rate,
+            p_value,
+            self.alpha,
+            watermark.codec,
+            chosen=tuple(chosen),
+            opening=self._opening,
+        )
 
 
 def _misfit(backbone: Backbone, watermark: Watermark) -> str | None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -7,13 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import vit
-from torch import Tensor
+from torch import Tensor, nn
 
 from activemark_fast.align import find_alignment, site_sample
+from activemark_fast.attacks import permute_inside, permute_residual, rotate_residual
 from activemark_fast.backbone import Backbone
+from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
 from activemark_fast.site import Site
 from activemark_fast.triggers import Preprocess
+from activemark_fast.verdict import Verdict
+from activemark_fast.verify import ALIGNED_PRICE, PLAIN_PRICE, Verifier, verify
+from activemark_fast.watermark import Watermark
 
 WIDTH = 24
 KEY = Key(b"k" * 32)
@@ -89,3 +98,113 @@ def test_the_sample_is_of_clean_patch_tokens_and_comes_from_the_key() -> None:
     assert torch.equal(taken, site_sample(Backbone(model), KEY, site, preprocess, nullcontext))
     other = site_sample(Backbone(model), Key(b"o" * 32), site, preprocess, nullcontext)
     assert not torch.allclose(taken, other)
+
+
+FLOOR = 2.0**-64
+
+
+def images() -> Tensor:
+    return torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def marked() -> Embedding:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return embed(vit(), KEY, images(), fidelity=0.95, max_steps=0)
+
+
+def check(suspect: nn.Module, marked: Embedding, align: bool | None = None) -> Verdict:
+    return verify(suspect, marked.watermark, KEY, images(), align=align)
+
+
+@pytest.mark.parametrize(
+    ("attack", "kind"), [(permute_residual, "permutation"), (rotate_residual, "rotation")]
+)
+def test_a_moved_residual_stream_hides_no_mark(
+    attack: Callable[..., nn.Module], kind: str, marked: Embedding
+) -> None:
+    moved = attack(marked.model, None, 3, 1)
+    blind = check(moved, marked, align=False)
+    assert (blind.decision, blind.aligned) == ("no match", None)
+    found = check(moved, marked)
+    assert (found.decision, found.aligned) == ("match", kind)
+    assert found.p_value == ALIGNED_PRICE * FLOOR
+    assert abs(found.bit_errors - check(marked.model, marked).bit_errors).mean() < 0.1
+    asked = check(moved, marked, align=True)
+    assert (asked.decision, asked.aligned, asked.p_value) == ("match", kind, FLOOR)
+    assert f"after undoing a {kind}" in asked.reason
+    for innocent in (vit(), vit(5)):
+        verdict = check(attack(innocent, None, 3, 1), marked)
+        assert verdict.decision == "no match"
+        assert verdict.p_value is not None
+        assert verdict.p_value > 1e-3
+
+
+def test_a_scaled_residual_stream_hides_no_mark(marked: Embedding) -> None:
+    scaled = vit()
+    scaled.load_state_dict(marked.model.state_dict())
+    with torch.no_grad():
+        for name, parameter in scaled.named_parameters():
+            if name.startswith(("patch_embed", "pos_embed", "cls_token")) or "fc2" in name or ".proj" in name:
+                parameter *= 1000
+    assert check(scaled, marked, align=False).detection_rate < check(marked.model, marked).detection_rate
+    assert check(scaled, marked, align=True).aligned == "scaling"
+    assert check(scaled, marked, align=True).p_value == FLOOR
+
+
+def test_symmetries_inside_the_blocks_need_no_alignment(marked: Embedding) -> None:
+    verdict = check(permute_inside(marked.model, None, 3, 1), marked, align=False)
+    plain = check(marked.model, marked, align=False)
+    assert (verdict.decision, verdict.p_value, verdict.identical) == ("match", FLOOR, False)
+    assert abs(verdict.bit_errors - plain.bit_errors).max() <= 1
+
+
+def test_what_is_not_needed_is_not_tried_and_not_paid_for(marked: Embedding) -> None:
+    plain = check(marked.model, marked)
+    assert (plain.aligned, plain.p_value) == (None, PLAIN_PRICE * FLOOR)
+    assert check(marked.model, marked, align=False).p_value == FLOOR
+    assert pytest.approx(1) == 1 / PLAIN_PRICE + 1 / ALIGNED_PRICE
+
+
+@pytest.mark.parametrize("attack", [permute_residual, rotate_residual])
+def test_the_alignment_never_sees_the_signs_of_the_read_out(
+    attack: Callable[..., nn.Module], marked: Embedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes the p-value of an aligned reading exact: flipping rows of P flips their scores, no more."""
+    seen: list[list[int]] = []
+    matrices: list[Tensor] = []
+
+    def record_scores(scores: list[int]) -> float:
+        seen.append(list(scores))
+        return 0.5
+
+    def record_matrix(original: Tensor, suspect: Tensor) -> object:
+        found = find_alignment(original, suspect)
+        assert found is not None
+        matrices.append(found.matrix)
+        return found
+
+    module = sys.modules["activemark_fast.verify"]  # the package has a function of that name
+    monkeypatch.setattr(module, "sign_flip_p_value", record_scores)
+    monkeypatch.setattr(module, "find_alignment", record_matrix)
+    signs = torch.randint(0, 2, (2, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for flipped in (False, True):
+        verifier = Verifier(marked.watermark, KEY, images(), align=True)
+        if flipped:
+            for tap, sign in zip((3, 4), signs, strict=True):
+                verifier._codec.read_directions[tap] *= sign[:, None]  # type: ignore[union-attr]
+        verifier.judge(attack(vit(5), None, 3, 1))
+    assert torch.equal(*matrices)
+    assert (torch.tensor(seen[0]) * signs.flatten()).tolist() == seen[1]
+    assert seen[0] != seen[1]
+
+
+def test_without_activations_to_align_with(marked: Embedding) -> None:
+    fields = {f.name: getattr(marked.watermark, f.name) for f in dataclasses.fields(Watermark)}
+    del fields["mac"]
+    old = Watermark.seal(KEY, **(fields | {"alignment": None, "version": 1}))
+    assert verify(marked.model, old, KEY, images()).p_value == FLOOR
+    assert verify(rotate_residual(marked.model, None, 3, 1), old, KEY, images()).decision == "no match"
+    with pytest.raises(ValueError, match="align: wanted a watermark with activations to align with"):
+        verify(marked.model, old, KEY, images(), align=True)

@@ -83,7 +83,7 @@ def test_the_demo_model_with_images_from_the_key() -> None:
     assert embedding.watermark.image_source == "key"
     verdict = verify(embedding.model, embedding.watermark, KEY)
     assert (verdict.decision, verdict.identical, verdict.images) == ("match", True, 256)
-    assert verdict.p_value == 2.0**-64
+    assert verdict.p_value == pytest.approx(2.0**-64, rel=0.02)
     assert verdict.detection_rate > 0.98
     innocent = verify(model, embedding.watermark, KEY)
     assert (innocent.decision, innocent.identical) == ("no match", False)

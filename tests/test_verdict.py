@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import product
 
 import numpy as np
@@ -10,12 +12,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
 
+from activemark_fast.commitment import Opening, Timestamp
 from activemark_fast.verdict import (
     Verdict,
     bit_errors,
     bit_scores,
+    clopper_pearson,
     default_tau,
+    detection_threshold,
     fair_coin_pass_rate,
     sign_flip_p_value,
 )
@@ -179,3 +185,59 @@ def test_verdict_as_text() -> None:
     assert "p-value: none" in learned
     assert "identical" not in learned
     assert str(UNREADABLE) == "INCONCLUSIVE: other width"
+
+
+@given(st.integers(1, 60), st.data())
+def test_clopper_pearson_is_what_its_definition_says(images: int, draw: st.DataObject) -> None:
+    count = draw.draw(st.integers(0, images))
+    low, high = clopper_pearson(count, images)
+    expected = binomtest(count, images).proportion_ci(0.95, method="exact")
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert low <= count / images <= high
+
+
+@given(st.integers(1, 300), st.floats(1e-6, 0.2), st.floats(1e-9, 1e-2))
+def test_the_detection_threshold_keeps_both_rates(images: int, chance: float, rate: float) -> None:
+    wanted, weakest = detection_threshold(images, chance, rate, miss=0.01)
+    if wanted <= images:
+        assert binom.sf(wanted - 1, images, chance) <= rate * (1 + 1e-9)
+        assert binom.cdf(wanted - 1, images, weakest) == pytest.approx(0.01)
+    if wanted > 1:
+        assert binom.sf(wanted - 2, images, chance) > rate * (1 - 1e-9)
+
+
+def opening(committed: bool = True, trusted: bool | None = None) -> Opening:
+    time = datetime(2026, 11, 25, 18, 0, 0, tzinfo=timezone.utc)
+    stamp = None if trusted is None else Timestamp(time, trusted)
+    return Opening(committed, "2026-11-25T17:00:00Z", stamp, "ab" * 32)
+
+
+def test_evidence_of_a_keyed_match() -> None:
+    assert KEYED.evidence == "a forger would try about 2e+19 keys"
+    assert LEARNED.evidence is None
+    assert UNREADABLE.evidence is None
+    assert str(replace(KEYED, opening=opening())).count("committed, signed by abab") == 1
+    dated = replace(KEYED, opening=opening(trusted=True))
+    assert dated.evidence == "a forger would try about 2e+19 keys, and before 2026-11-25T18:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    ("opened", "proves"),
+    [
+        (None, False),
+        (opening(), False),
+        (opening(trusted=False), False),
+        (opening(committed=False, trusted=True), False),
+        (opening(trusted=True), True),
+    ],
+    ids=["none", "undated", "unchecked", "another's", "dated"],
+)
+def test_what_could_have_been_fitted_needs_an_older_commitment(opened: Opening | None, proves: bool) -> None:
+    learned = replace(LEARNED, decision="match", chosen=("the codec",), opening=opened)
+    assert learned.evidence is not None
+    if proves:
+        assert learned.evidence == (
+            "if the suspect is younger than 2026-11-25T18:00:00+00:00, when the codec had been committed to"
+        )
+    else:
+        assert learned.evidence.startswith("none by itself: the owner chose the codec and may have fitted")

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
@@ -24,7 +25,7 @@ from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.triggers import ImageMismatchError
 from activemark_fast.verdict import Verdict
-from activemark_fast.verify import Verifier, verify
+from activemark_fast.verify import PLAIN_PRICE, Verifier, verify
 from activemark_fast.watermark import Watermark, WatermarkError
 
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
@@ -68,7 +69,7 @@ def check(suspect: nn.Module, keyed: Embedding, **settings: Any) -> Verdict:
 def test_the_marked_model(keyed: Embedding) -> None:
     verdict = check(keyed.model, keyed)
     assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")
-    assert verdict.p_value == 2.0**-64
+    assert verdict.p_value == PLAIN_PRICE * 2.0**-64
     assert verdict.images == COUNT
     assert (verdict.bits, verdict.tau, verdict.alpha) == (32, 5, 1e-6)
     assert verdict.bit_errors.mean() < 8  # chance is 16
@@ -118,7 +119,7 @@ def test_pruned_and_disturbed_models_match(keyed: Embedding) -> None:
 def test_suspects_with_their_last_blocks_cut_off(depth: int, taps: int, keyed: Embedding) -> None:
     assert keyed.watermark.site.taps == (3, 4)
     verdict = check(marked_copy(keyed, depth=depth), keyed)
-    assert (verdict.decision, verdict.p_value) == ("match", 2.0 ** (-32 * taps))
+    assert (verdict.decision, verdict.p_value) == ("match", PLAIN_PRICE * 2.0 ** (-32 * taps))
     assert check(vit(depth=depth), keyed).decision == "no match"
 
 
@@ -402,6 +403,8 @@ def test_images_that_were_made_from_the_key() -> None:
         ({"tau": -1}, ValueError, "tau: wanted 0 to 31, got -1"),
         ({"tau": 32}, ValueError, "tau: wanted 0 to 31, got 32"),
         ({"tau": 5.0}, TypeError, "tau: wanted int, got float"),
+        ({"align": 1}, TypeError, "align: wanted True, False or None, got int"),
+        ({"commitment": "c.json"}, TypeError, "commitment: wanted a Commitment, got str"),
         ({"device": "nowhere"}, ValueError, "device: wanted"),
         ({"device": 1.5}, TypeError, "device: wanted"),
         ({"precision": "fp8"}, ValueError, "precision: wanted"),
@@ -418,3 +421,13 @@ def test_errors_name_the_argument(
     } | arguments
     with pytest.raises(error, match=f"^{message}"):
         verify(**given)
+
+
+def test_too_few_images_to_exclude_a_mark_are_inconclusive(
+    keyed: Embedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["activemark_fast.verify"], "MISS", 1e-60)
+    verdict = check(vit(3), keyed)
+    assert verdict.decision == "inconclusive"
+    assert re.search(r"32 images are too few to exclude one: about \d+ images, or more bits", verdict.reason)
+    assert check(keyed.model, keyed).decision == "match"

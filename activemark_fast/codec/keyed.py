@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -81,6 +82,17 @@ class KeyedCodec:
         self.inject_directions = self.inject_directions.to(device)
         self.read_directions = {tap: p.to(device) for tap, p in self.read_directions.items()}
         return self
+
+    def aligned(self, matrix: Tensor, scale: float) -> Self:
+        """A copy for a suspect whose residual stream is `scale` h @ `matrix` where the marked model's is h.
+
+        matrix: (D, D) float32, orthogonal, on the codec's device.
+        """
+        moved = copy.copy(self)
+        moved.scale = self.scale * scale
+        moved.inject_directions = self.inject_directions @ matrix
+        moved.read_directions = {tap: p @ matrix for tap, p in self.read_directions.items()}
+        return moved
 
     def injection(self, message: Tensor) -> Tensor:
         """(B, M) message bits → (B, D) float32, the vector that is added at every slot."""
