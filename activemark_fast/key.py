@@ -14,7 +14,9 @@ import hmac
 import os
 import re
 import secrets
+import stat
 import unicodedata
+import warnings
 from typing import NoReturn
 
 import numpy as np
@@ -37,20 +39,26 @@ class Key:
     """The owner's secret; make one with `Key.of` or `Key.write_new`.
 
     Neither repr, str, an exception nor a pickle shows it: pickling and copying raise TypeError. Two keys
-    are equal when their material is, compared in constant time.
+    are equal when their material is, compared in constant time. The material is overwritten with zeros when
+    the key is no longer used. That is all Python allows: what a caller passed in as bytes or str stays the
+    caller's, and what is derived from a key lives as long as Python pleases.
     """
 
     __slots__ = ("_material",)
 
-    def __init__(self, material: bytes) -> None:
+    def __init__(self, material: bytes | bytearray) -> None:
         """material: at least 16 secret random bytes. ValueError when there are fewer."""
-        if not isinstance(material, bytes):
+        if not isinstance(material, (bytes, bytearray)):
             raise TypeError(f"material: wanted bytes, got {type(material).__name__}")
         if len(material) < MIN_MATERIAL_BYTES:
             raise ValueError(
                 f"key: wanted at least {MIN_MATERIAL_BYTES} bytes of key material, got {len(material)}"
             )
-        self._material = material
+        self._material = bytearray(material)
+
+    def __del__(self) -> None:
+        material = getattr(self, "_material", bytearray())
+        material[:] = bytes(len(material))
 
     @classmethod
     def of(cls, key: Key | bytes | bytearray | memoryview | str | os.PathLike[str]) -> Key:
@@ -68,12 +76,12 @@ class Key:
 
         Raises TypeError for anything else; ValueError for too short or malformed input, and for a str which
         is the path of an existing file (a path belongs into pathlib.Path); OSError where the file cannot be
-        read.
+        read. Warns (UserWarning) of a key file that others can read.
         """
         if isinstance(key, Key):
             return key
         if isinstance(key, (bytes, bytearray, memoryview)):
-            return cls(bytes(key))
+            return cls(bytearray(key))
         if isinstance(key, str):
             return cls(_stretch(key))
         if isinstance(key, os.PathLike):
@@ -86,11 +94,31 @@ class Key:
 
         Raises FileExistsError where there is anything at `path`: a key is never overwritten.
         """
-        material = secrets.token_bytes(32)
+        key = cls(secrets.token_bytes(32))
+        key.write(path)
+        return key
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the key to `path` as `write_new` does.
+
+        Raises FileExistsError where there is anything at `path`, ValueError for a key that was not made from
+        a key file, a passphrase or as a sub-key and has more or fewer than 32 bytes.
+        """
+        if len(self._material) != 32:
+            raise ValueError(
+                f"key: wanted 32 bytes of key material for a key file, got {len(self._material)}"
+            )
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii", newline="\n") as file:
-            file.write(material.hex() + "\n")
-        return cls(material)
+            file.write(self._material.hex() + "\n")
+
+    def subkey(self, label: str) -> Key:
+        """An independent key for `label`: it tells nothing about this key, nor about other labels'."""
+        if not isinstance(label, str):
+            raise TypeError(f"label: wanted str, got {type(label).__name__}")
+        if not label:
+            raise ValueError("label: wanted a text which is not empty")
+        return Key(self.derive(f"subkey/{label}"))
 
     def derive(self, purpose: str, length: int = 32) -> bytes:
         """`length` secret bytes for `purpose`, 1 to 8160.
@@ -242,9 +270,13 @@ def _stretch(passphrase: str) -> bytes:
     return Scrypt(salt=_CONTEXT + b"passphrase", length=32, n=2**17, r=8, p=1).derive(normalised.encode())
 
 
-def _read_file(path: os.PathLike[str]) -> bytes:
+def _read_file(path: os.PathLike[str]) -> bytearray:
     with open(path, "rb") as file:
+        if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+            warnings.warn(
+                f"key: others can read the key file {os.fspath(path)!r}; wanted mode 0600", stacklevel=4
+            )
         content = file.read(67)  # one byte more than the longest valid file
     if not re.fullmatch(rb"[0-9a-fA-F]{64}(\r?\n)?", content):
         raise ValueError(f"key: wanted {_FILE_FORMAT} in the key file {os.fspath(path)!r}, got other content")
-    return bytes.fromhex(content[:64].decode("ascii"))
+    return bytearray.fromhex(content[:64].decode("ascii"))

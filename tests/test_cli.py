@@ -751,3 +751,62 @@ def test_an_interrupted_demo_leaves_nothing(
     for out in ("taken", "nowhere/demo"):
         assert run("demo", "--out", out).code == 2
     assert names(tmp_path) == ["taken"]
+
+
+def test_commit_open_and_verify_with_a_commitment(
+    run: Callable[..., Result], ready: Ready, tmp_path: Path
+) -> None:
+    published, request = tmp_path / "c.json", tmp_path / "c.tsq"
+    key = ["--watermark", ready.watermark, "--key", ready.key]
+    written = run("commit", *key, "--out", published, "--timestamp-request", request, "--json").record()
+    assert (written["claims"], written["commitment"]) == (1, str(published))
+    assert published.stat().st_mode & 0o777 == request.stat().st_mode & 0o777 == 0o644
+    opened = run("open", published, *key)
+    assert opened.code == 0
+    assert opened.out.startswith(f"committed, signed by {written['public_key']}; by the owner's own word")
+    verdict = run(*ready.verify_args(ready.marked, "--commitment", published, "--json")).record()
+    assert verdict["commitment"]["committed"] is True
+    assert verdict["evidence"].startswith("a forger would try about")
+    refused = run("commit", *key, "--out", published)
+    assert refused.code == 2
+    assert "--out: " in refused.err
+    assert run("commit", *key, "--out", published, "--force").code == 0
+
+
+def test_a_subkey_marks_and_is_opened_alone(run: Callable[..., Result], ready: Ready, tmp_path: Path) -> None:
+    sub, published = tmp_path / "sub.key", tmp_path / "c.json"
+    assert run("key", "derive", sub, "--key", ready.key, "--label", "court").code == 0
+    assert Key.of(sub) == Key.of(ready.key).subkey("court")
+    assert sub.stat().st_mode & 0o777 == 0o600
+    model, watermark = tmp_path / "twice.safetensors", tmp_path / "second.safetensors"
+    marking = ["--out", model, "--watermark", watermark, "--key", sub, *SETTINGS]
+    assert run("embed", ready.marked, *marking).code == 0
+    both = ["--watermark", ready.watermark, "--watermark", watermark]
+    unknown = run("commit", *both, "--key", ready.key, "--out", published)
+    assert unknown.code == 2
+    assert "second.safetensors: made neither with the key nor with a sub-key" in unknown.err
+    assert not published.exists()
+    labelled = run("commit", *both, "--key", ready.key, "--label", "court", "--out", published, "--json")
+    assert labelled.record()["claims"] == 2
+    shown = ["--watermark", watermark, "--key", sub]
+    assert run("open", published, *shown).code == 0
+    assert run("verify", model, *shown, "--commitment", published).code == 0
+    assert run(*ready.verify_args(model)).code == 0  # the first mark is still there
+    single = tmp_path / "single.json"
+    assert run("commit", *shown, "--out", single).code == 0
+    elsewhere = run("open", single, "--watermark", ready.watermark, "--key", ready.key)
+    assert (elsewhere.code, elsewhere.out.startswith("not committed")) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--timestamp", "x.tsr"], "--timestamp: wanted with --commitment only"),
+        (["--commitment", "none.json"], "none.json: "),
+        (["--commitment", "c.json", "--authority", "a.pem"], "--authority: wanted with --timestamp only"),
+    ],
+)
+def test_wrong_commitments(more: list[str], message: str, run: Callable[..., Result], ready: Ready) -> None:
+    result = run(*ready.verify_args(ready.marked, *more))
+    assert result.code == 2
+    assert message in result.err

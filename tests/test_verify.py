@@ -426,7 +426,7 @@ def test_errors_name_the_argument(
 def test_too_few_images_to_exclude_a_mark_are_inconclusive(
     keyed: Embedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["activemark_fast.verify"], "MISS", 1e-60)
+    monkeypatch.setattr(sys.modules["activemark_fast.verify"], "MISS", 1e-12)
     verdict = check(vit(3), keyed)
     assert verdict.decision == "inconclusive"
     assert re.search(r"32 images are too few to exclude one: about \d+ images, or more bits", verdict.reason)

@@ -19,6 +19,7 @@ from activemark_fast.cli.common import (
     chosen_device,
     read_key,
 )
+from activemark_fast.cli.open import add_timestamp, read_commitment
 
 if TYPE_CHECKING:
     from torch import device, nn
@@ -58,6 +59,16 @@ def add_to(commands: Subparsers) -> None:
     verify.add_argument(
         "--tau", type=int, metavar="N", help="most wrong bits of a detected image (5 of 32; set by chance)"
     )
+    verify.add_argument(
+        "--align",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="undo a permutation or rotation of the residual stream; auto: where that explains the suspect",
+    )
+    verify.add_argument(
+        "--commitment", type=Path, metavar="FILE", help="tell whether the claim was committed to, and when"
+    )
+    add_timestamp(verify)
     verify.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the bit errors")
     add_compute(verify)
 
@@ -67,14 +78,25 @@ def _verify(args: argparse.Namespace) -> Outcome:
         if args.plot.suffix != ".png":
             raise ValueError(f"--plot: wanted a file name that ends in .png, got {args.plot}")
         check_folder("--plot", args.plot)
+    if args.timestamp is not None and args.commitment is None:
+        raise ValueError("--timestamp: wanted with --commitment only")
     from activemark_fast.verify import verify
     from activemark_fast.watermark import Watermark
 
     watermark = Watermark.load(args.watermark)
     key = read_key(args.key, confirm=False)
+    commitment = None if args.commitment is None else read_commitment(args.commitment, args)
     suspect = _load_suspect(args.suspect, watermark, args.architecture, chosen_device(args.device))
     verdict = verify(
-        suspect, watermark, key, args.images, alpha=args.alpha, tau=args.tau, precision=args.precision
+        suspect,
+        watermark,
+        key,
+        args.images,
+        alpha=args.alpha,
+        tau=args.tau,
+        align={"auto": None, "always": True, "never": False}[args.align],
+        commitment=commitment,
+        precision=args.precision,
     )
     hints = ""
     if args.plot is not None:
