@@ -53,6 +53,12 @@ class Placement:
 
 
 def taps_after(block: int, depth: int) -> tuple[int, ...]:
-    """The taps of a mark that is injected after `block` in a model of `depth` blocks."""
+    """The taps of a mark that is injected after `block` in a model of `depth` blocks.
+
+    The last but one block, which the paper reads at; and one half way there, but no later than before the
+    last
+    three blocks, where there is room: a thief who cuts those off or starts them anew leaves a mark to read.
+    """
     last = depth - 2
-    return (last,) if last - block < 2 else (block + (last - block + 1) // 2, last)
+    half_way = block + (last - block + 1) // 2
+    return (last,) if last - block < 2 else (max(block + 1, min(half_way, depth - 4)), last)

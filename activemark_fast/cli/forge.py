@@ -1,0 +1,43 @@
+"""activemark forge: play the thief who claims somebody else's model."""
+
+from __future__ import annotations
+
+import argparse
+
+from activemark_fast.cli.common import (
+    MODEL_HELP,
+    Outcome,
+    Subparsers,
+    add_command,
+    add_compute,
+    chosen_device,
+    shows_progress,
+)
+
+
+def add_to(commands: Subparsers) -> None:
+    """Adds `forge` to the command line."""
+    forge = add_command(
+        commands, "forge", _forge, "try to claim a model that was not marked, and print how far that gets"
+    )
+    forge.add_argument("suspect", metavar="SUSPECT", help=MODEL_HELP)
+    forge.add_argument(
+        "--minutes", type=float, default=10, metavar="T", help="time for all attempts together (10)"
+    )
+    forge.add_argument("--seed", type=int, default=0, metavar="N", help="of the forger's keys (0)")
+    add_compute(forge)
+
+
+def _forge(args: argparse.Namespace) -> Outcome:
+    from activemark_fast.checkpoint import load_model
+    from activemark_fast.forge import forge
+
+    forgery = forge(
+        load_model(args.suspect),
+        minutes=args.minutes,
+        seed=args.seed,
+        device=chosen_device(args.device),
+        precision=args.precision,
+        progress=shows_progress(args),
+    )
+    return Outcome(0, {"suspect": args.suspect, **forgery.to_dict()}, str(forgery))
