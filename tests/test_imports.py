@@ -25,13 +25,8 @@ LAYERS: list[set[str]] = [
     {"verdict", "sequential"},
     {"marking"},
     {"align"},
-<<<<<<< HEAD
-    {"embed", "verify", "attacks"},
-    {"bulk", "evaluate"},
-=======
     {"embed", "verify", "attacks", "forge"},
-    {"bulk"},
->>>>>>> 47801c5 (Forge claims on innocent models within a budget; place a tap before the last three blocks)
+    {"bulk", "evaluate"},
     {"report", "baselines"},
     {"demo", "cli"},
     {"__main__"},
