@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
@@ -125,6 +124,8 @@ def _without_mean(sample: Tensor) -> np.ndarray:
 
 def _assignment(products: np.ndarray) -> np.ndarray:
     """The permutation matrix Q with the largest <ours Q, theirs>, from products = ours^T theirs."""
+    from scipy.optimize import linear_sum_assignment  # scipy takes longer to import than all the rest
+
     rows, columns = linear_sum_assignment(products, maximize=True)
     matrix = np.zeros_like(products)
     matrix[rows, columns] = 1

@@ -26,7 +26,6 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-from scipy.special import ndtri
 
 MIN_MATERIAL_BYTES = 16
 MIN_PASSPHRASE_CHARACTERS = 8
@@ -195,6 +194,8 @@ class KeyStream:
         The inverse normal distribution function of (k + 1/2) / 2^52, k the upper 52 bits of a word: with
         53 the half would be rounded away.
         """
+        from scipy.special import ndtri  # scipy takes longer to import than all the rest
+
         dims = _dims("shape", shape)
         return np.asarray(ndtri((self._words(dims, 52) + 0.5) * 2.0**-52))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 FIRST_LOOK = 8
 """Images read before the first look; each further look doubles their number."""
@@ -46,6 +45,8 @@ def mark_excluded(agreement: npt.NDArray[np.float64], miss: float) -> bool:
         agreement: (n, taps), mean over the bits of +1 for a right bit and -1 for a wrong one; n >= 2.
         miss: between 0 and 1.
     """
+    from scipy.special import stdtrit  # scipy takes longer to import than all the rest
+
     n = len(agreement)
     error = agreement.std(axis=0, ddof=1) / np.sqrt(n)
     limit = agreement.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error
