@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.special import bdtrc, betaincinv
 from torch import Tensor
 
 from activemark_fast.commitment import Opening
@@ -88,6 +87,8 @@ def detection_threshold(
         The least k with P(at least k of n images by chance) <= `false_accusation`, n + 1 if there is none;
         and the R at which P(fewer than k of n) = `miss`, above which it is lower.
     """
+    from scipy.special import bdtrc, betaincinv  # scipy takes longer to import than all the rest
+
     enough = (k for k in range(1, images + 1) if bdtrc(k - 1, images, chance) <= false_accusation)
     k = next(enough, images + 1)
     return k, 1.0 if k > images else float(betaincinv(k, images - k + 1, 1 - miss))
