@@ -47,6 +47,8 @@ def mark_excluded(agreement: npt.NDArray[np.float64], miss: float) -> bool:
     """
     from scipy.special import stdtrit  # scipy takes longer to import than all the rest
 
+    from scipy.special import stdtrit  # scipy takes longer to import than all the rest
+
     n = len(agreement)
     error = agreement.std(axis=0, ddof=1) / np.sqrt(n)
     limit = agreement.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error

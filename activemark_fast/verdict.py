@@ -100,6 +100,8 @@ def clopper_pearson(count: int, images: int, level: float = 0.95) -> tuple[float
     Assumes independent draws from one distribution: here images of one suspect, so it tells how far R would
     move with other images, and nothing of other suspects (Clopper & Pearson 1934).
     """
+    from scipy.special import betaincinv  # scipy takes longer to import than all the rest
+
     tail = (1 - level) / 2
     low = 0.0 if count == 0 else float(betaincinv(count, images - count + 1, tail))
     high = 1.0 if count == images else float(betaincinv(count + 1, images - count, 1 - tail))
