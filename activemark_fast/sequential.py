@@ -47,8 +47,6 @@ def mark_excluded(agreement: npt.NDArray[np.float64], miss: float) -> bool:
     """
     from scipy.special import stdtrit  # scipy takes longer to import than all the rest
 
-    from scipy.special import stdtrit  # scipy takes longer to import than all the rest
-
     n = len(agreement)
     error = agreement.std(axis=0, ddof=1) / np.sqrt(n)
     limit = agreement.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error
@@ -57,6 +55,8 @@ def mark_excluded(agreement: npt.NDArray[np.float64], miss: float) -> bool:
 
 def images_to_exclude(agreement: npt.NDArray[np.float64], miss: float) -> int | None:
     """About how many images like these `mark_excluded` would take; None where no number would do."""
+    from scipy.special import stdtrit  # scipy takes longer to import than all the rest
+
     n, room = len(agreement), WEAKEST_MARK - agreement.mean(axis=0)
     if not bool((room > 0).all()):
         return None
