@@ -11,6 +11,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from activemark_fast.key import Key
+from activemark_fast.ops.bits import pack_bits
+from activemark_fast.ops.decode import decode_keyed
+from activemark_fast.ops.inject import inject_keyed
 from activemark_fast.site import Site
 
 MAX_SLOTS = 64
@@ -100,17 +103,11 @@ class KeyedCodec:
 
     def inject(self, output: Tensor, source: Tensor, message: Tensor) -> Tensor:
         """See `Codec.inject`: first the images with their message, then with its complement."""
-        added = self.injection(message)[:, None].to(output.dtype)
-        injected = output.repeat(2, 1, 1)
-        injected[:, self.slots] += torch.cat([added, -added])
-        return injected
+        return inject_keyed(output, self.inject_directions, self.scale, pack_bits(message), self.slots)
 
     def logits(self, tapped: Tensor, tap: int) -> Tensor:
         """See `Codec.logits`: P (h⁺ - h⁻), mean over the slots, 1 being as much as was injected."""
-        summed = tapped[:, self.slots].sum(dim=1, dtype=torch.float32)
-        plus, minus = summed.chunk(2)
-        injected = 2 * len(self.slots) * self.scale
-        return (plus - minus) @ self.read_directions[tap].T / injected
+        return decode_keyed(tapped, self.read_directions[tap], self.scale, self.slots).logits.float()
 
 
 def keyed_slots(key: Key, site: Site) -> np.ndarray:

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from activemark_fast.key import Key
+from activemark_fast.ops.bits import pack_bits
+from activemark_fast.ops.common import Perceptron
+from activemark_fast.ops.decode import decode_learned
+from activemark_fast.ops.inject import inject_learned
 from activemark_fast.site import Site
 
 ENCODER_WIDTH = 1024
@@ -78,17 +82,12 @@ class LearnedCodec(nn.Module):
         """The weights of encoder and decoder, and `original_rate`."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
 
-    def _channel(self, stream: Tensor) -> Tensor:
-        return stream[:, self.index] if self.axis == "token" else stream[:, :, self.index]
-
     def inject(self, output: Tensor, source: Tensor, message: Tensor) -> Tensor:
         """See `Codec.inject`."""
-        channel = self._channel(source).float()
-        encoded = self.encoder(torch.cat([channel, message.float()], dim=1))
-        injected = output.clone()
-        self._channel(injected).copy_(encoded)
-        return injected
+        encoder = Perceptron(*self.encoder.parameters())
+        return inject_learned(output, source, pack_bits(message), encoder, self.index, self.axis)
 
     def logits(self, tapped: Tensor, tap: int) -> Tensor:
         """See `Codec.logits`."""
-        return self.decoder(self._channel(tapped).float()).float()
+        decoder = Perceptron(*self.decoder.parameters())
+        return decode_learned(tapped, decoder, self.index, self.axis).logits.float()

@@ -1,0 +1,388 @@
+"""Triton kernels of the decoding, and their launchers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from activemark_fast.ops.bits import WORD_BITS, words_for
+from activemark_fast.ops.common import Perceptron
+from activemark_fast.ops.kernels import first_layer, is_slot
+
+BLOCK_T = 32
+BLOCK_D = 128
+"""Tokens and channels of a gradient that are written at a time."""
+
+
+@triton.jit
+def judge(
+    logits,  # (BLOCK_B, BLOCK_M) float32
+    image,  # (BLOCK_B,) int64
+    bit,  # (BLOCK_M,) int32: 0 ... BLOCK_M - 1
+    expected,  # (images, words) int32, read only where EXPECTED
+    logits_out,  # (images, bits) float32
+    words_out,  # (images, words) int32
+    errors_out,  # (images,) int32; this and what follows are written only where EXPECTED
+    loss_out,  # (images,) float32
+    loss_grad_out,  # (images, bits) float32
+    images,
+    bits,
+    sharpness,
+    EXPECTED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Stores logits and packed bits, and how they compare with what is expected.
+
+    With y = sharpness * logit, its sign turned where a 0 is expected: loss = mean log(1 + exp(-y)).
+    """
+    word_count = (bits + 31) // 32
+    known = image < images
+    inside = known[:, None] & (bit < bits)[None, :]
+    at = image[:, None] * bits + bit[None, :]
+    tl.store(logits_out + at, logits, mask=inside)
+    places = tl.where((logits > 0) & inside, 1 << (bit % 32)[None, :], 0)
+    packed = tl.sum(tl.reshape(places, (BLOCK_B, BLOCK_M // 32, 32)), axis=2)
+    word = tl.arange(0, BLOCK_M // 32)
+    tl.store(
+        words_out + image[:, None] * word_count + word[None, :],
+        packed,
+        mask=known[:, None] & (word < word_count)[None, :],
+    )
+    if EXPECTED:
+        wanted = tl.load(expected + image[:, None] * word_count + (bit // 32)[None, :], mask=inside, other=0)
+        sign = (((wanted >> (bit % 32)[None, :]) & 1) * 2 - 1).to(tl.float32)
+        # Neither 0 nor NaN is above 0, so both are errors.
+        right = sign * logits > 0
+        # Counted in float32: of a sum of booleans, LLVM makes a population count through the stack.
+        wrong_bits = tl.sum(tl.where(inside & ~right, 1.0, 0.0), axis=1)
+        tl.store(errors_out + image, wrong_bits.to(tl.int32), mask=known)
+        y = sharpness * sign * logits
+        e = tl.exp(-tl.abs(y))
+        # log(1 + e) where 1 + e rounds: its error cancels in the quotient.
+        rounded = 1.0 + e
+        exact = rounded == 1.0
+        log1p = tl.where(exact, e, tl.log(rounded) * (e / tl.where(exact, 1.0, rounded - 1.0)))
+        loss = tl.where(inside, tl.maximum(-y, 0.0) + log1p, 0.0)
+        tl.store(loss_out + image, tl.sum(loss, axis=1) / bits, mask=known)
+        wrong = tl.where(y > 0, e, 1.0) / rounded
+        tl.store(loss_grad_out + at, -sign * wrong * (sharpness / bits), mask=inside)
+
+
+@triton.jit
+def decode_keyed_kernel(
+    tapped,  # (images or 2 * images, tokens, width), of any strides
+    directions,  # (bits, width)
+    scale,  # ()
+    slots,  # (slot_count,) int64
+    expected,  # (images, words) int32
+    logits_out,
+    words_out,
+    errors_out,
+    loss_out,
+    loss_grad_out,
+    images,
+    tokens,
+    width,
+    bits,
+    slot_count,
+    image_stride,
+    token_stride,
+    channel_stride,
+    sharpness,
+    ANTIPODAL: tl.constexpr,
+    EXPECTED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Logits = directions (sum of tapped[b] - sum of tapped[images + b] over the slots) / (2 slots scale).
+
+    A program reads an image. Both sums are taken in the same order, so equal passes give exactly 0, and
+    passes that are swapped exactly the opposite.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    bit = tl.arange(0, BLOCK_M)
+    products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, width, BLOCK_D):
+        channel = first + tl.arange(0, BLOCK_D)
+        plus = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        minus = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        for start in range(0, slot_count, BLOCK_S):
+            place = start + tl.arange(0, BLOCK_S)
+            token = tl.load(slots + place, mask=place < slot_count, other=0)
+            there = (token >= 0) & (token < tokens)
+            inside = ((place < slot_count) & there)[:, None] & (channel < width)[None, :]
+            at = token[:, None] * token_stride + channel[None, :] * channel_stride
+            # A slot that is no token must not read as a mark that is not there.
+            nothing = tl.where(there, 0.0, float("nan"))[:, None]
+            plus += (
+                tl.load(tapped + image * image_stride + at, mask=inside, other=0.0).to(tl.float32) + nothing
+            )
+            if ANTIPODAL:
+                minus += tl.load(tapped + (image + images) * image_stride + at, mask=inside, other=0.0).to(
+                    tl.float32
+                )
+        summed = tl.sum(plus, axis=0) - tl.sum(minus, axis=0)
+        rows = tl.load(
+            directions + bit[:, None] * width + channel[None, :],
+            mask=(bit < bits)[:, None] & (channel < width)[None, :],
+            other=0.0,
+        )
+        products += rows.to(tl.float32) * summed[None, :]
+    readings = slot_count * 2 if ANTIPODAL else slot_count
+    logits = tl.sum(products, axis=1) / (readings * tl.load(scale).to(tl.float32))
+    judge(
+        logits[None, :],
+        image + tl.zeros((1,), tl.int64),
+        bit,
+        expected,
+        logits_out,
+        words_out,
+        errors_out,
+        loss_out,
+        loss_grad_out,
+        images,
+        bits,
+        sharpness,
+        EXPECTED,
+        1,
+        BLOCK_M,
+    )
+
+
+@triton.jit
+def decode_keyed_backward_kernel(
+    grad,  # (images, bits) float32
+    directions,  # (bits, width)
+    scale,  # ()
+    slots,  # (slot_count,) int64
+    out,  # (images or 2 * images, tokens, width), contiguous
+    images,
+    tokens,
+    width,
+    bits,
+    slot_count,
+    tiles,
+    ANTIPODAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[b] = grad directions / (2 slots scale) at the slots and 0 elsewhere, out[images + b] = -out[b]."""
+    image = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    each = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, bits, 32):
+        bit = first + tl.arange(0, 32)
+        g = tl.load(grad + image * bits + bit, mask=bit < bits, other=0.0)
+        rows = tl.load(
+            directions + bit[:, None] * width + channel[None, :],
+            mask=(bit < bits)[:, None] & (channel < width)[None, :],
+            other=0.0,
+        )
+        each += tl.sum(g[:, None] * rows.to(tl.float32), axis=0)
+    readings = slot_count * 2 if ANTIPODAL else slot_count
+    each = each / (readings * tl.load(scale).to(tl.float32))
+    for tile in range(0, tiles):
+        token = (tl.program_id(1) * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = (token < tokens)[:, None] & (channel < width)[None, :]
+        found = is_slot(token, slots, slot_count, BLOCK_T) > 0
+        values = tl.where(found[:, None], each[None, :], 0.0)
+        at = (image * tokens + token[:, None]) * width + channel[None, :]
+        tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+        if ANTIPODAL:
+            at = ((image + images) * tokens + token[:, None]) * width + channel[None, :]
+            tl.store(out + at, (-values).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_learned_kernel(
+    hidden,  # (images, units) float32
+    weight,  # (bits, units)
+    bias,  # (bits,)
+    expected,  # (images, words) int32
+    logits_out,
+    words_out,
+    errors_out,
+    loss_out,
+    loss_grad_out,
+    images,
+    units,
+    bits,
+    sharpness,
+    EXPECTED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Logits = weight hidden + bias. A program reads BLOCK_B images."""
+    image = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    bit = tl.arange(0, BLOCK_M)
+    logits = tl.zeros((BLOCK_B, BLOCK_M), tl.float32)
+    for first in range(0, units, BLOCK_K):
+        unit = first + tl.arange(0, BLOCK_K)
+        h = tl.load(
+            hidden + image[:, None] * units + unit[None, :],
+            mask=(image < images)[:, None] & (unit < units)[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight + bit[None, :] * units + unit[:, None],
+            mask=(bit < bits)[None, :] & (unit < units)[:, None],
+            other=0.0,
+        )
+        logits = tl.dot(h, w.to(tl.float32), logits, input_precision="tf32x3")
+    logits += tl.load(bias + bit, mask=bit < bits, other=0.0).to(tl.float32)[None, :]
+    judge(
+        logits,
+        image,
+        bit,
+        expected,
+        logits_out,
+        words_out,
+        errors_out,
+        loss_out,
+        loss_grad_out,
+        images,
+        bits,
+        sharpness,
+        EXPECTED,
+        BLOCK_B,
+        BLOCK_M,
+    )
+
+
+def decode_keyed(
+    tapped: Tensor,
+    directions: Tensor,
+    scale: Tensor,
+    slots: Tensor,
+    expected: Tensor | None,
+    sharpness: float,
+    antipodal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `op.decode_keyed`."""
+    images, tokens, width = tapped.shape
+    images //= 2 if antipodal else 1
+    bits = directions.shape[0]
+    outputs = _outputs(tapped, images, bits, expected)
+    if images == 0:
+        return outputs
+    block_m = _block_of_bits(bits)
+    wrap_triton(decode_keyed_kernel)[(images,)](
+        tapped,
+        directions.contiguous(),
+        scale,
+        slots.contiguous(),
+        outputs[1] if expected is None else expected.contiguous(),
+        *outputs,
+        images,
+        tokens,
+        width,
+        bits,
+        slots.shape[0],
+        *tapped.stride(),
+        sharpness,
+        ANTIPODAL=antipodal,
+        EXPECTED=expected is not None,
+        BLOCK_S=64,
+        BLOCK_D=128 if block_m <= 64 else 64,
+        BLOCK_M=block_m,
+        num_warps=8,
+    )
+    return outputs
+
+
+def decode_keyed_backward(
+    grad: Tensor,
+    directions: Tensor,
+    scale: Tensor,
+    slots: Tensor,
+    tokens: int,
+    dtype: torch.dtype,
+    antipodal: bool,
+) -> Tensor:
+    """The gradient of `decode_keyed` to `tapped`, (images or 2 * images, tokens, width) in `dtype`."""
+    images, bits = grad.shape
+    width = directions.shape[1]
+    out = torch.empty((2 if antipodal else 1) * images, tokens, width, dtype=dtype, device=grad.device)
+    if out.numel() == 0:
+        return out
+    tiles = 1 if images < 16 else min(4, triton.cdiv(tokens, BLOCK_T))
+    grid = (images, triton.cdiv(tokens, tiles * BLOCK_T), triton.cdiv(width, BLOCK_D))
+    wrap_triton(decode_keyed_backward_kernel)[grid](
+        grad.contiguous(),
+        directions.contiguous(),
+        scale,
+        slots.contiguous(),
+        out,
+        images,
+        tokens,
+        width,
+        bits,
+        slots.shape[0],
+        tiles,
+        ANTIPODAL=antipodal,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    return out
+
+
+def decode_learned(
+    channel: Tensor, decoder: Perceptron, expected: Tensor | None, sharpness: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `op.decode_learned`: a launch for each layer, as the second needs all of the first."""
+    images = channel.shape[0]
+    weight1, bias1, weight2, bias2 = (tensor.contiguous() for tensor in decoder)
+    bits, units = weight2.shape
+    outputs = _outputs(channel, images, bits, expected)
+    if images == 0:
+        return outputs
+    block_m = _block_of_bits(bits)
+    hidden = first_layer(channel, outputs[1], weight1, bias1)
+    wrap_triton(decode_learned_kernel)[(triton.cdiv(images, 16),)](
+        hidden,
+        weight2,
+        bias2,
+        outputs[1] if expected is None else expected.contiguous(),
+        *outputs,
+        images,
+        units,
+        bits,
+        sharpness,
+        EXPECTED=expected is not None,
+        BLOCK_B=16,
+        BLOCK_M=block_m,
+        BLOCK_K=32,
+        num_warps=4 if block_m <= 64 else 8,
+        num_stages=3,
+    )
+    return outputs
+
+
+def _block_of_bits(bits: int) -> int:
+    """The smallest power of two that holds all bits and whole words."""
+    return max(WORD_BITS, triton.next_power_of_2(bits))
+
+
+def _outputs(
+    stream: Tensor, images: int, bits: int, expected: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits, words, errors, loss and its gradient, the last three empty where nothing is expected."""
+    judged = 0 if expected is None else images
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=stream.device)
+
+    return (
+        empty(images, bits),
+        empty(images, words_for(bits), dtype=torch.int32),
+        empty(judged, dtype=torch.int32),
+        empty(judged),
+        empty(0) if expected is None else empty(images, bits),
+    )

@@ -1,0 +1,117 @@
+"""The ground truth of the decoding, in plain PyTorch: any floating-point dtype, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from activemark_fast.ops.bits import pack_bits, unpack_bits
+from activemark_fast.ops.common import Perceptron, compute_dtype, in_full_precision
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""logits (images, bits); words (images, words) int32; bit errors (images,) int32; the loss of each image
+(images,); its gradient to the logits (images, bits). The last three are empty where nothing is expected."""
+
+
+def decode_keyed_reference(
+    tapped: Tensor,  # (images, tokens, width); antipodal: (2 * images, tokens, width)
+    directions: Tensor,  # (bits, width): P
+    scale: Tensor,  # (): s
+    slots: Tensor,  # (slots,) int64
+    expected: Tensor | None,  # (images, words) int32
+    sharpness: float,
+    antipodal: bool,
+) -> Outputs:
+    """P h, mean over the slots, over s; antipodal: P (h⁺ - h⁻), mean over the slots, over 2 s."""
+    dtype = compute_dtype(tapped)
+    summed = tapped[:, slots].sum(dim=1, dtype=dtype)
+    if antipodal:
+        plus, minus = summed.chunk(2)
+        summed = plus - minus
+    with in_full_precision(tapped):
+        logits = summed @ directions.to(dtype).T / (_readings(slots, antipodal) * scale.to(dtype))
+    return judge(logits, expected, sharpness)
+
+
+def decode_keyed_backward_reference(
+    grad: Tensor,  # (images, bits): of the logits
+    directions: Tensor,  # (bits, width)
+    scale: Tensor,  # ()
+    slots: Tensor,  # (slots,) int64
+    tokens: int,
+    dtype: torch.dtype,
+    antipodal: bool,
+) -> Tensor:
+    """The gradient to `tapped`, in `dtype`: ± g P over 2 s slots at every slot, 0 elsewhere."""
+    with in_full_precision(grad):
+        each = grad @ directions.to(grad.dtype) / (_readings(slots, antipodal) * scale.to(grad.dtype))
+    if antipodal:
+        each = torch.cat([each, -each])
+    tapped = torch.zeros(len(each), tokens, each.shape[1], dtype=dtype, device=grad.device)
+    tapped[:, slots] = each[:, None].to(dtype)
+    return tapped
+
+
+def _readings(slots: Tensor, antipodal: bool) -> int:
+    """How many tokens' readings a logit is the mean of."""
+    return slots.shape[0] * (2 if antipodal else 1)
+
+
+def decode_learned_reference(
+    channel: Tensor,  # (images, length)
+    decoder: Perceptron,  # length → bits
+    expected: Tensor | None,  # (images, words) int32
+    sharpness: float,
+) -> Outputs:
+    """The learned decoder's two layers."""
+    dtype = compute_dtype(channel)
+    with in_full_precision(channel):
+        logits = _hidden(channel, decoder) @ decoder.weight2.to(dtype).T + decoder.bias2.to(dtype)
+    return judge(logits, expected, sharpness)
+
+
+def decode_learned_backward_reference(
+    grad: Tensor,  # (images, bits): of the logits
+    channel: Tensor,  # (images, length)
+    decoder: Perceptron,  # length → bits
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to the channel and the decoder; the hidden layer is computed once more."""
+    dtype = compute_dtype(channel)
+    inputs, outer = channel.to(dtype), grad.to(dtype)
+    with in_full_precision(channel):
+        hidden = _hidden(channel, decoder)
+        inner = (outer @ decoder.weight2.to(dtype)) * (hidden > 0)
+        to_channel = inner @ decoder.weight1.to(dtype)
+        gradients = Perceptron(inner.T @ inputs, inner.sum(dim=0), outer.T @ hidden, outer.sum(dim=0))
+    to_weight1, to_bias1, to_weight2, to_bias2 = (
+        gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, decoder, strict=True)
+    )
+    return to_channel.to(channel.dtype), to_weight1, to_bias1, to_weight2, to_bias2
+
+
+def _hidden(channel: Tensor, decoder: Perceptron) -> Tensor:
+    dtype = compute_dtype(channel)
+    return torch.relu(channel.to(dtype) @ decoder.weight1.to(dtype).T + decoder.bias1.to(dtype))
+
+
+def judge(
+    logits: Tensor,  # (images, bits)
+    expected: Tensor | None,  # (images, words) int32
+    sharpness: float,
+) -> Outputs:
+    """Threshold, bit errors, binary cross-entropy of sharpness * logits (mean over the bits), its gradient.
+
+    A logit that is neither above nor below 0 is an error, whatever is expected.
+    """
+    words = pack_bits(logits > 0)
+    if expected is None:
+        nothing = logits.new_empty(0)
+        return logits, words, nothing.to(torch.int32), nothing, nothing.clone()
+    bits = logits.shape[1]
+    signs = 2 * unpack_bits(expected, bits).to(logits.dtype) - 1
+    margins = signs * logits
+    # The loss from the margin, not from logit and target: nothing cancels where a bit is read safely.
+    loss = softplus(-sharpness * margins).mean(dim=1)
+    loss_grad = -signs * torch.sigmoid(-sharpness * margins) * (sharpness / bits)
+    return logits, words, (~(margins > 0)).sum(dim=1, dtype=torch.int32), loss, loss_grad

@@ -1,0 +1,96 @@
+"""The ground truth of the injection, in plain PyTorch: any floating-point dtype, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from activemark_fast.ops.bits import unpack_bits
+from activemark_fast.ops.common import Perceptron, compute_dtype, in_full_precision
+
+
+def inject_keyed_reference(
+    stream: Tensor,  # (images, tokens, width)
+    directions: Tensor,  # (bits, width): U
+    scale: Tensor,  # (): s
+    words: Tensor,  # (images, words) int32
+    slots: Tensor,  # (slots,) int64
+    antipodal: bool,
+) -> Tensor:
+    """Stream + s (2m - 1) U at the slots; antipodal: and below it stream - s (2m - 1) U."""
+    injected = stream.repeat(2 if antipodal else 1, 1, 1)
+    added = _added(stream, directions, scale, words)
+    add_at_slots(injected, torch.cat([added, -added]) if antipodal else added, slots)
+    return injected
+
+
+def inject_keyed_inplace_reference(
+    stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor, slots: Tensor
+) -> None:
+    """The same, once and into `stream`."""
+    add_at_slots(stream, _added(stream, directions, scale, words), slots)
+
+
+def _added(stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor) -> Tensor:
+    """What a slot gets, s (2m - 1) U: (images, width)."""
+    dtype = compute_dtype(stream)
+    signs = 2 * unpack_bits(words, len(directions)).to(dtype) - 1
+    with in_full_precision(stream):
+        return scale.to(dtype) * (signs @ directions.to(dtype))
+
+
+def add_at_slots(
+    stream: Tensor,  # (images, tokens, width), changed in place
+    added: Tensor,  # (images, width), in the dtype that is computed in
+    slots: Tensor,  # (slots,) int64
+) -> None:
+    """Adds one vector an image to all its slots, rounding once."""
+    stream[:, slots] = (stream[:, slots] + added[:, None]).to(stream.dtype)
+
+
+def inject_learned_inplace_reference(
+    output: Tensor,  # (images, tokens, width), changed in place
+    source: Tensor,  # (images, tokens, width)
+    words: Tensor,  # (images, words) int32
+    encoder: Perceptron,  # length + bits → length
+    index: int,
+    dim: int,
+) -> None:
+    """Overwrites channel `index` on dimension `dim`."""
+    output.select(dim, index).copy_(encode_reference(source.select(dim, index), words, encoder)[2])
+
+
+def encode_reference(
+    channel: Tensor,  # (images, length)
+    words: Tensor,  # (images, words) int32
+    encoder: Perceptron,  # length + bits → length
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The learned encoder: its input with the message beside it, its hidden layer, and what it writes."""
+    dtype = compute_dtype(channel)
+    weight1, bias1, weight2, bias2 = (tensor.to(dtype) for tensor in encoder)
+    message = unpack_bits(words, weight1.shape[1] - channel.shape[1]).to(dtype)
+    inputs = torch.cat([channel.to(dtype), message], dim=1)
+    with in_full_precision(channel):
+        hidden = torch.relu(inputs @ weight1.T + bias1)
+        encoded = torch.sigmoid(hidden @ weight2.T + bias2)
+    return inputs, hidden, encoded
+
+
+def encode_backward_reference(
+    grad: Tensor,  # (images, length): of what was written
+    channel: Tensor,  # (images, length)
+    words: Tensor,  # (images, words) int32
+    encoder: Perceptron,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to the channel and the encoder; the layers are computed once more."""
+    dtype = compute_dtype(channel)
+    inputs, hidden, encoded = encode_reference(channel, words, encoder)
+    with in_full_precision(channel):
+        outer = grad.to(dtype) * encoded * (1 - encoded)
+        inner = (outer @ encoder.weight2.to(dtype)) * (hidden > 0)
+        to_channel = inner @ encoder.weight1.to(dtype)[:, : channel.shape[1]]
+        gradients = Perceptron(inner.T @ inputs, inner.sum(dim=0), outer.T @ hidden, outer.sum(dim=0))
+    to_weight1, to_bias1, to_weight2, to_bias2 = (
+        gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, encoder, strict=True)
+    )
+    return to_channel.to(channel.dtype), to_weight1, to_bias1, to_weight2, to_bias2
