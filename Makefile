@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 .DEFAULT_GOAL := help
 # Installing builds the extension too and touches both stamps, so $(INSTALLED) must be looked at first.
 .NOTPARALLEL:
-.PHONY: help demo test lint sanitize bench clean
+.PHONY: help demo test lint sanitize bench gpu clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ sanitize: $(INSTALLED)  ## Run the tests of the C++ code, built with sanitizers.
 
 bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks.
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+gpu:  ## On a GPU: build, test and measure, with python3's own packages and no network (PYTHON=... for another).
+	$(PYTHON) benchmarks/gpu.py
 
 clean:  ## Remove everything that make and the tools made, .venv included.
 	rm -rf .venv build dist *.egg-info activemark_fast/*.so

@@ -21,11 +21,6 @@ from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 MIN_MATERIAL_BYTES = 16
 MIN_PASSPHRASE_CHARACTERS = 8
@@ -133,6 +128,10 @@ class Key:
             raise TypeError(f"length: wanted int, got {type(length).__name__}")
         if not 1 <= length <= MAX_DERIVED_BYTES:
             raise ValueError(f"length: wanted 1 to {MAX_DERIVED_BYTES} bytes, got {length}")
+        # Here and not above: kernels are measured on machines that have PyTorch but not this library.
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
         info = _CONTEXT + purpose.encode()
         return HKDF(algorithm=SHA256(), length=length, salt=None, info=info).derive(self._material)
 
@@ -171,6 +170,9 @@ class KeyStream:
 
     def __init__(self, key: bytes) -> None:
         """key: 32 secret bytes."""
+        from cryptography.hazmat.primitives.ciphers import Cipher
+        from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
         self._keystream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def bytes(self, n: int) -> builtins.bytes:
@@ -268,6 +270,8 @@ def _stretch(passphrase: str) -> bytes:
             f"key: wanted a passphrase of at least {MIN_PASSPHRASE_CHARACTERS} characters, "
             f"got {len(normalised)}"
         )
+    from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
     return Scrypt(salt=_CONTEXT + b"passphrase", length=32, n=2**17, r=8, p=1).derive(normalised.encode())
 
 

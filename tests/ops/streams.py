@@ -32,7 +32,7 @@ SIZES = [
     Sizes(17, 40, 65, 32, 20, (1, 39), 2),
     Sizes(65, 3, 70, 32, 40, (1,), 1),
 ]
-LARGE = Sizes(1, 257, 1664, 64, 129, tuple(range(1, 257, 3)), 200)
+LARGE = Sizes(1, 70, 1664, 100, 129, tuple(range(1, 70, 3)), 60)
 
 
 class Arguments:

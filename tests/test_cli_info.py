@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import activemark_fast
+from activemark_fast.cli import main
+from activemark_fast.ops.magnitude import native
+
+
+def test_as_a_process() -> None:
+    command = [sys.executable, "-m", "activemark_fast", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    record = json.loads(done.stdout)
+    assert record["versions"]["activemark_fast"] == activemark_fast.__version__
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert len(record["gpus"]) == torch.cuda.device_count()
+    assert record["kernels"]["profile"]["cpu"] == f"C++ ({native.load_native().best_instructions().name})"
+    assert record["kernels"]["inject, decode"] == {"cpu": "PyTorch", "cuda": "Triton (float64: PyTorch)"}
+
+
+def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"activemark_fast {activemark_fast.__version__}, python ")
+    assert lines[1].startswith(f"devices: CPU ({torch.get_num_threads()} threads)")
+    assert lines[3] == "inject, decode: on the CPU PyTorch; on CUDA Triton (float64: PyTorch)"
+
+
+def test_what_is_missing_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_native() -> None:
+        raise ImportError("the compiled module cannot be loaded")
+
+    monkeypatch.setattr(native, "load_native", load_native)
+    monkeypatch.setattr("activemark_fast.cli.info.PACKAGES", ("triton", "no_such_package"))
+    assert main(["info", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["versions"]["no_such_package"] == "not installed"
+    assert record["kernels"]["profile"]["cpu"] == "nothing: the compiled module cannot be loaded"

@@ -1,0 +1,95 @@
+"""The runner behind `make gpu`, as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+RUNNER = ROOT / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_runner", RUNNER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_and_writes_nothing() -> None:
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
+    done = subprocess.run([sys.executable, RUNNER], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("make gpu: torch ")
+    assert done.stderr.endswith("sees no CUDA device\n")
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
+
+
+def test_every_gpu_test_is_found(runner: ModuleType) -> None:
+    assert {"tests/ops/test_kernels.py", "tests/ops/test_magnitude.py"} <= set(runner.marked("tests"))
+    assert set(runner.marked("benchmarks")) >= {"benchmarks/test_kernels.py", "benchmarks/test_magnitude.py"}
+
+
+def test_outcomes_of_a_step(runner: ModuleType) -> None:
+    assert runner.run(("-c", "pass"), 60.0) == "passed"
+    assert runner.run(("-c", "raise SystemExit(3)"), 60.0) == "failed"
+    assert runner.run(("-c", "import time; time.sleep(60)"), 0.2) == "out of time"
+    assert runner.run(("-c", "pass"), 0.0) == "out of time"
+
+
+def test_tests_are_counted(runner: ModuleType, tmp_path: Path) -> None:
+    tests = tmp_path / "test_three.py"
+    tests.write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\n"
+        "@pytest.mark.skip\ndef test_skipped(): pass\n"
+    )
+    junit = tmp_path / "junit.xml"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}", tests],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert runner.counts(junit) == {"passed": 1, "failed": ["test_three.test_bad"], "skipped": 1}
+
+
+def test_the_table(runner: ModuleType) -> None:
+    machine = {name: f"<{name}>" for name in ("gpu", "capability", "date", "commit", "python")}
+    machine |= {name: f"<{name}>" for name in ("torch", "cuda", "triton", "driver")}
+    medians = {f"{column} p50": 2.0 * place for place, column in enumerate(runner.COLUMNS, start=1)}
+    text = runner.table(
+        {
+            "machine": machine,
+            "steps": {"build": {"outcome": "passed", "seconds": 9.0}},
+            "tests": {"passed": 4, "failed": ["a.b"], "skipped": 0},
+            "benchmarks": [
+                {"name": "k", "seconds": 1e-6, "op": "inject_keyed", "batch": 16, "floor": 1.6, **medians},
+                {"name": "test_magnitudes_on_a_gpu", "seconds": 0.0021, "GB/s": 900},
+            ],
+        }
+    )
+    for name in machine:
+        assert f"<{name}>" in text
+    assert "- build: passed in 9.0 s\n" in text
+    assert "4 tests passed, 1 failed, 0 skipped\n  - failed: a.b\n" in text
+    row = "| inject_keyed | 16 | 2.0 | 4.0 | 6.0 | 8.0 | 10.0 | 12.0 | 1.6 | 5.00 | 2.0 |"
+    assert row in text
+    header = next(line for line in text.splitlines() if line.startswith("| op"))
+    assert header.count("|") == row.count("|")
+    assert "| test_magnitudes_on_a_gpu | 2.100 | GB/s 900 |" in text
+
+
+def test_until_it_is_measured_the_table_says_so() -> None:
+    results = ROOT / "benchmarks" / "results"
+    measured = (results / "gpu.json").exists()
+    assert ("Not yet measured on a GPU" in (results / "gpu.md").read_text()) != measured
