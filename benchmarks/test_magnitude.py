@@ -44,18 +44,26 @@ def fastest(run: Callable[[], object], rounds: int) -> float:
     return min(once() for _ in range(rounds))
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that the C library reads memory with, looking for a byte that is not there."""
-    memory = torch.zeros(MEMORY, dtype=torch.uint8)
+def read_bandwidth(size: int, threads: int) -> float:
+    """Bytes per second that the C library reads memory with, looking for a byte that is not there.
+
+    It reads `size` bytes at a time, other ones each time: as long as what it is compared with.
+    """
+    memory = torch.ones(MEMORY, dtype=torch.uint8)  # zeros would be one page, seen again and again
+    starts = itertools.cycle(range(0, MEMORY - size + 1, size))
     memchr = ctypes.CDLL(None).memchr
     memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    part = MEMORY // threads
+    part = size // threads
     with ThreadPoolExecutor(threads) as pool:
 
         def read() -> None:
-            list(pool.map(lambda i: memchr(memory.data_ptr() + i * part, 1, part), range(threads)))
+            start = memory.data_ptr() + next(starts)
+            others = [pool.submit(memchr, start + i * part, 0, part) for i in range(1, threads)]
+            memchr(start, 0, part)
+            for other in others:
+                other.result()
 
-        return MEMORY / fastest(read, 10)
+        return size / fastest(read, ROUNDS)
 
 
 @pytest.fixture
@@ -75,9 +83,9 @@ def test_magnitudes(benchmark: BenchmarkFixture, dtype: torch.dtype, threads: in
     copies = itertools.cycle([x] if where == "cache" else [x.clone() for _ in range(MEMORY // size)])
     torch.testing.assert_close(magnitudes(x, K).values, magnitudes_reference(x, K)[0], rtol=0, atol=0)
 
-    reading = [read_bandwidth(threads)]
+    reading = [read_bandwidth(size, threads)]
     benchmark.pedantic(lambda: magnitudes(next(copies), K), rounds=ROUNDS, warmup_rounds=3)
-    reading.append(read_bandwidth(threads))
+    reading.append(read_bandwidth(size, threads))
     speed = size / benchmark.stats["min"]
     benchmark.extra_info["GB/s"] = round(speed / 1e9, 1)
     benchmark.extra_info["over read bandwidth"] = round(speed / max(reading), 2)

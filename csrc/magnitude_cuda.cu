@@ -13,13 +13,15 @@ namespace activemark {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kFew = 16;  // values of an image, which a thread has registers for
 constexpr int kBins = 512;
 constexpr int kBinsPerThread = kBins / kThreads;
 constexpr int kSample = 2 * kThreads;
 constexpr int kNeighbours = 8;
 constexpr int kThreeErrors = 34;  // ranks of the sample, on either side of its median
 constexpr std::int64_t kSmallestPart = 8192;
-constexpr int kPartsPerProcessor = 8;
+constexpr int kCandidates = 2048;      // large values of a part that wait to be ranked
+constexpr int kPartsPerProcessor = 3;  // as many blocks as its registers have room for
 
 // A magnitude and where it is; the larger ranks first, of equal ones the lower position.
 using Ranked = std::uint64_t;
@@ -69,16 +71,16 @@ struct Job {
 // What the threads of a block share.
 struct Shared {
     std::int32_t sample[kSample];
-    KeyRange sampled;
     unsigned bins[kBins];
     unsigned long long below;
     unsigned long long nonfinite;
     int threshold;
+    unsigned candidates;
+    Ranked candidate[kCandidates];
     Ranked entries[kThreads];
     double sums[kThreads];
     unsigned long long counts[kThreads];
     std::int32_t found_bin;
-    unsigned long long found_rank;
     bool last;
 };
 
@@ -139,7 +141,15 @@ __device__ double sum_of(double value, Shared& shared) {
     return sum;
 }
 
-// Calls take(bits, position) for the values start ... end - 1, 16 bytes at a time where they are aligned.
+// Values that were loaded together.
+template <typename Bits, int kCount>
+struct Loaded {
+    Bits values[kCount];
+    static constexpr int count = kCount;
+};
+
+// Calls take(loaded, position of the first) for the values start ... end - 1, 16 bytes at a time where they
+// are aligned.
 template <typename Bits, typename Take>
 __device__ void for_each(const Bits* x, std::int64_t start, std::int64_t end, Take take) {
     constexpr int kLanes = 16 / sizeof(Bits);
@@ -148,26 +158,36 @@ __device__ void for_each(const Bits* x, std::int64_t start, std::int64_t end, Ta
     const std::int64_t head = misplaced == 0 ? start : start + kLanes - misplaced;
     const std::int64_t aligned = head < end ? head : end;
     const std::int64_t vectors = (end - aligned) / kLanes;
-    for (std::int64_t i = start + threadIdx.x; i < aligned; i += kThreads) take(x[i], i);
+    for (std::int64_t i = start + threadIdx.x; i < aligned; i += kThreads) take(Loaded<Bits, 1>{{x[i]}}, i);
     const uint4* vector = reinterpret_cast<const uint4*>(x + aligned);
+#pragma unroll 2
     for (std::int64_t i = threadIdx.x; i < vectors; i += kThreads) {
         const uint4 loaded = vector[i];
         const unsigned words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+        Loaded<Bits, kLanes> values;
 #pragma unroll
         for (int lane = 0; lane < kLanes; ++lane) {
             constexpr int kPerWord = kLanes / 4;
-            const unsigned word = words[lane / kPerWord] >> (lane % kPerWord * 16);
-            take(static_cast<Bits>(word), aligned + i * kLanes + lane);
+            values.values[lane] = static_cast<Bits>(words[lane / kPerWord] >> (lane % kPerWord * 16));
         }
+        take(values, aligned + i * kLanes);
     }
-    for (std::int64_t i = aligned + vectors * kLanes + threadIdx.x; i < end; i += kThreads) take(x[i], i);
+    for (std::int64_t i = aligned + vectors * kLanes + threadIdx.x; i < end; i += kThreads)
+        take(Loaded<Bits, 1>{{x[i]}}, i);
 }
 
-// Where the median of the image probably is: the same for all its parts.
+// What a sample says of the image, the same for all its parts: where the median probably is, and a key that
+// at least k values reach.
+struct Sampled {
+    KeyRange median;
+    std::int32_t reached;
+};
+
 template <typename Format>
-__device__ KeyRange sampled_range(const typename Format::Bits* x, std::int64_t count, Shared& shared) {
-    const KeyRange everything{0, Format::kInfinity - 1};
-    if (count < kSample) return everything;
+__device__ Sampled sample(const typename Format::Bits* x, std::int64_t count, std::int64_t k,
+                          Shared& shared) {
+    const Sampled nothing{{0, Format::kInfinity - 1}, -1};
+    if (count < kSmallestPart) return nothing;  // in more than that no value is sampled twice
     for (int i = threadIdx.x; i < kSample; i += kThreads) {
         // Multiples of the golden ratio, modulo 1, fall everywhere and in step with no width.
         const std::uint64_t share = ((i / kNeighbours) * std::uint64_t{0x9e3779b97f4a7c15}) >> 32;
@@ -175,21 +195,24 @@ __device__ KeyRange sampled_range(const typename Format::Bits* x, std::int64_t c
         shared.sample[i] = key_of<Format>(x[place + i % kNeighbours]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kSample; i += kThreads) {
-        const std::int32_t key = shared.sample[i];
-        int below = 0, up_to = 0;
-        for (int other = 0; other < kSample; ++other) {
-            below += shared.sample[other] < key;
-            up_to += shared.sample[other] <= key;
+    // A bitonic sort: a thread has one pair in each step.
+    static_assert(kSample == 2 * kThreads, "a thread has one pair of the sample");
+    for (int size = 2; size <= kSample; size *= 2) {
+        for (int stride = size / 2; stride > 0; stride /= 2) {
+            const int low =
+                2 * static_cast<int>(threadIdx.x) - (static_cast<int>(threadIdx.x) & (stride - 1));
+            const std::int32_t a = shared.sample[low], b = shared.sample[low + stride];
+            const bool rising = (low & size) == 0;
+            if ((a > b) == rising) {
+                shared.sample[low] = b;
+                shared.sample[low + stride] = a;
+            }
+            __syncthreads();
         }
-        // All threads that hold the key of a rank write the same.
-        constexpr int kFirst = kSample / 2 - kThreeErrors, kLast = kSample / 2 + kThreeErrors;
-        if (below <= kFirst && kFirst < up_to) shared.sampled.first = key;
-        if (below <= kLast && kLast < up_to) shared.sampled.last = key;
     }
-    __syncthreads();
-    const KeyRange sampled = shared.sampled;
-    return sampled.last < Format::kInfinity ? sampled : everything;
+    if (shared.sample[kSample - 1] >= Format::kInfinity) return nothing;
+    return {{shared.sample[kSample / 2 - kThreeErrors], shared.sample[kSample / 2 + kThreeErrors]},
+            shared.sample[kSample - k]};
 }
 
 // Finds the bin where a rank falls, in `bins` (shared); all threads must call. Returns -1 if in none.
@@ -207,7 +230,6 @@ __device__ int bin_of_rank(const unsigned* bins, unsigned long long rank, Shared
         int bin = thread * kBinsPerThread;
         while (left >= bins[bin]) left -= bins[bin++];
         shared.found_bin = bin;
-        shared.found_rank = left;
     }
     __syncthreads();
     return shared.found_bin;
@@ -236,11 +258,14 @@ __device__ float find(const typename Format::Bits* x, std::int64_t count, Grid g
         if (threadIdx.x == 0) shared.below = 0;
         __syncthreads();
         unsigned long long mine = 0;
-        for_each(x, 0, count, [&](typename Format::Bits bits, std::int64_t) {
-            const std::int32_t key = key_of<Format>(bits);
-            mine += key < range.first;
-            if (key >= range.first && key <= range.last)
-                atomicAdd(&shared.bins[(key - grid.first) >> grid.shift], 1u);
+        for_each(x, 0, count, [&](const auto& loaded, std::int64_t) {
+#pragma unroll
+            for (int i = 0; i < loaded.count; ++i) {
+                const std::int32_t key = key_of<Format>(loaded.values[i]);
+                mine += key < range.first;
+                if (key >= range.first && key <= range.last)
+                    atomicAdd(&shared.bins[(key - grid.first) >> grid.shift], 1u);
+            }
         });
         atomicAdd(&shared.below, mine);
         __syncthreads();
@@ -249,7 +274,7 @@ __device__ float find(const typename Format::Bits* x, std::int64_t count, Grid g
 }
 
 template <typename Format, int kMost>
-__global__ void __launch_bounds__(kThreads) measure(Job job) {
+__global__ void __launch_bounds__(kThreads, kMost <= kFew ? kPartsPerProcessor : 1) measure(Job job) {
     __shared__ Shared shared;
     const int thread = threadIdx.x;
     const std::int64_t image = blockIdx.x / job.parts_per_image;
@@ -259,13 +284,15 @@ __global__ void __launch_bounds__(kThreads) measure(Job job) {
     Part* parts = job.parts + image * job.parts_per_image;
 
     for (int i = thread; i < kBins; i += kThreads) shared.bins[i] = 0;
+    const Sampled sampled = sample<Format>(x, count, job.k, shared);
+    const KeyRange range = sampled.median;
+    const Grid grid = grid_over(range);
     if (thread == 0) {
         shared.below = 0;
         shared.nonfinite = 0;
-        shared.threshold = -1;
+        shared.candidates = 0;
+        shared.threshold = sampled.reached;
     }
-    const KeyRange range = sampled_range<Format>(x, count, shared);
-    const Grid grid = grid_over(range);
     __syncthreads();
 
     Top<kMost> top;
@@ -274,29 +301,45 @@ __global__ void __launch_bounds__(kThreads) measure(Job job) {
     unsigned long long below = 0, nonfinite = 0;
     const std::int64_t start = count * part_number / job.parts_per_image;
     const std::int64_t end = count * (part_number + 1) / job.parts_per_image;
-    for_each(x, start, end, [&](typename Format::Bits bits, std::int64_t position) {
-        const std::int32_t key = key_of<Format>(bits);
-        if (key >= Format::kInfinity) {
-            ++nonfinite;
-            return;
+    for_each(x, start, end, [&](const auto& loaded, std::int64_t position) {
+        std::int32_t largest = -1;
+#pragma unroll
+        for (int i = 0; i < loaded.count; ++i) {
+            const std::int32_t key = key_of<Format>(loaded.values[i]);
+            if (key >= Format::kInfinity) {
+                ++nonfinite;
+                continue;
+            }
+            const float value = value_of(key, Format());
+            if (key < Format::kBig) {
+                squares += value * value;
+            } else {
+                large_squares += static_cast<double>(value) * value;
+            }
+            below += key < range.first;
+            if (key >= range.first && key <= range.last)
+                atomicAdd(&shared.bins[(key - grid.first) >> grid.shift], 1u);
+            largest = key > largest ? key : largest;
         }
-        const float value = value_of(key, Format());
-        if (key < Format::kBig) {
-            squares += value * value;
-        } else {
-            large_squares += static_cast<double>(value) * value;
-        }
-        below += key < range.first;
-        if (key >= range.first && key <= range.last)
-            atomicAdd(&shared.bins[(key - grid.first) >> grid.shift], 1u);
-        // What kMost values of one thread exceed is not among the largest of all. Equal keys may still be,
-        // by their position.
-        if (key >= *const_cast<volatile int*>(&shared.threshold)) {
-            top.insert(ranked(key, position));
+        // What k values are known to exceed is not among the k largest. Equal keys may still be, by their
+        // position.
+        if (largest < *const_cast<volatile int*>(&shared.threshold)) return;
+        for (int i = 0; i < loaded.count; ++i) {
+            const std::int32_t key = key_of<Format>(loaded.values[i]);
+            if (key >= Format::kInfinity || key < *const_cast<volatile int*>(&shared.threshold)) continue;
+            const unsigned place = atomicAdd(&shared.candidates, 1u);
+            if (place < kCandidates) {
+                shared.candidate[place] = ranked(key, position + i);
+                continue;
+            }
+            top.insert(ranked(key, position + i));
             if (top.entries[kMost - 1] != kNothing)
                 atomicMax(&shared.threshold, key_of_ranked(top.entries[kMost - 1]));
         }
     });
+    __syncthreads();
+    for (unsigned i = thread; i < kCandidates && i < shared.candidates; i += kThreads)
+        top.insert(shared.candidate[i]);
     atomicAdd(&shared.below, below);
     atomicAdd(&shared.nonfinite, nonfinite);
     Part& mine = parts[part_number];
@@ -354,7 +397,6 @@ __global__ void __launch_bounds__(kThreads) measure(Job job) {
 
 template <typename Format>
 cudaError_t launch(Job& job, cudaStream_t stream) {
-    constexpr int kFew = 16;
     void* arguments[] = {&job};
     const dim3 blocks(static_cast<unsigned>(job.in.images * job.parts_per_image)), threads(kThreads);
     return job.k <= kFew
@@ -362,13 +404,13 @@ cudaError_t launch(Job& job, cudaStream_t stream) {
                : cudaLaunchKernel(measure<Format, kMostTopCuda>, blocks, threads, arguments, 0, stream);
 }
 
-// Enough parts to keep all processors of the current device busy; negative: CUDA refused to say.
+// As many parts as the processors of the current device take at once; negative: CUDA refused to say.
 std::int64_t parts_per_image(std::int64_t images, std::int64_t values_per_image) {
     int device = 0, processors = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
         return -1;
-    const std::int64_t wanted = (std::int64_t{processors} * kPartsPerProcessor + images - 1) / images;
+    const std::int64_t wanted = std::int64_t{processors} * kPartsPerProcessor / images;
     return std::max<std::int64_t>(1, std::min(wanted, values_per_image / kSmallestPart));
 }
 

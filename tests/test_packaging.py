@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
+    for tool in ("cmake", "ninja", "pybind11"):  # setup.py wants them
+        pytest.importorskip(tool)
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
+    subprocess.run([*map(str, command), "sdist", "--dist-dir", str(tmp_path)], cwd=ROOT, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    assert {path.rsplit(".")[-1] for path in sources} == {"cpp", "cu", "hpp"}
+    assert sources | {"CMakeLists.txt", "setup.py", "constraints.txt"} <= names
