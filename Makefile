@@ -38,8 +38,8 @@ sanitize: $(INSTALLED)  ## Run the tests of the C++ code, built with sanitizers.
 		ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(BIN)/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider \
 		-k "not cuda_kernel" $(CURDIR)/tests/ops/test_magnitude.py
 
-bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks.
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks (PYTEST_ARGS=--quick: 10 minutes).
+	$(BIN)/python -m pytest benchmarks --benchmark-only --plot build/embed_minutes.svg $(PYTEST_ARGS)
 
 gpu:  ## On a GPU: build, test and measure, with python3's own packages and no network (PYTHON=... for another).
 	$(PYTHON) benchmarks/gpu.py

@@ -61,4 +61,5 @@ def _draw(path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlim(right=20 * max(float(row["minutes"]) for row in _ROWS))
     axes[-1].set_xlabel("minutes (log scale), one machine, one run")
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

@@ -159,7 +159,7 @@ METHODS = {
     "ADV-TRA": Fingerprints(adv_tra),
 }
 FRACTIONS: dict[str, dict[str, float]] = {  # of each method's whole work
-    "demo": {"embed": 1.0, "reference recipe": 0.01, "IPGuard": 0.04, "ADV-TRA": 0.02},
+    "demo": {"embed": 1.0, "reference recipe": 0.01, "IPGuard": 0.02, "ADV-TRA": 0.01},
     "ViT-B/32": {"embed": 1.0, "reference recipe": 0.004, "IPGuard": 0.01, "ADV-TRA": 0.01},
     "ViT-L/14": {"embed": 1.0, "reference recipe": 0.0004},
 }

@@ -210,6 +210,21 @@ def test_interrupt_in_the_middle_of_an_embed(ready: Ready, tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
+def test_a_checkpoint_is_used_and_goes(ready: Ready, run: Callable[..., Result], tmp_path: Path) -> None:
+    args = ready.embed_args(tmp_path, "--method", "finetune", "--fidelity", 0.999999, "--max-steps", 2)
+    wrong = run(*args, "--checkpoint", tmp_path / "nowhere" / "state")
+    assert (wrong.code, names(tmp_path)) == (2, [])
+    assert "checkpoint: wanted a file in a folder that is there" in wrong.err
+    (tmp_path / "state").write_bytes(b"something else")
+    wrong = run(*args, "--checkpoint", tmp_path / "state")
+    assert (wrong.code, names(tmp_path)) == (2, ["state"])
+    (tmp_path / "state").unlink()
+    done = run(*args, "--checkpoint", tmp_path / "state")
+    assert done.code == 0
+    assert "did not reach its targets" in done.err
+    assert names(tmp_path) == ["out.safetensors", "wm.safetensors"]
+
+
 # ---- help and usage
 
 
@@ -433,6 +448,7 @@ def test_both_files_or_neither(
         site_reason="",
         steps=0,
         history=[],
+        engine=None,
         seconds=0.0,
     )
     monkeypatch.setattr(module("embed"), "embed", lambda *_args, **_settings: embedding)

@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         )
 
     @classmethod
-    def fit(cls, model: nn.Module, images: Tensor, labels: Tensor, *, steps: int = 300) -> Self:
+    def fit(cls, model: nn.Module, images: Tensor, labels: Tensor, *, steps: int = 100) -> Self:
         """`model` with a head fitted to its frozen features: multinomial regression by L-BFGS.
 
         Args:

@@ -68,6 +68,12 @@ def add_to(commands: Subparsers) -> None:
         help="lowest mean cosine to the features (0.996)",
     )
     embed.add_argument("--max-steps", type=int, default=1000, metavar="N", help="most gradient steps (1000)")
+    embed.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="save gradient training here every minute; if it is there, go on from it",
+    )
     embed.add_argument("--force", action="store_true", help="replace output files that exist")
     add_compute(embed)
 
@@ -91,6 +97,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         block=args.block,
         fidelity=args.fidelity,
         max_steps=args.max_steps,
+        checkpoint=args.checkpoint,
         architecture=architecture,
         device=place,
         precision=args.precision,
@@ -109,6 +116,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         **quality,
         "steps": embedding.steps,
         "seconds": embedding.seconds,
+        "engine": str(embedding.engine),
     }
     measured = embedding.quality
     text = "\n".join(
