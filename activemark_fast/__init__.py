@@ -1,5 +1,6 @@
 """Proof of ownership for visual foundation models: mark before release, verify suspects later."""
 
+from activemark_fast.bulk import SuspectResult, verify_many
 from activemark_fast.checkpoint import load_model, save_model
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
@@ -14,6 +15,7 @@ __all__ = [
     "Embedding",
     "Key",
     "Profile",
+    "SuspectResult",
     "Verdict",
     "Watermark",
     "embed",
@@ -21,4 +23,5 @@ __all__ = [
     "profile",
     "save_model",
     "verify",
+    "verify_many",
 ]

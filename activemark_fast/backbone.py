@@ -120,6 +120,18 @@ class Backbone:
             f"prefix_tokens={self.prefix_tokens}, image_size={self.image_size})"
         )
 
+    def renew(self) -> None:
+        """Looks again at what may change with the model's weights; call it after loading others in place.
+
+        Raises:
+            NotAViTError: the model is no longer a plain ViT; no token depends on the image, for example.
+        """
+        with evaluating(self.encoder), torch.no_grad():
+            self.prefix_tokens = self._count_prefix(self._probe_stem())
+            if any(True for _ in _tensors(self._calls)):  # what blocks are called with may be made of weights
+                self._calls.clear()
+                self._probe_blocks()
+
     @property
     def device(self) -> torch.device:
         """Where the first block's parameters are."""

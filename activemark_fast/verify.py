@@ -215,9 +215,9 @@ class Verifier:
             backbone = Backbone(suspect)
         except NotAViTError as error:
             return self._unreadable(suspect, f"the suspect cannot be read: {error}")
-        misfit = _misfit(backbone, self.watermark)
+        misfit = self.misfit(backbone)
         if misfit is not None:
-            return self._verdict("inconclusive", misfit)
+            return self.inconclusive(misfit)
         verdict = self.read(backbone, backbone.depth)
         return replace(
             verdict,
@@ -238,9 +238,8 @@ class Verifier:
         codec = self._codec
         codec.taps = tuple(tap for tap in self._taps if tap < depth)
         if not codec.taps:
-            return self._verdict(
-                "inconclusive",
-                f"the suspect has {depth} blocks, the mark is first read after {self._taps[0] + 1}",
+            return self.inconclusive(
+                f"the suspect has {depth} blocks, the mark is first read after {self._taps[0] + 1}"
             )
         readings = []
         if self._align is not True:
@@ -343,6 +342,22 @@ class Verifier:
         chosen = (*verdict.chosen, "activations to align with")
         return replace(verdict, reason=reason, aligned=kind, chosen=chosen)
 
+    def misfit(self, backbone: Backbone) -> str | None:
+        """Why the suspect's shape does not allow the mark to be read, or None."""
+        site, size = self.watermark.site, self.watermark.preprocess.size
+        if backbone.width != site.width:
+            return f"the suspect has width {backbone.width}, the marked model {site.width}"
+        if backbone.image_size != size or backbone.num_tokens != site.num_tokens:
+            return (
+                f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the "
+                f"marked model {size} as {site.num_tokens}"
+            )
+        return None
+
+    def inconclusive(self, reason: str) -> Verdict:
+        """The verdict on a suspect that could not be read."""
+        return self._verdict("inconclusive", reason)
+
     def _agreement(self, errors: np.ndarray) -> np.ndarray:
         """(n, taps), mean over the bits of +1 for a right bit and -1 for a wrong one."""
         return np.asarray(1 - 2 * errors.T / self.watermark.bits)
@@ -368,7 +383,7 @@ class Verifier:
         broken = non_finite_tensor(suspect)
         if broken is not None:
             reason = f"the suspect has NaN or infinite weights in {broken!r}"
-        return self._verdict("inconclusive", reason)
+        return self.inconclusive(reason)
 
     def _verdict(
         self,
@@ -396,16 +411,3 @@ class Verifier:
             chosen=tuple(chosen),
             opening=self._opening,
         )
-
-
-def _misfit(backbone: Backbone, watermark: Watermark) -> str | None:
-    """Why the suspect's shape does not allow the mark to be read, or None."""
-    site = watermark.site
-    if backbone.width != site.width:
-        return f"the suspect has width {backbone.width}, the marked model {site.width}"
-    if backbone.image_size != watermark.preprocess.size or backbone.num_tokens != site.num_tokens:
-        return (
-            f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the marked "
-            f"model {watermark.preprocess.size} as {site.num_tokens}"
-        )
-    return None

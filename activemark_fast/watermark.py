@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,18 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor in the model's state dict, as hexadecimal."""
+    return fingerprint_of(
+        (name, tensor.dtype, tuple(tensor.shape), _bytes(tensor))
+        for name, tensor in sorted(model.state_dict().items())
+    )
+
+
+def fingerprint_of(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], bytes | memoryview]],
+) -> str:
+    """`fingerprint` of a model whose tensors are these: name, dtype, shape, bytes; in the order of names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(_bytes(tensor))
+    for name, dtype, shape, content in tensors:
+        digest.update(f"{name}|{dtype}|{shape}|".encode())
+        digest.update(content)
     return digest.hexdigest()

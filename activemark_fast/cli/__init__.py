@@ -13,7 +13,19 @@ import warnings
 from contextlib import redirect_stdout
 
 from activemark_fast import __version__
-from activemark_fast.cli import commit, demo, embed, evaluate, forge, info, key, open, profile, verify
+from activemark_fast.cli import (
+    commit,
+    demo,
+    embed,
+    evaluate,
+    forge,
+    info,
+    key,
+    open,
+    profile,
+    verify,
+    verify_many,
+)
 from activemark_fast.cli.common import Outcome, one_line
 
 ERROR = 2
@@ -59,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"activemark {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (key, profile, embed, commit, verify, open, forge, evaluate, demo, info):
+    for command in (key, profile, embed, commit, verify, verify_many, open, forge, evaluate, demo, info):
         command.add_to(commands)
     return parser
 

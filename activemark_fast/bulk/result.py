@@ -1,0 +1,46 @@
+"""What comes of one suspect in a sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from activemark_fast.bulk.mapping import Fit
+from activemark_fast.verdict import Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class SuspectResult:
+    """A verdict on one suspect, or why there is none.
+
+    Attributes:
+        suspect: its absolute path, or "module N".
+        verdict: the verdict; None where the suspect could not be read.
+        error: why it could not; None with a verdict.
+        fit: how its tensors were matched to the marked model's; None for loaded modules and errors.
+        size, modified: bytes of its files and their newest modification time, nanoseconds since 1970; 0 for
+            loaded modules and where no file could be opened.
+        bytes_read: bytes of tensors that were read.
+        seconds: wall time from opening it to the verdict.
+    """
+
+    suspect: str
+    verdict: Verdict | None = None
+    error: str | None = None
+    fit: Fit | None = None
+    size: int = 0
+    modified: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        """The result as JSON types."""
+        return {
+            "suspect": self.suspect,
+            "size": self.size,
+            "modified": self.modified,
+            "verdict": None if self.verdict is None else self.verdict.to_dict(),
+            "error": self.error,
+            "tensors": None if self.fit is None else self.fit.to_dict(),
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,209 @@
+"""One suspect after another: open, plan, read, load in place, judge."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from activemark_fast.backbone import NotAViTError
+from activemark_fast.bulk.mapping import Plan, plan, shown_names
+from activemark_fast.bulk.reading import Checkpoint, HostBuffer
+from activemark_fast.bulk.result import SuspectResult
+from activemark_fast.bulk.suspects import Suspect
+from activemark_fast.bulk.target import Target
+from activemark_fast.checkpoint import build_model
+from activemark_fast.key import Key
+from activemark_fast.marking.suffix import SiteActivations
+from activemark_fast.runtime import resolve_device
+from activemark_fast.verdict import Verdict
+from activemark_fast.verify import Verifier
+from activemark_fast.watermark import Watermark, fingerprint_of
+
+_PREFIXES_KEPT = 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Prefix:
+    """The weights up to the site's block, and what they made of the images looked at so far."""
+
+    tensors: dict[str, Tensor]
+    activations: list[SiteActivations]
+
+
+@dataclass(frozen=True, eq=False)
+class SweepSettings:
+    """The arguments of `verify_many` that judging depends on."""
+
+    watermark: Watermark
+    key: Key | bytes | str | os.PathLike[str]
+    model: nn.Module | str | None
+    images: object
+    alpha: float
+    tau: int | None
+    power: float | None
+    align: bool | None
+    device: str | torch.device | None
+    precision: str
+    max_bytes: int
+
+    def sweeper(self) -> Sweeper:
+        """A sweeper with these settings. Raises what `verify_many` says of its arguments."""
+        model = self.model if self.model is not None else self.watermark.architecture
+        if model is None:
+            raise ValueError("model: the watermark names no architecture, so wanted one, got None")
+        if not isinstance(model, (str, nn.Module)):
+            raise TypeError(f"model: wanted a torch.nn.Module or a model string, got {type(model).__name__}")
+        tensors = list(model.parameters()) if isinstance(model, nn.Module) else []
+        verifier = Verifier(
+            self.watermark,
+            self.key,
+            self.images,
+            alpha=self.alpha,
+            tau=self.tau,
+            power=self.power,
+            align=self.align,
+            device=resolve_device(self.device, tensors[0].device if tensors else torch.device("cpu")),
+            precision=self.precision,
+        )
+        own = build_model(model) if isinstance(model, str) else copy.deepcopy(model)
+        return Sweeper(verifier, own.to(verifier.device), self.max_bytes)
+
+    def to_dict(self) -> dict[str, object]:
+        """What two sweeps with one journal must have in common, as JSON types."""
+        model = self.model if self.model is not None else self.watermark.architecture
+        return {
+            "watermark": self.watermark.digest().hex(),
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "alpha": self.alpha,
+            "tau": self.tau,
+            "power": self.power,
+            "align": self.align,
+            "precision": self.precision,
+        }
+
+
+class Sweeper:
+    """Judges suspects with one model, which they are loaded into in place.
+
+    `run` may be called from several threads: they read at the same time and judge in turn, so that the next
+    suspect is read while one is judged. Each thread keeps one buffer as large as its largest suspect so far.
+    """
+
+    def __init__(self, verifier: Verifier, model: nn.Module, max_bytes: int) -> None:
+        """model: of the marked architecture, on the verifier's device; it becomes the sweeper's own."""
+        self._verifier = verifier
+        self._target = Target(model, verifier.watermark.site)
+        misfit = verifier.misfit(self._target.backbone)
+        if misfit is not None:
+            raise ValueError(f"model: {misfit.replace('the suspect', 'it')}")
+        self._max_bytes = max_bytes
+        self._prefixes: list[_Prefix] = []
+        self._judging = threading.Lock()
+        self._local = threading.local()
+
+    def run(self, suspect: Suspect) -> SuspectResult:
+        """The result for one suspect. Whatever is wrong with the suspect is in the result, never an error."""
+        started = time.perf_counter()
+        facts: dict[str, Any] = {}
+        try:
+            outcome = self._run(suspect, facts)
+        except (OSError, RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError) as error:
+            outcome = {"error": _one_line(error)}
+        return SuspectResult(suspect.name, **outcome, **facts, seconds=time.perf_counter() - started)
+
+    def _run(self, suspect: Suspect, facts: dict[str, Any]) -> dict[str, Any]:
+        if suspect.error is not None:
+            return {"error": suspect.error}
+        if suspect.module is not None:
+            with self._judging:
+                return {"verdict": self._verifier.judge(suspect.module)}
+        assert suspect.path is not None
+        with Checkpoint(suspect.path, self._max_bytes) as checkpoint:
+            facts |= {"size": checkpoint.size, "modified": checkpoint.modified}
+            chosen = plan(self._target.wanted, checkpoint.entries, checkpoint.lora_config)
+            shallow = self._too_shallow(chosen)
+            if shallow is not None:
+                return {"verdict": shallow, "fit": chosen.fit}
+            tensors = checkpoint.read(chosen.names, self._buffer())
+            facts["bytes_read"] = sum(checkpoint.entries[name].nbytes for name in chosen.names)
+            with self._judging:
+                verdict = self._judge(chosen, tensors)
+            if verdict.decision == "match":
+                verdict = replace(verdict, identical=self._is_marked_model(checkpoint))
+        return {"verdict": verdict, "fit": chosen.fit}
+
+    def _too_shallow(self, chosen: Plan) -> Verdict | None:
+        """The verdict where too few blocks fit to read anything, with what is missing."""
+        if chosen.depth > self._verifier.watermark.site.taps[0]:
+            return None
+        missing = ", ".join(shown_names(chosen.fit.missing)) or "none"
+        return self._verifier.inconclusive(
+            f"too little of the suspect fits the marked model: {len(chosen.steps)} tensors, {chosen.depth} "
+            f"whole blocks, and the mark is first read after {self._verifier.watermark.site.taps[0] + 1}; "
+            f"missing or of another shape: {missing}"
+        )
+
+    def _judge(self, chosen: Plan, tensors: dict[str, Tensor]) -> Verdict:
+        target, verifier = self._target, self._verifier
+        there = {name: tensor.to(verifier.device, non_blocking=True) for name, tensor in tensors.items()}
+        target.load(chosen.tensors(there))
+        target.fill(chosen.neutral)
+        try:
+            target.backbone.renew()
+        except NotAViTError as error:
+            return self._unreadable(chosen, f"the suspect cannot be read: {error}")
+        verdict = verifier.read(target.backbone, chosen.depth, self._activations())
+        if not verdict.images:
+            return self._unreadable(chosen, verdict.reason)
+        unsure = [*chosen.neutral, *chosen.fit.odd]
+        if verdict.decision == "no match" and unsure:
+            return replace(
+                verdict,
+                decision="inconclusive",
+                reason="no sign of the mark, but the suspect does not quite fit the marked model: "
+                + ", ".join(shown_names(tuple(unsure))),
+            )
+        return verdict
+
+    def _unreadable(self, chosen: Plan, reason: str) -> Verdict:
+        for step in chosen.steps:
+            if not bool(torch.isfinite(self._target[step.target]).all()):
+                reason = f"the suspect has NaN or infinite weights in {step.target!r}"
+                break
+        return self._verifier.inconclusive(reason)
+
+    def _activations(self) -> list[SiteActivations]:
+        """What the prefix that is loaded made of the images, as far as an earlier suspect had the same."""
+        for index, prefix in enumerate(self._prefixes):
+            if all(torch.equal(self._target[name], tensor) for name, tensor in prefix.tensors.items()):
+                self._prefixes.insert(0, self._prefixes.pop(index))
+                return prefix.activations
+        kept = {name: self._target[name].clone() for name in self._target.prefix}
+        self._prefixes = [_Prefix(kept, []), *self._prefixes][:_PREFIXES_KEPT]
+        return self._prefixes[0].activations
+
+    def _is_marked_model(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint's tensors are the marked model's, bit for bit."""
+        stored = (
+            (name.removeprefix("module."), entry.dtype, entry.shape, checkpoint.read_bytes(name))
+            for name, entry in sorted(checkpoint.entries.items())
+        )
+        return fingerprint_of(stored) == self._verifier.watermark.fingerprint
+
+    def _buffer(self) -> HostBuffer:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = HostBuffer(pinned=self._verifier.device.type == "cuda")
+        return self._local.buffer
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{type(error).__name__}: {error.strerror}"
+    return " ".join(str(error).split())[:500] or type(error).__name__

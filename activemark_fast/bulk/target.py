@@ -1,0 +1,103 @@
+"""The marked architecture: the one model that suspects are loaded into, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.bulk.mapping import Wanted, block_name, common_name
+from activemark_fast.site import Site
+
+
+class Target:
+    """A model to load suspects into, in place.
+
+    Attributes:
+        backbone: the view of it.
+        wanted: the tensors it needs up to the last tap.
+        prefix: own names of the tensors that act up to the site's block.
+    """
+
+    def __init__(self, model: nn.Module, site: Site) -> None:
+        """model: on its device; it becomes the target's own."""
+        self.backbone = Backbone(model.eval().requires_grad_(False))
+        self._state = model.state_dict()
+        names = {module: name for name, module in model.named_modules()}
+        tower = _dotted(names[self.backbone.encoder])
+        blocks = [_dotted(names[block]) for block in self.backbone.blocks]
+        last = site.taps[-1]
+        inside = {name for block in blocks for name in self._state if name.startswith(block)}
+        stem = self._stem_tensors(name for name in self._state if name not in inside)
+        own: dict[str, str] = {
+            name.removeprefix(tower): common_name(name.removeprefix(tower)) for name in stem
+        }
+        groups: list[dict[str, tuple[str, tuple[int, ...]]]] = []
+        for index, block in enumerate(blocks[: last + 1]):
+            group = {}
+            for name in self._state:
+                if name.startswith(block) and self._state[name].is_floating_point():
+                    common = block_name(index, name.removeprefix(block))
+                    own[name.removeprefix(tower)] = common
+                    group[common] = (name, tuple(self._state[name].shape))
+            groups.append(group)
+        self.wanted = Wanted(
+            stem={own[name.removeprefix(tower)]: (name, tuple(self._state[name].shape)) for name in stem},
+            blocks=groups,
+            own=own,
+            grid=self._grid(stem),
+            dtype=self.backbone.dtype,
+        )
+        self.prefix = [
+            *stem,
+            *(name for group in groups[: site.block + 1] for name, _ in group.values()),
+        ]
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies (own name, values) into the model, converted to its dtypes."""
+        for name, values in tensors:
+            self._state[name].copy_(values)
+
+    @torch.no_grad()
+    def fill(self, values: dict[str, float]) -> None:
+        """Sets whole tensors to one number each."""
+        for name, value in values.items():
+            self._state[name].fill_(value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The live tensor of that name."""
+        return self._state[name]
+
+    def _stem_tensors(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that what enters block 0 depends on: where NaN in them reaches it."""
+        image = torch.zeros(1, 3, *self.backbone.image_size).to(self.backbone.device, self.backbone.dtype)
+        stem = []
+        with torch.no_grad():
+            for name in names:
+                tensor = self._state[name]
+                if not tensor.is_floating_point():
+                    continue
+                kept = tensor.clone()
+                tensor.fill_(float("nan"))
+                if bool(torch.isnan(self.backbone.stem(image)).any()):
+                    stem.append(name)
+                tensor.copy_(kept)
+        return stem
+
+    def _grid(self, stem: list[str]) -> tuple[int, int]:
+        """Rows and columns of patches; as for a square where no patch embedding says otherwise."""
+        patches = self.backbone.num_tokens - self.backbone.prefix_tokens
+        height, width = self.backbone.image_size
+        for name in stem:
+            shape = self._state[name].shape
+            if len(shape) == 4 and (height // shape[2]) * (width // shape[3]) == patches:
+                return height // shape[2], width // shape[3]
+        side = round(patches**0.5)
+        return (side, side) if side * side == patches else (1, patches)
+
+
+def _dotted(name: str) -> str:
+    return f"{name}." if name else ""

@@ -1,0 +1,197 @@
+"""activemark verify-many: tell which of many suspects carry the mark."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from activemark_fast.cli.common import (
+    Outcome,
+    Subparsers,
+    add_command,
+    add_compute,
+    add_images,
+    add_key,
+    check_folder,
+    chosen_device,
+    read_key,
+    shows_progress,
+)
+
+_OUTCOMES = ("match", "no match", "inconclusive", "error")
+_MATCHES_SHOWN = 50
+
+
+def add_to(commands: Subparsers) -> None:
+    """Adds `verify-many` to the command line."""
+    many = add_command(
+        commands,
+        "verify-many",
+        _verify_many,
+        "tell which of many suspects carry the mark",
+        epilog="Exit codes: 0 all suspects were judged, 1 some could not be read, 2 error.",
+    )
+    many.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="checkpoint files, safetensors or torch, never unpickled; folders of them or of Hugging Face "
+        "models, searched to the bottom; globs",
+    )
+    many.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+    add_key(many)
+    add_images(many, "those the model was marked with")
+    many.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="journal: each result is on the disk before the next is begun",
+    )
+    many.add_argument("--resume", action="store_true", help="go on with the journal that is there")
+    many.add_argument("--csv", type=Path, metavar="FILE", help="at the end, the journal as a table")
+    many.add_argument(
+        "--architecture",
+        metavar="STRING",
+        help="what all suspects are loaded into, a model string without @PATH; by default what the marked "
+        "model is",
+    )
+    many.add_argument(
+        "--alpha", type=float, default=1e-6, metavar="A", help="match at or below this p-value (1e-6)"
+    )
+    many.add_argument(
+        "--tau", type=int, metavar="N", help="most wrong bits of a detected image (5 of 32; set by chance)"
+    )
+    many.add_argument(
+        "--power",
+        type=float,
+        default=0.999,
+        metavar="P",
+        help="chance that a suspect with a faint mark (12 of 32 bits wrong) is not given up early (0.999)",
+    )
+    many.add_argument(
+        "--align",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="undo a permutation or rotation of the residual stream; auto: where that explains the suspect",
+    )
+    many.add_argument("--exhaustive", action="store_true", help="read all images of every suspect")
+    many.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="most bytes of one suspect in memory (an eighth of the machine's memory)",
+    )
+    many.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: the workers of a Ray cluster, one for each GPU; needs --key, readable on all of them",
+    )
+    add_compute(many)
+
+
+def _verify_many(args: argparse.Namespace) -> Outcome:
+    check_folder("--out", args.out)
+    if args.csv is not None:
+        check_folder("--csv", args.csv)
+        if args.csv.resolve() == args.out.resolve():
+            raise ValueError(f"--out, --csv: wanted two files, got {args.out} for both")
+    if args.engine == "ray" and args.key is None:
+        raise ValueError("--key: wanted a key file, which all workers can read, with --engine ray")
+    from activemark_fast.bulk import find_suspects, read_journal, verify_many
+    from activemark_fast.files import write_whole
+    from activemark_fast.progress import Progress
+    from activemark_fast.watermark import Watermark
+
+    watermark = Watermark.load(args.watermark)
+    key = read_key(args.key, confirm=False)
+    suspects = list(find_suspects(args.paths))
+    if not suspects:
+        raise ValueError(f"PATH: wanted checkpoints, found none in {', '.join(args.paths)}")
+    results = verify_many(
+        suspects,
+        watermark,
+        key if args.engine == "local" else args.key,
+        args.architecture,
+        args.images,
+        alpha=args.alpha,
+        tau=args.tau,
+        power=None if args.exhaustive else args.power,
+        align={"auto": None, "always": True, "never": False}[args.align],
+        device=chosen_device(args.device),
+        precision=args.precision,
+        max_bytes=args.max_bytes,
+        journal=args.out,
+        resume=args.resume,
+        engine=args.engine,
+    )
+    started = time.perf_counter()
+    matches = errors = done = 0
+    earlier = {record["suspect"] for record in read_journal(args.out)}
+    with Progress(shows_progress(args)) as bar:
+        bar.stage("suspects", sum(suspect.name not in earlier for suspect in suspects))
+        for result in results:
+            done += 1
+            matches += result.verdict is not None and result.verdict.decision == "match"
+            errors += result.error is not None
+            minutes = (time.perf_counter() - started) / 60
+            bar.advance(matches=matches, errors=errors, per_minute=done / minutes)
+    records = read_journal(args.out)
+    if args.csv is not None:
+        write_whole(args.csv, _csv(records).encode())
+    counts = Counter(_outcome(record) for record in records)
+    record = {
+        "journal": str(args.out),
+        "suspects": len(records),
+        **{name.replace(" ", "_"): counts[name] for name in _OUTCOMES},
+        "judged_now": done,
+        "seconds": time.perf_counter() - started,
+    }
+    return Outcome(1 if counts["error"] else 0, record, _table(records, counts))
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    return "error" if record["verdict"] is None else str(record["verdict"]["decision"])
+
+
+def _table(records: list[dict[str, Any]], counts: Counter[str]) -> str:
+    """The counts and the suspects that match, as text."""
+    lines = [f"{name:<12} {counts[name]:>7}" for name in _OUTCOMES]
+    lines.append(f"{'suspects':<12} {len(records):>7}")
+    matches = [record for record in records if _outcome(record) == "match"]
+    for record in matches[:_MATCHES_SHOWN]:
+        p_value = record["verdict"]["p_value"]
+        lines.append(
+            f"match{'' if p_value is None else f', p = {p_value:.2g}'}: {_printable(record['suspect'])}"
+        )
+    if len(matches) > _MATCHES_SHOWN:
+        lines.append(f"and {len(matches) - _MATCHES_SHOWN} more matches in the journal")
+    return "\n".join(lines)
+
+
+def _printable(name: str) -> str:
+    """A file's name as a terminal may see it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _csv(records: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    columns = ("decision", "p_value", "detection_rate", "images", "identical", "reason")
+    table = csv.writer(text)
+    table.writerow(["suspect", *columns, "error", "size", "modified", "seconds"])
+    for record in records:
+        verdict = record["verdict"] or {}
+        table.writerow(
+            [
+                _printable(record["suspect"]),
+                *(verdict.get(column) for column in columns),
+                *(record[column] for column in ("error", "size", "modified", "seconds")),
+            ]
+        )
+    return text.getvalue()

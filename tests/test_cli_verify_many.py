@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import vit
+
+from activemark_fast.checkpoint import build_model, save_model
+from activemark_fast.cli import main
+from activemark_fast.embed import embed
+from activemark_fast.key import Key
+
+ARCHITECTURE = "timm:VisionTransformer?" + json.dumps(
+    {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4, "num_classes": 3}
+)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a key, a watermark, and five suspects of which one is broken."""
+    folder = tmp_path_factory.mktemp("cli")
+    key = Key.write_new(folder / "owner.key")
+    model = build_model(ARCHITECTURE)
+    model.load_state_dict(vit(depth=5).state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        made = embed(model, key, fidelity=0.9, max_steps=0, architecture=ARCHITECTURE)
+    made.watermark.save(folder / "watermark.safetensors")
+    suspects = folder / "suspects"
+    suspects.mkdir()
+    save_model(made.model, suspects / "marked.safetensors", ARCHITECTURE)
+    torch.save({"model": made.model.state_dict()}, suspects / "marked.pth")
+    save_model(vit(seed=1, depth=5), suspects / "innocent.safetensors", ARCHITECTURE)
+    save_model(vit(seed=2, embed_dim=64), suspects / "other.safetensors", ARCHITECTURE)
+    (suspects / "broken\x1b[31m.bin").write_bytes(b"no weights")
+    return folder
+
+
+def arguments(ready: Path, out: Path, *more: object) -> list[str]:
+    fixed = ["--watermark", ready / "watermark.safetensors", "--key", ready / "owner.key", "--out", out]
+    return ["verify-many", *map(str, [ready / "suspects", *fixed, *more])]
+
+
+def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.jsonl"
+    assert main(arguments(ready, out, "--csv", tmp_path / "results.csv")) == 1
+    text = capsys.readouterr().out
+    rows = [line.rsplit(None, 1) for line in text.splitlines()[:5]]
+    assert {name.strip(): int(count) for name, count in rows} == {
+        "match": 2,
+        "no match": 1,
+        "inconclusive": 1,
+        "error": 1,
+        "suspects": 5,
+    }
+    assert "marked.pth" in text
+    assert "\x1b" not in text
+    with (tmp_path / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert sorted(row["decision"] for row in table) == ["", "inconclusive", "match", "match", "no match"]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 6
+    secret = (ready / "owner.key").read_text().strip()
+    assert secret not in out.read_text()
+    # Once more it is refused; resumed, there is nothing left to do.
+    assert main(arguments(ready, out)) == 2
+    assert "resume it" in capsys.readouterr().err
+    assert main(arguments(ready, out, "--resume", "--json")) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert (record["suspects"], record["judged_now"], record["match"], record["error"]) == (5, 0, 2, 1)
+    assert main(arguments(ready, out, "--resume", "--exhaustive")) == 2
+    assert "differs in power" in capsys.readouterr().err
+
+
+def test_a_sweep_in_which_all_is_well(
+    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(ready, tmp_path / "a.jsonl", "--exhaustive", "--json")
+    command[1] = str(ready / "suspects" / "[mi]*.safetensors")
+    assert main(command) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["match"], record["no_match"], record["suspects"]) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--csv", "{out}"], "--out, --csv: wanted two files"),
+        (["--csv", "/nowhere/x.csv"], "--csv: there is no folder"),
+        (["--alpha", "1"], "alpha: wanted"),
+        (["--power", "2"], "power: wanted"),
+        (["--max-bytes", "0"], "max_bytes: wanted"),
+        (["--architecture", "timm:nonsense"], "cannot be built"),
+    ],
+)
+def test_errors_come_before_any_work(
+    more: list[str], message: str, ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.jsonl"
+    assert main(arguments(ready, out, *(text.format(out=out) for text in more))) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_nothing_to_do(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = arguments(ready, tmp_path / "a.jsonl")
+    (tmp_path / "empty").mkdir()
+    command[1] = str(tmp_path / "empty")
+    assert main(command) == 2
+    assert "found none in" in capsys.readouterr().err
