@@ -56,7 +56,7 @@ class Size:
     test: int
 
 
-SIZES = {"quick": Size(512, 512), "full": Size(4000, 2000)}
+SIZES = {"quick": Size(512, 256), "full": Size(4000, 2000)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def evaluate(
     Returns:
         The evaluation. Each row has: attack, family, strength, settings, task, subject ("marked" or
         "original"), key ("owner" or "another"), expected ("match", "no match" or None: no claim), decision,
-        as_expected, reason, detection_rate, p_value, mean_bit_errors, histogram (images with 0, 1, … wrong
+        as_expected (a match where one is expected, none where none is), reason, detection_rate, p_value, mean_bit_errors, histogram (images with 0, 1, … wrong
         bits), cosine (to the original's features), knn_accuracy and probe_accuracy (similar task),
         task_score (probe accuracy or mean IoU on the attack's own task), seed, seconds (attack, utility and
         reading). What could not be measured is None.
@@ -388,7 +388,7 @@ def _told(verdict: Verdict, expected: str | None, note: str) -> Row:
     counts = np.bincount(verdict.bit_errors, minlength=verdict.bits + 1).tolist()
     return {
         "decision": verdict.decision,
-        "as_expected": expected in (None, verdict.decision),
+        "as_expected": expected is None or (expected == "match") == (verdict.decision == "match"),
         "reason": verdict.reason + note,
         "detection_rate": None if math.isnan(verdict.detection_rate) else verdict.detection_rate,
         "p_value": verdict.p_value,

@@ -23,6 +23,7 @@ from activemark_fast.cli import (
     key,
     open,
     profile,
+    report,
     verify,
     verify_many,
 )
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"activemark {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (key, profile, embed, commit, verify, verify_many, open, forge, evaluate, demo, info):
+    for command in (key, profile, embed, commit, verify, verify_many, open, forge, evaluate, report, demo, info):
         command.add_to(commands)
     return parser
 

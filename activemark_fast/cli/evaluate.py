@@ -106,7 +106,9 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
     )
     summary = evaluation.summary()
     record = {"out": str(args.out), **summary, "header": evaluation.header, "rows": evaluation.rows}
-    hints = f"\nIn {args.out}: results.json, results.csv"
+    hints = (
+        f"\nIn {args.out}: results.json, results.csv. For people: activemark report --evaluation {args.out}"
+    )
     return Outcome(
         int(bool(summary["unexpected"])), record, f"{_table(evaluation)}\n\n{_told(summary)}", hints
     )

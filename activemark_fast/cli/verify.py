@@ -86,7 +86,7 @@ def _verify(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     key = read_key(args.key, confirm=False)
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
-    suspect = _load_suspect(args.suspect, watermark, args.architecture, chosen_device(args.device))
+    suspect = load_suspect(args.suspect, watermark, args.architecture, chosen_device(args.device))
     verdict = verify(
         suspect,
         watermark,
@@ -110,7 +110,7 @@ def _verify(args: argparse.Namespace) -> Outcome:
     return Outcome(EXIT_CODES[verdict.decision], record, str(verdict), hints)
 
 
-def _load_suspect(spec: str, watermark: Watermark, architecture: str | None, place: device) -> nn.Module:
+def load_suspect(spec: str, watermark: Watermark, architecture: str | None, place: device) -> nn.Module:
     """The suspect; a checkpoint that does not describe itself is loaded into the marked architecture."""
     from activemark_fast.checkpoint import build_model, load_model, load_weights
 

@@ -1,0 +1,127 @@
+"""activemark report: the evidence on a suspect, as one page for people."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import platform
+import shlex
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from activemark_fast import __version__
+from activemark_fast.cli.common import (
+    MODEL_HELP,
+    Outcome,
+    Subparsers,
+    add_command,
+    add_compute,
+    add_images,
+    add_key,
+    check_folder,
+    chosen_device,
+    read_key,
+)
+from activemark_fast.cli.open import add_timestamp, read_commitment
+from activemark_fast.cli.verify import EXIT_CODES, load_suspect
+
+
+def add_to(commands: Subparsers) -> None:
+    """Adds `report` to the command line."""
+    report = add_command(
+        commands,
+        "report",
+        _report,
+        "write the evidence on a suspect as one HTML page that needs no network",
+        epilog="Exit codes: as verify.",
+    )
+    report.add_argument("suspect", metavar="SUSPECT", help=f"a checkpoint file, or {MODEL_HELP}")
+    report.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+    add_key(report)
+    add_images(report, "those the model was marked with")
+    report.add_argument(
+        "--architecture", metavar="STRING", help="what a checkpoint is loaded into, as for verify"
+    )
+    report.add_argument(
+        "--evaluation", type=Path, metavar="DIR", help="what evaluate wrote: what the mark survives and costs"
+    )
+    report.add_argument("--commitment", type=Path, metavar="FILE", help="what was published before release")
+    add_timestamp(report)
+    report.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
+    add_compute(report)
+
+
+def _report(args: argparse.Namespace) -> Outcome:
+    if args.out.suffix != ".html":
+        raise ValueError(f"--out: wanted a file name that ends in .html, got {args.out}")
+    check_folder("--out", args.out)
+    if args.timestamp is not None and args.commitment is None:
+        raise ValueError("--timestamp: wanted with --commitment only")
+    from activemark_fast.backbone import NotAViTError
+    from activemark_fast.evaluate import Evaluation
+    from activemark_fast.files import write_whole
+    from activemark_fast.profile import profile
+    from activemark_fast.report import Evidence, evidence_page
+    from activemark_fast.verify import verify
+    from activemark_fast.watermark import Watermark
+
+    watermark = Watermark.load(args.watermark)
+    evaluation = None if args.evaluation is None else Evaluation.load(args.evaluation)
+    if evaluation is not None and evaluation.header["watermark"] != watermark.mac.hex():
+        raise ValueError(f"--evaluation: {args.evaluation} is about another watermark than {args.watermark}")
+    commitment = None if args.commitment is None else read_commitment(args.commitment, args)
+    key = read_key(args.key, confirm=False)
+    suspect = load_suspect(args.suspect, watermark, args.architecture, chosen_device(args.device))
+    verdict = verify(suspect, watermark, key, args.images, commitment=commitment, precision=args.precision)
+    try:
+        measured = profile(suspect, precision=args.precision)
+    except NotAViTError:
+        measured = None  # the verdict says what is wrong with it
+    page = evidence_page(
+        Evidence(
+            suspect=args.suspect,
+            verdict=verdict,
+            site=watermark.site,
+            profile=measured,
+            evaluation=evaluation,
+            command=_command(args),
+            facts=_facts(args, watermark.fingerprint),
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+    write_whole(args.out, page.encode(), mode=0o644)
+    record = {"page": str(args.out), "suspect": args.suspect, **verdict.to_dict()}
+    return Outcome(EXIT_CODES[verdict.decision], record, str(verdict), f"  page: {args.out}")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that reads the mark again; the key is named by its place only."""
+    words = ["activemark", "verify", args.suspect, "--watermark", str(args.watermark)]
+    if args.key is not None:
+        words += ["--key", str(args.key)]
+    for name in ("images", "architecture", "commitment", "timestamp", "authority"):
+        if getattr(args, name) is not None:
+            words += [f"--{name}", str(getattr(args, name))]
+    return shlex.join(words)
+
+
+def _facts(args: argparse.Namespace, fingerprint: str) -> dict[str, str]:
+    facts = {}
+    weights = Path(args.suspect.partition("@")[2] or args.suspect)
+    if weights.is_file():
+        facts[f"SHA-256 of {weights.name}"] = _sha256(weights)
+    facts[f"SHA-256 of {args.watermark.name}"] = _sha256(args.watermark)
+    facts["Fingerprint of the marked model's weights"] = fingerprint
+    facts["Versions"] = (
+        f"activemark_fast {__version__}, Python {platform.python_version()}, torch {version('torch')}"
+    )
+    return facts
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,205 @@
+"""The evidence page: one HTML file that needs no network, for people who did not make the measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+
+import jinja2
+import numpy as np
+
+from activemark_fast import __version__
+from activemark_fast.commitment import Opening
+from activemark_fast.evaluate import Evaluation, Row
+from activemark_fast.profile import Profile
+from activemark_fast.report.charts import error_histogram, profile_chart
+from activemark_fast.site import Site
+from activemark_fast.verdict import Verdict, fair_coin_pass_rate
+
+_HEADINGS = {
+    "match": "Match: this model carries the owner's mark",
+    "no match": "No match: no sign of the owner's mark",
+    "inconclusive": "Inconclusive: neither a match nor none",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What an evidence page shows.
+
+    Attributes:
+        suspect: name of the suspect.
+        verdict: on the suspect.
+        site: where the mark is.
+        profile: of the suspect; None if it could not be read.
+        evaluation: what the mark survives; None if that was not measured.
+        command: reads the mark again.
+        facts: digests, versions and the like, by name.
+        date: of the page.
+    """
+
+    suspect: str
+    verdict: Verdict
+    site: Site
+    profile: Profile | None
+    evaluation: Evaluation | None
+    command: str
+    facts: Mapping[str, str]
+    date: str
+
+
+def evidence_page(evidence: Evidence) -> str:
+    """The page as HTML, in one piece, readable without colour, on a phone and on paper."""
+    verdict, evaluation = evidence.verdict, evidence.evaluation
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    counts = np.bincount(verdict.bit_errors, minlength=verdict.bits + 1).tolist()
+    innocent, innocents = _innocent_errors(evaluation, verdict.bits)
+    return template.render(
+        heading=_HEADINGS[verdict.decision],
+        decision=verdict.decision,
+        suspect=evidence.suspect,
+        version=__version__,
+        date=evidence.date,
+        plain=_in_plain_words(verdict),
+        verdict=verdict,
+        p_value=_number(verdict.p_value),
+        alpha=_number(verdict.alpha),
+        chance=_number(fair_coin_pass_rate(verdict.bits, verdict.tau)),
+        histogram=verdict.images and error_histogram(counts, innocent, verdict.tau, innocents),
+        innocents=innocents,
+        counts=counts,
+        profile=evidence.profile and profile_chart(evidence.profile, evidence.site),
+        site=evidence.site,
+        taps=" and ".join(map(str, evidence.site.taps)),
+        evaluation=evaluation,
+        fidelity=_fidelity(evaluation),
+        summary=evaluation and evaluation.summary(),
+        families=_families(evaluation),
+        command=evidence.command,
+        facts=evidence.facts.items(),
+        commitment=verdict.opening and _committed(verdict.opening),
+    )
+
+
+def _in_plain_words(verdict: Verdict) -> list[str]:
+    """The verdict, for readers who know neither watermarks nor statistics."""
+    if verdict.decision == "inconclusive":
+        return [f"Nothing can be concluded from this reading: {verdict.reason}."]
+    if verdict.decision == "no match":
+        return [
+            "The messages that the owner's key writes into this model do not come out again. That is how a "
+            "model looks which was made without the owner's marked weights; it is no proof that it was."
+        ]
+    said = (
+        "The messages that the owner's key writes into this model come out again, and only weights that "
+        "were changed with that key give them back. So the model, or the part of it that was read, descends "
+        "from the owner's marked model."
+    )
+    if verdict.p_value is None:
+        return [
+            "A decoder that was trained with the owner's model reads its messages from this model, too. Such "
+            "a decoder can be trained for any model, so by itself this is no proof."
+        ]
+    odds = (
+        f"A model made without the key would look like this at most once in {_odds(verdict.p_value)} cases."
+    )
+    if verdict.identical:
+        odds += " Its weights are, bit for bit, those of the marked model."
+    if verdict.aligned is not None:
+        odds += f" A {verdict.aligned} of its activations, which hides a mark, was undone before reading."
+    if verdict.chosen:
+        odds = f"What this proves to somebody who does not trust the owner: {verdict.evidence}."
+    return [said, odds]
+
+
+def _odds(p_value: float) -> str:
+    if p_value > 1e-6:
+        return f"{1 / p_value:,.0f}"
+    exponent = math.floor(-math.log10(p_value))
+    return f"{1 / p_value / 10.0**exponent:.1f}·10{_superscript(exponent)}"
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _number(value: float | None) -> str:
+    """A small number as people write it: 5.4·10⁻²⁰."""
+    if value is None:
+        return "-"
+    if value == 0 or value >= 0.001:
+        return f"{value:.3g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    return f"{value / 10.0**exponent:.2g}·10{_superscript(exponent)}"
+
+
+def _innocent_errors(evaluation: Evaluation | None, bits: int) -> tuple[list[float], str]:
+    """How many wrong bits innocent models show, and which models these are."""
+    rows = [] if evaluation is None else [r for r in evaluation.rows if r["expected"] == "no match"]
+    counts = np.array([r["histogram"] for r in rows if len(r["histogram"]) == bits + 1])
+    if counts.size and counts.sum():
+        return counts.sum(axis=0).tolist(), f"{len(counts)} innocent readings"
+    return [math.comb(bits, k) / 2**bits for k in range(bits + 1)], "fair coins"
+
+
+def _fidelity(evaluation: Evaluation | None) -> dict[str, float] | None:
+    if evaluation is None:
+        return None
+    marked, original = (evaluation.row("as released", subject) for subject in ("marked", "original"))
+    if marked is None or original is None or marked["cosine"] is None:
+        return None
+    return {
+        "cosine": marked["cosine"],
+        "after": marked["probe_accuracy"],
+        "before": original["probe_accuracy"],
+    }
+
+
+def _families(evaluation: Evaluation | None) -> list[tuple[str, list[Row]]]:
+    """The attacks, by family, as the table shows them."""
+    if evaluation is None:
+        return []
+    owners = [r for r in evaluation.rows if (r["subject"], r["key"]) == ("marked", "owner")]
+    return [
+        (family, [_cells(evaluation, row) for row in rows])
+        for family, rows in groupby(owners, key=lambda row: str(row["family"]))
+    ]
+
+
+def _cells(evaluation: Evaluation, row: Row) -> Row:
+    original = evaluation.row(row["attack"], "original")
+    other = evaluation.row(row["attack"], "marked", "another")
+    rate = row["detection_rate"]
+    return {
+        "attack": row["attack"],
+        "heat": f"{rate or 0:.2f}",
+        "rate": "-" if rate is None else f"{rate:.3f}",
+        "p": _number(row["p_value"]),
+        "found": {"match": "✓ match", "no match": "✗ no match"}.get(row["decision"], row["decision"]),
+        "as_expected": row["as_expected"],
+        "original_p": _number(None if original is None else original["p_value"]),
+        "original_as_expected": original is None or original["as_expected"],
+        "other_p": _number(None if other is None else other["p_value"]),
+        "other_as_expected": other is None or other["as_expected"],
+        "cosine": _fixed(row["cosine"]),
+        "probe": _fixed(row["probe_accuracy"]),
+        "task": _fixed(row["task_score"]),
+    }
+
+
+def _fixed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _committed(opening: Opening) -> Sequence[tuple[str, str]]:
+    return [
+        ("Result", str(opening)),
+        ("Created, says the owner", opening.created),
+        ("Signed by", opening.public_key),
+    ]
