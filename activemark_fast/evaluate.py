@@ -194,10 +194,10 @@ def evaluate(
     Returns:
         The evaluation. Each row has: attack, family, strength, settings, task, subject ("marked" or
         "original"), key ("owner" or "another"), expected ("match", "no match" or None: no claim), decision,
-        as_expected (a match where one is expected, none where none is), reason, detection_rate, p_value, mean_bit_errors, histogram (images with 0, 1, … wrong
-        bits), cosine (to the original's features), knn_accuracy and probe_accuracy (similar task),
-        task_score (probe accuracy or mean IoU on the attack's own task), seed, seconds (attack, utility and
-        reading). What could not be measured is None.
+        as_expected (a match where one is expected, none where none is), reason, detection_rate, p_value,
+        mean_bit_errors, histogram (images with 0, 1, … wrong bits), cosine (to the original's features),
+        knn_accuracy and probe_accuracy (similar task), task_score (probe accuracy or mean IoU on the attack's
+        own task), seed, seconds (attack, utility and reading). What could not be measured is None.
 
     Raises:
         ValueError: an argument is not as described, or `out` holds another evaluation.
