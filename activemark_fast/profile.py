@@ -167,18 +167,22 @@ class Profile:
     def site(self, rule: str = "paper", *, block: int | None = None) -> Placement:
         """Where a mark goes, why, and how sure that is.
 
-        The rules look at the mean of an image's five largest magnitudes. Each names the block where massive
-        activations emerge:
+        The rules look at the mean of an image's five largest magnitudes.
 
-        - "paper" (section 3.2): the first sharp rise. The mean is at least three times what it was before the
-          block, and the largest is at least 50 times the median.
+        - "paper" (section 3.2): the block of the first sharp rise, where massive activations emerge. The mean
+          is at least three times what it was before the block, and the largest is at least 50 times the
+          median.
         - "reference" (what the authors' code does): the block with the largest difference to its predecessor.
+        - "late": the last block that leaves room for two taps, provided that no sharp rise follows it. Its
+          marks survive pruning and fine-tuning of all layers better (benchmarks/site_rules.py); but few
+          blocks carry them, and whoever resets the last blocks is rid of them.
 
-        A model without massive activations, or in which they emerge before block 0, without a rise, or too
-        late to leave two blocks for the mark, is marked at its middle block. `Placement.reason` says so.
+        By the first two, a model without massive activations, or in which they emerge before block 0, without
+        a rise, or too late to leave two blocks for the mark, is marked at its middle block.
+        `Placement.reason` says so.
 
         Args:
-            rule: "paper" or "reference".
+            rule: "paper", "reference" or "late".
             block: take this block instead, whatever the rule says.
 
         Raises:
@@ -205,7 +209,7 @@ class Profile:
         alone = [RULES[rule](*image) for image in zip(heights.T, ratios.T, strict=True)]
         agreeing = sum(answer == emergence for answer in alone)
         if block is None:
-            block, why = self._block_for(emergence)
+            block, why = self._block_for(rule, emergence)
             reason = f"{why}; {agreeing} of {self.images} images agree)"
         else:
             reason = f"block {block}, as asked for"
@@ -256,25 +260,27 @@ class Profile:
     def _ratios_of_means(self) -> np.ndarray:
         return np.array([self.stem.ratio[0], *self.ratio[:, 0]])
 
-    def _block_for(self, emergence: int | None) -> tuple[int, str]:
+    def _block_for(self, rule: str, emergence: int | None) -> tuple[int, str]:
         """The block to mark and why, up to an open bracket."""
         ratios = self._ratios_of_means()
-        middle = max(self.depth // 2 - 1, 0)
-        if emergence is None:
+        middle, late = max(self.depth // 2 - 1, 0), max(self.depth - 4, 0)
+        if emergence is not None:
+            found = f"massive activations emerge after block {emergence}"
+            times = f"({ratios[emergence + 1]:.0f} times the median"
+        else:
+            times = f"(at most {ratios[1:].max():.0f} times the median"
             if not (ratios[1:] >= MASSIVE_RATIO).any():
-                why = "the model has no massive activations"
+                found = "the model has no massive activations"
             elif ratios[0] >= MASSIVE_RATIO:
-                why = "massive activations are there before block 0"
+                found = "massive activations are there before block 0"
             else:
-                why = "massive activations emerge without a sharp rise"
-            return (
-                middle,
-                f"block {middle}, the middle: {why} (at most {ratios[1:].max():.0f} times the median",
-            )
-        times = f"({ratios[emergence + 1]:.0f} times the median"
-        if emergence > self.depth - 4:
-            late = f"massive activations emerge too late, after block {emergence}"
-            return middle, f"block {middle}, the middle: {late} {times}"
+                found = "massive activations emerge without a sharp rise"
+        if emergence is not None and emergence > late:
+            return middle, f"block {middle}, the middle: {found}, too late {times}"
+        if rule == "late":
+            return late, f"block {late}, the last with room for two taps: {found} {times}"
+        if emergence is None:
+            return middle, f"block {middle}, the middle: {found} {times}"
         return emergence, f"block {emergence}, where massive activations emerge {times}"
 
     def _massive_text(self, stream: StreamProfile) -> str:
@@ -401,4 +407,5 @@ def _largest_jump(heights: np.ndarray, ratios: np.ndarray) -> int | None:
 RULES: dict[str, Callable[[np.ndarray, np.ndarray], int | None]] = {
     "paper": _first_sharp_rise,
     "reference": _largest_jump,
+    "late": _first_sharp_rise,
 }

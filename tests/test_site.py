@@ -46,8 +46,8 @@ def test_there_is_always_a_marked_block_and_the_last_tap_feeds_the_last_block(
         (24, 12, 12, (17, 22), "where massive activations emerge"),
         (12, None, 5, (8, 10), "no massive activations"),
         (12, 8, 8, (9, 10), "where massive activations emerge"),
-        (12, 9, 5, (8, 10), "too late, after block 9"),
-        (12, 11, 5, (8, 10), "too late, after block 11"),
+        (12, 9, 5, (8, 10), "after block 9, too late"),
+        (12, 11, 5, (8, 10), "after block 11, too late"),
         (3, None, 0, (1,), "no massive activations"),
         (4, 2, 1, (2,), "too late"),
     ],
@@ -60,6 +60,24 @@ def test_where_the_mark_goes(
     assert why in placement.reason
     times = "at most 1 times" if rise is None else "1000 times"
     assert placement.reason.endswith(f"({times} the median; 2 of 2 images agree)")
+
+
+@pytest.mark.parametrize(
+    ("depth", "rise", "block", "taps", "why"),
+    [
+        (12, None, 8, (9, 10), "two taps: the model has no massive activations"),
+        (12, 5, 8, (9, 10), "two taps: massive activations emerge after block 5"),
+        (12, 8, 8, (9, 10), "after block 8"),
+        (12, 9, 5, (8, 10), "the middle: massive activations emerge after block 9, too late"),
+        (24, 12, 20, (21, 22), "after block 12"),
+        (3, None, 0, (1,), "no massive activations"),
+    ],
+)
+def test_the_late_rule(depth: int, rise: int | None, block: int, taps: tuple[int, ...], why: str) -> None:
+    placement = profile_with_rise(depth, rise).site("late")
+    assert (placement.site.block, placement.site.taps) == (block, taps)
+    assert placement.emergence == rise
+    assert why in placement.reason
 
 
 @pytest.mark.parametrize(
@@ -133,5 +151,7 @@ def test_a_block_of_another_type(block: object) -> None:
 
 
 def test_an_unknown_rule() -> None:
-    with pytest.raises(ValueError, match=r"^rule: wanted one of \['paper', 'reference'\], got 'best'$"):
+    with pytest.raises(
+        ValueError, match=r"^rule: wanted one of \['late', 'paper', 'reference'\], got 'best'$"
+    ):
         profile_with_rise(6, 2).site("best")

@@ -33,9 +33,10 @@ def add_to(commands: Subparsers) -> None:
     profile.add_argument("--out", type=Path, metavar="FILE.png", help="draw the profile")
     profile.add_argument(
         "--rule",
-        choices=("paper", "reference"),
+        choices=("paper", "reference", "late"),
         default="paper",
-        help="where the mark goes: at the first sharp rise (paper) or, as in the authors' code, the largest",
+        help="where the mark goes: at the first sharp rise (paper), at the largest (the authors' code), "
+        "or as late as leaves room for two taps",
     )
     add_compute(profile)
 
