@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import fcntl
 import importlib
 import io
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -826,3 +828,63 @@ def test_wrong_commitments(more: list[str], message: str, run: Callable[..., Res
     result = run(*ready.verify_args(ready.marked, *more))
     assert result.code == 2
     assert message in result.err
+
+
+def test_nothing_that_is_written_or_raised_shows_a_key(
+    run: Callable[..., Result], ready: Ready, tmp_path: Path
+) -> None:
+    """In files, errors and tracebacks, after every command that takes a key; `run` looks at the output."""
+    sub, published = tmp_path / "sub.key", tmp_path / "c.json"
+    run("key", "derive", sub, "--key", ready.key, "--label", "court")
+    mark = ["--watermark", ready.watermark, "--key", ready.key]
+    run("commit", *mark, "--out", published, "--timestamp-request", tmp_path / "c.tsq")
+    run("open", published, *mark)
+    plot = ["--plot", tmp_path / "plot.png"]
+    run(*ready.verify_args(ready.marked, "--commitment", published, *plot))
+    run(*ready.verify_args(ready.marked, "--key", ready.other_key))
+    run(
+        "embed",
+        ready.original,
+        "--out",
+        tmp_path / "m.safetensors",
+        "--watermark",
+        tmp_path / "w.safetensors",
+        "--key",
+        sub,
+        *SETTINGS,
+    )
+    keys = [Key.of(path) for path in (ready.key, ready.other_key, sub)]
+    traces = []
+    for key in keys[1:]:
+        try:
+            activemark_fast.verify(build_model(ARCHITECTURE), Watermark.load(ready.watermark), key)
+        except ValueError as error:
+            traces.append(
+                "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+            )
+    assert len(traces) == 2
+    written = [p for folder in (ready.folder, tmp_path) for p in folder.rglob("*") if p.is_file()]
+    assert len(written) > 9
+    contents = {str(path): path.read_bytes() for path in written if path.suffix != ".key"}
+    contents |= {f"traceback {index}": trace.encode() for index, trace in enumerate(traces)}
+    for key in keys:
+        secrets = [bytes(key._material), key.derive("commitment/key"), key.derive("commitment/signature")]
+        secrets += [key.derive(f"mac/{purpose}") for purpose in ("watermark", "triggers/digest")]
+        secrets += [key.derive(purpose) for purpose in ("directions", "messages/verify", "slots")]
+        secrets += [key.stream("messages/verify").bytes(16), key.stream("directions").bytes(16)]
+        for secret in secrets:
+            forms = [secret, secret.hex().encode(), secret.hex().upper().encode(), base64.b64encode(secret)]
+            forms.append(repr(secret)[2:-1].encode())
+            for name, content in contents.items():
+                assert not any(form in content for form in forms), name
+    for path in written:
+        public = path.suffix in {".json", ".tsq", ".png"}
+        assert path.stat().st_mode & 0o077 == 0 or public, path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no core files")
+def test_a_command_that_dies_leaves_no_core_file(run: Callable[..., Result], ready: Ready) -> None:
+    import resource
+
+    run("open", ready.marked, "--watermark", ready.watermark, "--key", ready.key)
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0

@@ -6,6 +6,7 @@ import hmac
 import pickle
 import stat
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -430,3 +431,30 @@ def test_keys_and_purposes_share_nothing(key: Key) -> None:
     streams = [key.stream("a"), key.stream("b"), key.stream("a "), other.stream("a"), other.stream("b")]
     correlation = np.corrcoef([stream.normal(N) for stream in streams])
     assert (abs(correlation - np.eye(len(streams))) < 6 / N**0.5).all()
+
+
+def test_the_material_is_zeroed_when_a_key_is_no_longer_used() -> None:
+    key = Key(bytes(range(1, 33)))
+    material = key._material
+    del key
+    assert bytes(material) == bytes(32)
+
+
+def test_a_key_file_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
+    Key.write_new(tmp_path / "owner.key")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Key.of(tmp_path / "owner.key")
+    (tmp_path / "owner.key").chmod(0o644)
+    with pytest.warns(UserWarning, match=r"key: others can read the key file .*; wanted mode 0600"):
+        Key.of(tmp_path / "owner.key")
+
+
+def test_only_keys_of_32_bytes_are_written(tmp_path: Path) -> None:
+    Key(b"k" * 32).write(tmp_path / "a.key")
+    assert Key.of(tmp_path / "a.key") == Key(b"k" * 32)
+    with pytest.raises(FileExistsError):
+        Key(b"o" * 32).write(tmp_path / "a.key")
+    with pytest.raises(ValueError, match="key: wanted 32 bytes of key material for a key file, got 16"):
+        Key(b"k" * 16).write(tmp_path / "b.key")
+    assert not (tmp_path / "b.key").exists()

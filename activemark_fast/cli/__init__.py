@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     3 inconclusive; 130 interrupted.
     """
     args = _parser().parse_args(argv)
+    _forbid_core_files()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -62,6 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has seen enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return outcome.code
+
+
+def _forbid_core_files() -> None:
+    """A process that dies leaves no image of its memory on disk, where a key might be in it."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def _parser() -> argparse.ArgumentParser:
