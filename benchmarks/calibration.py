@@ -2,11 +2,11 @@
 
     python benchmarks/calibration.py --vfm ../shared/vfm --out calibration
 
-Every pair is an innocent suspect and a random key, judged by `Verifier` on 16 images. The images are not
-the key's, so what a suspect makes of them up to the site is computed once for all keys; all else is computed
-for each pair. Suspects: the original models (one with massive activations), fine-tunes of them, models marked
-under another key, independent initialisations, degenerate models. A second series rotates the suspects and
-aligns them back. Writes calibration.png and calibration.json into `--out`.
+Each of 2,000 pairs is an innocent suspect and a random key, judged by `Verifier` on 16 images. The images are
+not the key's, so what a suspect makes of them up to the site is computed once for all keys; all else is
+computed for each pair. Suspects: the original models (one with massive activations), fine-tunes of them,
+models marked under another key, independent initialisations, degenerate models. A second series rotates the
+suspects and aligns them back. Writes calibration.png and calibration.json into `--out`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from scipy.stats import kstest
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from activemark_fast import Key, Watermark, embed, load_model
 from activemark_fast.align import site_sample
@@ -84,19 +86,42 @@ def degenerate(model: nn.Module, kind: str) -> nn.Module:
     return broken
 
 
-def innocents(folder: Path) -> Iterator[tuple[str, nn.Module]]:
-    """Suspects that were made without any of the keys they are judged under."""
+def small_vit(seed: int, **kwargs: Any) -> Any:
+    """A ViT of 6 blocks and 17 tokens, cheap enough for many keys."""
+    torch.manual_seed(seed)
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=0, **kwargs
+    ).eval()
+
+
+def innocents(folder: Path, images: Tensor) -> Iterator[tuple[str, nn.Module, int]]:
+    """Suspects that were made without any of the keys they are judged under, and how many keys for each.
+
+    Most pairs are of small models: the argument for the p-value does not depend on size.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         model = load_model(path)
         view = Backbone(model)
-        task = synthetic_task(Preprocess(view.image_size, view.mean, view.std), 512, 64)
-        yield f"{path.stem}", model
-        yield f"{path.stem}, fine-tuned", finetune(model, task.train, 0, epochs=1)
-        yield f"{path.stem}, marked under another key", embed(model, OTHER).model
-        torch.manual_seed(len(path.stem))
-        yield f"{path.stem}, independently initialised", build_model(architecture_of(path)).eval()
+        preprocess = Preprocess(view.image_size, view.mean, view.std)
+        task = synthetic_task(preprocess, 256, 4)
+        name = path.stem
+        yield name, model, 50
+        yield f"{name}, fine-tuned", finetune(model, task.train, 0, epochs=1), 50
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # so few images may miss the targets
+            marked = embed(model, OTHER, preprocess(images), max_steps=0).model
+        yield f"{name}, marked under another key", marked, 50
+        torch.manual_seed(len(name))
+        yield f"{name}, independently initialised", build_model(architecture_of(path)).eval(), 50
+    for seed in range(8):
+        yield f"small {seed}", small_vit(seed), 100
+    massive = small_vit(8)
+    with torch.no_grad():  # one channel of every token grows to hundreds of times the median
+        massive.blocks[1].mlp.fc2.bias[7] = 200.0
+    yield "small, massive activations", massive, 160
     for kind in ("identity blocks", "dead tokens", "constant output"):
-        yield kind, degenerate(model, kind)
+        yield f"small, {kind}", degenerate(small_vit(9), kind), 160
+    yield "small, LayerScale of 1e-5", small_vit(10, init_values=1e-5), 160
 
 
 class Judge:
@@ -107,7 +132,7 @@ class Judge:
         self.preprocess = Preprocess(self.backbone.image_size, self.backbone.mean, self.backbone.std)
         self.pixels = self.preprocess(images)
         with torch.no_grad():
-            self.site = measure(self.backbone, self.pixels).site(block=5).site
+            self.site = measure(self.backbone, self.pixels).site(block=self.backbone.depth // 2 - 1).site
         self.prefix: list[SiteActivations] = []
         self.output = site_activations(self.backbone, self.pixels, self.site.block, nullcontext).output
 
@@ -210,24 +235,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vfm", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=2_000)
     parser.add_argument("--aligned", type=int, default=200)
     arguments = parser.parse_args()
     arguments.out.mkdir(exist_ok=True)
-    suspects = list(innocents(arguments.vfm))
-    size = Backbone(suspects[0][1]).image_size
-    images = synthetic_images(Key(b"calibration: everybody's images").stream("images"), IMAGES, size)
+    images = synthetic_images(Key(b"calibration: everybody's images").stream("images"), IMAGES, (32, 32))
     keys = iter(Key(f"calibration: random key {index}".encode()) for index in range(10**9))
     plain: dict[str, list[float]] = {}
-    share = -(-arguments.pairs // len(suspects))
-    for name, suspect in tqdm(suspects):
+    for name, suspect, count in innocents(arguments.vfm, images):
         judge = Judge(suspect, images)
-        plain[name] = [judge.p_value(next(keys)) for _ in range(share)]
-        tqdm.write(f"{name}: {summary(plain[name])}")
+        plain[name] = [judge.p_value(next(keys)) for _ in range(count)]
+        print(name, json.dumps(summary(plain[name])), flush=True)
     aligned: list[float] = []
-    name, model = suspects[0]
+    model = small_vit(0)
     judge = Judge(model, images)
-    for seed in tqdm(range(arguments.aligned)):
+    for seed in range(arguments.aligned):
         aligned.append(aligned_p_value(judge, model, next(keys), seed))
     pooled = [p for values in plain.values() for p in values]
     result = {"plain": summary(pooled), "aligned": summary(aligned), "suspects": {}}
