@@ -100,7 +100,7 @@ def test_the_sample_is_of_clean_patch_tokens_and_comes_from_the_key() -> None:
     assert not torch.allclose(taken, other)
 
 
-FLOOR = 2.0**-64
+CLEAR = 1e-15  # two taps of 32 bits cannot show less than 5e-20
 
 
 def images() -> Tensor:
@@ -129,10 +129,12 @@ def test_a_moved_residual_stream_hides_no_mark(
     assert (blind.decision, blind.aligned) == ("no match", None)
     found = check(moved, marked)
     assert (found.decision, found.aligned) == ("match", kind)
-    assert found.p_value == ALIGNED_PRICE * FLOOR
+    assert found.p_value is not None
+    assert found.p_value < ALIGNED_PRICE * CLEAR
     assert abs(found.bit_errors - check(marked.model, marked).bit_errors).mean() < 0.1
     asked = check(moved, marked, align=True)
-    assert (asked.decision, asked.aligned, asked.p_value) == ("match", kind, FLOOR)
+    assert (asked.decision, asked.aligned) == ("match", kind)
+    assert asked.p_value == pytest.approx(found.p_value / ALIGNED_PRICE)
     assert f"after undoing a {kind}" in asked.reason
     for innocent in (vit(), vit(5)):
         verdict = check(attack(innocent, None, 3, 1), marked)
@@ -149,21 +151,22 @@ def test_a_scaled_residual_stream_hides_no_mark(marked: Embedding) -> None:
             if name.startswith(("patch_embed", "pos_embed", "cls_token")) or "fc2" in name or ".proj" in name:
                 parameter *= 1000
     assert check(scaled, marked, align=False).detection_rate < check(marked.model, marked).detection_rate
-    assert check(scaled, marked, align=True).aligned == "scaling"
-    assert check(scaled, marked, align=True).p_value == FLOOR
+    found = check(scaled, marked, align=True)
+    assert (found.decision, found.aligned) == ("match", "scaling")
 
 
 def test_symmetries_inside_the_blocks_need_no_alignment(marked: Embedding) -> None:
     verdict = check(permute_inside(marked.model, None, 3, 1), marked, align=False)
     plain = check(marked.model, marked, align=False)
-    assert (verdict.decision, verdict.p_value, verdict.identical) == ("match", FLOOR, False)
+    assert (verdict.decision, verdict.identical) == ("match", False)
     assert abs(verdict.bit_errors - plain.bit_errors).max() <= 1
 
 
 def test_what_is_not_needed_is_not_tried_and_not_paid_for(marked: Embedding) -> None:
     plain = check(marked.model, marked)
-    assert (plain.aligned, plain.p_value) == (None, PLAIN_PRICE * FLOOR)
-    assert check(marked.model, marked, align=False).p_value == FLOOR
+    unpaid = check(marked.model, marked, align=False).p_value
+    assert unpaid is not None
+    assert (plain.aligned, plain.p_value) == (None, PLAIN_PRICE * unpaid)
     assert pytest.approx(1) == 1 / PLAIN_PRICE + 1 / ALIGNED_PRICE
 
 
@@ -204,7 +207,8 @@ def test_without_activations_to_align_with(marked: Embedding) -> None:
     fields = {f.name: getattr(marked.watermark, f.name) for f in dataclasses.fields(Watermark)}
     del fields["mac"]
     old = Watermark.seal(KEY, **(fields | {"alignment": None, "version": 1}))
-    assert verify(marked.model, old, KEY, images()).p_value == FLOOR
+    plain = check(marked.model, marked, align=False)
+    assert verify(marked.model, old, KEY, images()).to_dict() == plain.to_dict()
     assert verify(rotate_residual(marked.model, None, 3, 1), old, KEY, images()).decision == "no match"
     with pytest.raises(ValueError, match="align: wanted a watermark with activations to align with"):
         verify(marked.model, old, KEY, images(), align=True)

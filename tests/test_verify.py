@@ -69,7 +69,8 @@ def check(suspect: nn.Module, keyed: Embedding, **settings: Any) -> Verdict:
 def test_the_marked_model(keyed: Embedding) -> None:
     verdict = check(keyed.model, keyed)
     assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")
-    assert verdict.p_value == PLAIN_PRICE * 2.0**-64
+    assert verdict.p_value is not None
+    assert PLAIN_PRICE * 2.0**-64 <= verdict.p_value < 1e-17
     assert verdict.images == COUNT
     assert (verdict.bits, verdict.tau, verdict.alpha) == (32, 5, 1e-6)
     assert verdict.bit_errors.mean() < 8  # chance is 16
@@ -119,7 +120,9 @@ def test_pruned_and_disturbed_models_match(keyed: Embedding) -> None:
 def test_suspects_with_their_last_blocks_cut_off(depth: int, taps: int, keyed: Embedding) -> None:
     assert keyed.watermark.site.taps == (3, 4)
     verdict = check(marked_copy(keyed, depth=depth), keyed)
-    assert (verdict.decision, verdict.p_value) == ("match", PLAIN_PRICE * 2.0 ** (-32 * taps))
+    assert verdict.decision == "match"
+    assert verdict.p_value is not None
+    assert PLAIN_PRICE * 2.0 ** (-32 * taps) <= verdict.p_value < 1e-8
     assert check(vit(depth=depth), keyed).decision == "no match"
 
 
