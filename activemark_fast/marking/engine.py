@@ -35,7 +35,8 @@ class Engine:
         autocast: makes the context that blocks run in.
         batch: images that run at a time, each with all its messages.
         caches_on_host: activations wait in pinned host memory, since the device has no room for them.
-        peak_bytes: memory the edit will take at most, on the device, over the model that was given.
+        peak_bytes: tensors the edit will hold at most, on the device, over the model that was given; what an
+            allocator keeps besides is not counted.
         reason: one sentence on the choices.
     """
 
@@ -95,6 +96,8 @@ def plan_engine(
     # Where a block is run: its input, its output, what its MLP makes before and after the nonlinearity.
     running = batch * (2 * one + 3 * stream)
     caches = 2 * images * tokens * width * wide + fitted * (stream + one)
+    if device.type == "cpu":
+        caches += images * 3 * backbone.image_size[0] * backbone.image_size[1] * 4  # the images themselves
     on_host = device.type == "cuda" and model + changes + max(solve, running) + caches > GPU_RESERVE * free
     peak = model + changes + max(solve, running) + (0 if on_host else caches)
     where = "caches in pinned host memory" if on_host else "caches on the device"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similar
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
 from activemark_fast.key import KeyStream
+from activemark_fast.marking.engine import halving
 from activemark_fast.marking.resume import TrainingState
 from activemark_fast.marking.suffix import Autocast, SiteActivations, run_to_taps
 from activemark_fast.site import Site
@@ -105,6 +107,20 @@ def finetune(
             )
         return loss
 
+    at_once = BATCH
+
+    def backward(chosen: Tensor, message: Tensor, rows: int) -> Tensor:
+        nonlocal at_once
+        at_once = rows
+        optimizer.zero_grad()
+        suffix.zero_grad()  # of weights in half precision, which the optimiser does not know
+        total = torch.zeros((), device=device)
+        for images, bits in zip(chosen.split(rows), message.split(rows), strict=True):
+            loss = loss_of(images, bits) * (len(images) / BATCH)
+            loss.backward()
+            total += loss.detach()
+        return total
+
     done = 0
     if resumed is not None:
         done = resumed.step
@@ -114,16 +130,13 @@ def finetune(
         _copy(masters, weights)
     with _training_only(suffix, backbone.model, original.model):
         for step in range(done + 1, max_steps + 1):
-            loss = loss_of(*draw())
-            optimizer.zero_grad()
-            suffix.zero_grad()
-            loss.backward()
+            loss = halving(partial(backward, *draw()), at_once)
             for weight, master in zip(weights, masters, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
             optimizer.step()
             _copy(masters, weights)
             if step % CHECK_EVERY == 0 or step == max_steps:
-                if reached(step, float(loss.detach())):
+                if reached(step, float(loss)):
                     return step
                 if save is not None and step < max_steps:
                     save(step, _state(trained, optimizer))
