@@ -1,13 +1,9 @@
-"""Artefacts that were tampered with raise what their readers document, and nothing else.
-
-ACTIVEMARK_MUTATIONS=100000 python -m pytest tests/test_fuzz.py
-"""
+"""Artefacts that were tampered with raise what their readers document; benchmarks/fuzz.py does more."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,7 @@ from activemark_fast.watermark import Watermark, WatermarkError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PUBLISHED, RESPONSE = FIXTURES / "commitment_v1.json", FIXTURES / "commitment_v1.tsr"
-MUTATIONS = int(os.environ.get("ACTIVEMARK_MUTATIONS", "4000")) // 4
-SLOW = settings(max_examples=MUTATIONS, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=500, suppress_health_check=list(HealthCheck))
 
 BYTES = st.binary(max_size=8) | st.sampled_from(
     [b"\0", b"\xff" * 8, b'"', b"{", b"]", b"\\", b"NaN", b"1e999"]

@@ -81,7 +81,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"activemark {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (key, profile, embed, commit, verify, verify_many, open, forge, evaluate, report, demo, info):
+    for command in (
+        key,
+        profile,
+        embed,
+        commit,
+        verify,
+        verify_many,
+        open,
+        forge,
+        evaluate,
+        report,
+        demo,
+        info,
+    ):
         command.add_to(commands)
     return parser
 
