@@ -2,6 +2,7 @@
 
 from activemark_fast.bulk import SuspectResult, verify_many
 from activemark_fast.checkpoint import load_model, save_model
+from activemark_fast.commitment import Commitment
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
 from activemark_fast.profile import Profile, profile
@@ -12,6 +13,7 @@ from activemark_fast.watermark import Watermark
 __version__ = "0.1.0"
 
 __all__ = [
+    "Commitment",
     "Embedding",
     "Key",
     "Profile",

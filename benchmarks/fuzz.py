@@ -103,7 +103,11 @@ def main() -> None:
         for name, mutate, read in kinds:
             counts: Counter[str] = Counter()
             for _ in range(arguments.mutations // len(kinds)):
-                path.write_bytes(mutate())
+                data = mutate()
+                if data in (watermark, commitment, response):
+                    counts["unchanged"] += 1
+                    continue
+                path.write_bytes(data)
                 try:
                     read()
                 except (WatermarkError, CommitmentError) as error:
