@@ -20,14 +20,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from typing import TYPE_CHECKING
 
 from activemark_fast.files import write_whole
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 COMMITMENT_VERSION = 1
 MOST_BYTES = 1_000_000
@@ -89,6 +89,8 @@ class Commitment:
             claims.append(_claim(key, watermark))
         if not claims:
             raise ValueError("marks: wanted at least one mark, got none")
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
         signer = Ed25519PrivateKey.from_private_bytes(owner.derive("commitment/signature"))
         created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         unsigned = cls(tuple(claims), created, signer.public_key().public_bytes_raw(), b"")
@@ -168,6 +170,9 @@ class Commitment:
             raise CommitmentError("no commitment, or damaged") from error
         if not well_formed or not commitment.claims:
             raise CommitmentError("no commitment, or damaged")
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
         try:
             verifier = Ed25519PublicKey.from_public_bytes(commitment.public_key)
             verifier.verify(commitment.signature, commitment._body())
@@ -278,6 +283,8 @@ def _read(path: str | os.PathLike[str]) -> bytes:
 
 
 def _read_certificates(path: str | os.PathLike[str]) -> list[x509.Certificate]:
+    from cryptography import x509
+
     try:
         return x509.load_pem_x509_certificates(_read(path))
     except ValueError as error:

@@ -41,6 +41,23 @@ def test_every_gpu_test_is_found(runner: ModuleType) -> None:
     assert set(runner.marked("benchmarks")) >= {"benchmarks/test_kernels.py", "benchmarks/test_magnitude.py"}
 
 
+COLLECT = """
+import sys
+for missing in ("cryptography", "open_clip", "rfc3161_client"):
+    sys.modules[missing] = None
+import pytest
+sys.exit(pytest.main(["--collect-only", "-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_what_wants_a_gpu_needs_few_packages(runner: ModuleType, folder: str) -> None:
+    command = [sys.executable, "-c", COLLECT, *runner.marked(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "test_kernels.py" in done.stdout
+
+
 def test_outcomes_of_a_step(runner: ModuleType) -> None:
     assert runner.run(("-c", "pass"), 60.0) == "passed"
     assert runner.run(("-c", "raise SystemExit(3)"), 60.0) == "failed"
