@@ -11,7 +11,7 @@ VALUES = Path(__file__).with_name("kernel_values.py")
 
 
 def run_values(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(VALUES)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(VALUES)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
