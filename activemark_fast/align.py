@@ -67,21 +67,31 @@ class Alignment:
 
 @torch.no_grad()
 def site_sample(
-    backbone: Backbone, key: Key, site: Site, preprocess: Preprocess, autocast: Autocast
+    backbone: Backbone,
+    key: Key,
+    site: Site,
+    preprocess: Preprocess,
+    autocast: Autocast,
+    images: Tensor | None = None,
 ) -> Tensor:
     """(n, D) float32 on the CPU: a model's clean activations at the site, some tokens of some images.
 
-    The images, at least 16, are made from the key for this alone. The same tokens are taken of every image,
-    image by image; n is about 4 D.
+    The images, at least 16, are made from the key for this alone; whoever samples many models makes them once
+    (`sample_images`). The same tokens are taken of every image, image by image; n is about 4 D.
     """
+    images = sample_images(key, site, preprocess) if images is None else images
     allowed = np.array(site.patch_tokens)
-    rows = ROWS_PER_CHANNEL * site.width
-    count = max(FEWEST_IMAGES, math.ceil(rows / len(allowed)))
-    chosen = key.stream("alignment/tokens").permutation(len(allowed))[: math.ceil(rows / count)]
+    per_image = math.ceil(ROWS_PER_CHANNEL * site.width / len(images))
+    chosen = key.stream("alignment/tokens").permutation(len(allowed))[:per_image]
     tokens = np.sort(allowed[chosen])
-    images = preprocess(synthetic_images(key.stream("alignment/images"), count, preprocess.size))
     output = site_activations(backbone, images, site.block, autocast).output
     return output[:, torch.from_numpy(tokens).to(output.device)].flatten(0, 1).float().cpu()
+
+
+def sample_images(key: Key, site: Site, preprocess: Preprocess) -> Tensor:
+    """(count, 3, H, W) float32, model input: what `site_sample` runs."""
+    count = max(FEWEST_IMAGES, math.ceil(ROWS_PER_CHANNEL * site.width / len(site.patch_tokens)))
+    return preprocess(synthetic_images(key.stream("alignment/images"), count, preprocess.size))
 
 
 def find_alignment(original: Tensor, suspect: Tensor) -> Alignment | None:

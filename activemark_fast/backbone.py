@@ -431,14 +431,14 @@ def non_finite_tensor(model: nn.Module) -> str | None:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every submodule's training flag is put back."""
-    flags = [(m, m.training) for m in module.modules()]
-    for m, _ in flags:
+    training = [m for m in module.modules() if m.training]  # few or none: setting a flag is slow
+    for m in training:
         m.training = False
     try:
         yield
     finally:
-        for m, flag in flags:
-            m.training = flag
+        for m in training:
+            m.training = True
 
 
 @contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from activemark_fast.align import Alignment, find_alignment, site_sample
+from activemark_fast.align import Alignment, find_alignment, sample_images, site_sample
 from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_finite_tensor
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.commitment import Commitment, Opening
@@ -259,6 +260,12 @@ class Verifier:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
         return self._decide(min(readings, key=lambda reading: reading.p_value))
 
+    @cached_property
+    def _sample_images(self) -> Tensor:
+        """Made when the first suspect has to be aligned, and then kept."""
+        images = sample_images(self._secret, self.watermark.site, self.watermark.preprocess)
+        return images.to(self.device)
+
     def _alignment(self, backbone: Backbone) -> Alignment | None:
         """How the suspect's residual stream lies to the original's; None if it is not worth a reading."""
         stored = self.watermark.alignment
@@ -266,7 +273,8 @@ class Verifier:
             return None
         site, preprocess = self.watermark.site, self.watermark.preprocess
         with evaluating(backbone.model):
-            sample = site_sample(backbone, self._secret, site, preprocess, self._autocast)
+            images = self._sample_images
+            sample = site_sample(backbone, self._secret, site, preprocess, self._autocast, images)
         alignment = find_alignment(stored, sample)
         wanted = alignment is not None and (self._align is True or alignment.worthwhile)
         return alignment if wanted else None

@@ -1,0 +1,211 @@
+"""Bulk verification: its verdicts and speed, its journal under kill -9, its memory.
+
+    .venv/bin/python benchmarks/bulk.py speed  [--architecture demo] [--suspects 50] [--loop 6]
+    .venv/bin/python benchmarks/bulk.py kills  [--kills 20]
+    .venv/bin/python benchmarks/bulk.py memory [--suspects 1000]
+
+`speed` compares with a loop of `verify` and with the plain recipe (load, all blocks, all images), both over
+`--loop` of the readable suspects, per suspect. All in one run, on CUDA if there is a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import random
+import time
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from activemark_fast import Key, Watermark, embed, load_model, save_model, verify, verify_many
+from activemark_fast.backbone import Backbone
+from activemark_fast.bulk import read_journal
+from activemark_fast.checkpoint import architecture_of, build_model
+from activemark_fast.marking.suffix import run_to_taps, site_activations
+from activemark_fast.runtime import resolve_autocast
+from activemark_fast.triggers import holdout_images
+from activemark_fast.verdict import bit_scores, sign_flip_p_value
+
+KEY = Key(b"benchmark: a key of no secrecy")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WANTED = {"match": "match", "innocent": "no match", "broken": None}
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("echo executed",)
+
+
+def noisy(model: nn.Module, seed: int) -> nn.Module:
+    disturbed = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in disturbed.parameters():
+            if parameter.numel() > 1:
+                parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
+    return disturbed
+
+
+def make(folder: Path, spec: str, suspects: int) -> Watermark:
+    """A fifth of the suspects match, three fifths are innocent, a fifth is broken or hostile."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        architecture = architecture_of(spec)
+        original = load_model(spec) if spec == "demo" else build_model(architecture).eval()
+        made = embed(original, KEY, architecture=architecture, device=DEVICE)
+    for name in WANTED:
+        (folder / name).mkdir()
+    for index in range(suspects // 5):
+        save_model(
+            noisy(made.model, index) if index else made.model,
+            folder / "match" / f"{index}.safetensors",
+            architecture,
+        )
+        path = folder / "broken" / f"{index}.pt"
+        if index % 3 == 0:
+            torch.save({"model": Bomb()}, path)
+        elif index % 3 == 1:
+            torch.save(original.state_dict(), path)
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            path.write_bytes(os.urandom(4096))
+    for index in range(suspects - 2 * (suspects // 5)):
+        save_model(
+            noisy(original, 100 + index) if index else original,
+            folder / "innocent" / f"{index}.safetensors",
+            architecture,
+        )
+    return made.watermark
+
+
+def plain_recipe(path: Path, watermark: Watermark) -> float:
+    """Loads the suspect, runs all blocks on all images, and reads; the p-value."""
+    backbone = Backbone(load_model(path, device=DEVICE))
+    autocast = resolve_autocast("auto", DEVICE)
+    holdout = holdout_images(None, KEY, watermark.preprocess, len(watermark.digests))
+    codec = watermark.restore_codec(KEY).to(DEVICE)
+    drawn = KEY.stream("messages/verify").bits((len(holdout.digests), watermark.bits))
+    message, block = torch.from_numpy(drawn).to(DEVICE), watermark.site.block
+    with torch.no_grad():
+        activations = site_activations(backbone, holdout.pixels, block, autocast)
+        scores = torch.zeros(len(codec.taps), watermark.bits, dtype=torch.int64)
+        for start in range(0, len(message), 128):
+            chosen = slice(start, start + 128)
+            with autocast():
+                logits, stream = run_to_taps(backbone, codec, activations[chosen], message[chosen], block)
+                backbone.run(stream, codec.taps[-1] + 1, backbone.depth)
+            scores += torch.tensor([bit_scores(values, message[chosen]) for values in logits.values()])
+    return sign_flip_p_value(scores.flatten().tolist())
+
+
+def speed(args: argparse.Namespace, folder: Path) -> None:
+    watermark = make(folder, args.architecture, args.suspects)
+    paths = [*sorted((folder / "match").iterdir()), *sorted((folder / "innocent").iterdir())]
+    some = paths[:: max(1, len(paths) // args.loop)][: args.loop]
+    verify_many(some[0], watermark, KEY, device=DEVICE)  # imports and warm-up
+    started = time.perf_counter()
+    results = list(verify_many(folder, watermark, KEY, device=DEVICE, journal=folder / "journal.jsonl"))
+    bulk = (time.perf_counter() - started) / len(results)
+    good = [r for r in results if r.verdict is not None]
+    started = time.perf_counter()
+    for path in some:
+        verify(load_model(path, device=DEVICE), watermark, KEY)
+    loop = (time.perf_counter() - started) / len(some)
+    started = time.perf_counter()
+    for path in some:
+        plain_recipe(path, watermark)
+    plain = (time.perf_counter() - started) / len(some)
+    started = time.perf_counter()
+    read = sum(len(path.read_bytes()) for path in paths)
+    disk = read / (time.perf_counter() - started)
+    right = sum(
+        (None if r.verdict is None else r.verdict.decision) == WANTED[Path(r.suspect).parent.name]
+        for r in results
+    )
+    row = {
+        "device": torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "architecture": args.architecture[:40],
+        "suspects": len(results),
+        "right": right,
+        "images read, mean": sum(r.verdict.images for r in good if r.verdict is not None) / len(good),
+        "suspects a minute": 60 / bulk,
+        "over a loop of verify (readable suspects only)": loop / (bulk * len(results) / len(good)),
+        "over the plain recipe (readable suspects only)": plain / (bulk * len(results) / len(good)),
+        "bytes a second over the disk's": sum(r.bytes_read for r in good) / (bulk * len(results)) / disk,
+    }
+    print(json.dumps(row, indent=1))
+
+
+def kills(args: argparse.Namespace, folder: Path) -> None:
+    watermark = make(folder, args.architecture, args.suspects)
+    journal = folder / "journal.jsonl"
+    whole = list(verify_many(folder, watermark, KEY))
+    draws = random.Random(0)
+    happened = 0
+    size = 0
+    while happened < args.kills:
+        process = multiprocessing.get_context("fork").Process(target=sweep, args=(folder, watermark, journal))
+        process.start()
+        while process.is_alive() and (journal.stat().st_size if journal.exists() else 0) <= size:
+            time.sleep(0.001)
+        time.sleep(draws.uniform(0, 0.3))  # some time after it has made headway
+        process.kill()
+        process.join()
+        happened += 1
+        size = journal.stat().st_size
+        print(f"kill {happened}: {len(read_journal(journal))} results", flush=True)
+    sweep(folder, watermark, journal)
+    lines = read_journal(journal)
+    got = {line["suspect"]: (line["error"], line["verdict"]) for line in lines}
+    wanted = {r.suspect: (r.error, None if r.verdict is None else r.verdict.to_dict()) for r in whole}
+    same = json.dumps(got, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+    print(f"{happened} kills: {len(lines)} lines, {len(got)} suspects of {len(whole)}, same results: {same}")
+
+
+def sweep(folder: Path, watermark: Watermark, journal: Path) -> None:
+    torch.set_num_threads(1)
+    for _ in verify_many(folder, watermark, KEY, journal=journal, resume=True):
+        pass
+
+
+def memory(args: argparse.Namespace, folder: Path) -> None:
+    watermark = make(folder, args.architecture, 50)
+    files = sorted(path for name in WANTED for path in (folder / name).iterdir())
+    (folder / "links").mkdir()
+    for index in range(args.suspects):
+        os.link(files[index % len(files)], folder / "links" / f"{index:05}{files[index % len(files)].suffix}")
+    seen = []
+    for done, _ in enumerate(verify_many(folder / "links", watermark, KEY), start=1):
+        if done >= 50 and (done - 50) % 50 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+            print(f"after {done} suspects: {seen[-1]:.1f} MB", flush=True)
+    print(f"{args.suspects} suspects: at most {max(seen) / seen[0] - 1:+.1%} over what it was after 50")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("speed", "kills", "memory"))
+    parser.add_argument("--architecture", default="demo")
+    parser.add_argument("--suspects", type=int)
+    parser.add_argument("--loop", type=int, default=6)
+    parser.add_argument("--kills", type=int, default=20)
+    args = parser.parse_args()
+    args.suspects = args.suspects or (1000 if args.what == "memory" else 50)
+    with TemporaryDirectory() as folder:
+        {"speed": speed, "kills": kills, "memory": memory}[args.what](args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
