@@ -201,8 +201,8 @@ def _attacks(bench: Bench) -> Iterator[str]:
         f"{summary['accused']} of {summary['negatives']} innocent readings. Fine-tuning that keeps 95 % of "
         f"the best accuracy: R of at least 0.95 in {summary['finetuning_held']} of {summary['finetuning']}.\n"
     )
-    yield "| attack | R | p | p, original | p, other key | cosine | probe | probe, original | own task |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| attack | R | p | p, original | p, other key | cosine | cosine, original | probe | probe, original | own task |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in evaluation.rows:
         if (row["subject"], row["key"]) == ("marked", "owner"):
             original = evaluation.row(row["attack"], "original") or {}
@@ -213,8 +213,7 @@ def _attacks(bench: Bench) -> Iterator[str]:
                 _small(row["p_value"]),
                 _small(original.get("p_value")),
                 _small(other.get("p_value")),
-                *(_fixed(row[name]) for name in ("cosine", "probe_accuracy")),
-                _fixed(original.get("probe_accuracy")),
+                *(_fixed(r.get(name)) for name in ("cosine", "probe_accuracy") for r in (row, original)),
                 _fixed(row["task_score"]),
             ]
             yield f"| {' | '.join(cells)} |"
