@@ -201,8 +201,10 @@ def _attacks(bench: Bench) -> Iterator[str]:
         f"{summary['accused']} of {summary['negatives']} innocent readings. Fine-tuning that keeps 95 % of "
         f"the best accuracy: R of at least 0.95 in {summary['finetuning_held']} of {summary['finetuning']}.\n"
     )
-    yield "| attack | R | p | p, original | p, other key | cosine | cosine, original | probe | probe, original | own task |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    columns = ["attack", "R", "p", "p, original", "p, other key", "cosine", "cosine, original"]
+    columns += ["probe", "probe, original", "own task"]
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
     for row in evaluation.rows:
         if (row["subject"], row["key"]) == ("marked", "owner"):
             original = evaluation.row(row["attack"], "original") or {}
