@@ -20,7 +20,7 @@ from activemark_fast.marking.quality import Quality, QualityCheck
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 
-RIDGE = 1e-4
+RIDGE = 1e-2
 """Identity term of the solve, over the mean diagonal of its matrix."""
 LARGEST_GAIN = 2.0
 GROUPS = 8
