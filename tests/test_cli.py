@@ -353,7 +353,8 @@ def test_embed_warns_where_the_targets_are_missed(
     result = run(*ready.embed_args(tmp_path, "--fidelity", 0.999999, "--json"))
     assert result.code == 0
     assert result.record()["reached"] is False
-    assert result.err.startswith("activemark: warning: the mark did not reach its targets: fidelity 0.")
+    assert result.err.startswith("activemark: warning: the mark did not reach its targets: fidelity ")
+    assert ", margin 0." in result.err  # so little may change that nothing can be read
     assert result.err.count("\n") == 1
 
 
@@ -633,6 +634,7 @@ def test_keys_and_watermarks_that_cannot_be_used(
     truncated.write_bytes(sound[:-20])
     flipped.write_bytes(sound[:-20] + bytes([sound[-20] ^ 1]) + sound[-19:])
     bad_key.write_text(ready.key.read_text()[:-3])
+    bad_key.chmod(0o600)
     for watermark, key in (
         (ready.watermark, ready.other_key),
         (ready.watermark, bad_key),
