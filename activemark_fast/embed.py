@@ -203,8 +203,20 @@ def embed(
             if resumed is not None:
                 bar.advance(resumed.step)
             draws = secret.stream("fine-tuning")
-            training = (site, fitted, features, draws, max_steps, autocast, reached, resumed, save)
-            steps = finetune(backbone, reference, coder, *training)
+            steps = finetune(
+                backbone,
+                reference,
+                coder,
+                site,
+                fitted,
+                features,
+                draws,
+                max_steps,
+                autocast,
+                reached,
+                resumed,
+                save,
+            )
     if not quality.reaches(fidelity):
         warnings.warn(
             f"the mark did not reach its targets: fidelity {quality.fidelity:.4f} (wanted {fidelity}), "

@@ -74,6 +74,22 @@ def add_compute(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decision(command: argparse.ArgumentParser) -> None:
+    """The options --alpha, --tau and --align."""
+    command.add_argument(
+        "--alpha", type=float, default=1e-6, metavar="A", help="match at or below this p-value (1e-6)"
+    )
+    command.add_argument(
+        "--tau", type=int, metavar="N", help="most wrong bits of a detected image (5 of 32; set by chance)"
+    )
+    command.add_argument(
+        "--align",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="undo a permutation or rotation of the residual stream; auto: where that explains the suspect",
+    )
+
+
 def read_key(path: Path | None, *, confirm: bool) -> Key:
     """The key in the file, or else the key of a passphrase that is typed, twice with `confirm`."""
     from activemark_fast.key import Key

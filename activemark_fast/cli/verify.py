@@ -13,6 +13,7 @@ from activemark_fast.cli.common import (
     Subparsers,
     add_command,
     add_compute,
+    add_decision,
     add_images,
     add_key,
     check_folder,
@@ -53,18 +54,7 @@ def add_to(commands: Subparsers) -> None:
         help="what a checkpoint is loaded into, a model string without @PATH; by default what the file "
         "itself names, else what the marked model is",
     )
-    verify.add_argument(
-        "--alpha", type=float, default=1e-6, metavar="A", help="match at or below this p-value (1e-6)"
-    )
-    verify.add_argument(
-        "--tau", type=int, metavar="N", help="most wrong bits of a detected image (5 of 32; set by chance)"
-    )
-    verify.add_argument(
-        "--align",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="undo a permutation or rotation of the residual stream; auto: where that explains the suspect",
-    )
+    add_decision(verify)
     verify.add_argument(
         "--commitment", type=Path, metavar="FILE", help="tell whether the claim was committed to, and when"
     )

@@ -15,6 +15,7 @@ from activemark_fast.cli.common import (
     Subparsers,
     add_command,
     add_compute,
+    add_decision,
     add_images,
     add_key,
     check_folder,
@@ -61,24 +62,13 @@ def add_to(commands: Subparsers) -> None:
         help="what all suspects are loaded into, a model string without @PATH; by default what the marked "
         "model is",
     )
-    many.add_argument(
-        "--alpha", type=float, default=1e-6, metavar="A", help="match at or below this p-value (1e-6)"
-    )
-    many.add_argument(
-        "--tau", type=int, metavar="N", help="most wrong bits of a detected image (5 of 32; set by chance)"
-    )
+    add_decision(many)
     many.add_argument(
         "--power",
         type=float,
         default=0.999,
         metavar="P",
         help="chance that a suspect with a faint mark (12 of 32 bits wrong) is not given up early (0.999)",
-    )
-    many.add_argument(
-        "--align",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="undo a permutation or rotation of the residual stream; auto: where that explains the suspect",
     )
     many.add_argument("--exhaustive", action="store_true", help="read all images of every suspect")
     many.add_argument(
