@@ -26,16 +26,18 @@ from activemark_fast.key import Key
 from activemark_fast.marking.suffix import (
     Autocast,
     SiteActivations,
-    read_logits,
+    message_loss,
+    read_mark,
     run_to_taps,
     site_activations,
 )
+from activemark_fast.ops.decode import Decoded
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Site
 from activemark_fast.triggers import MIN_IMAGES, Preprocess, synthetic_images
-from activemark_fast.verdict import bit_errors, bit_scores, default_tau, sign_flip_p_value
+from activemark_fast.verdict import bit_scores, default_tau, sign_flip_p_value
 
 BITS = 32
 LEARNED_IMAGES, HELD_IMAGES = 192, 64
@@ -176,7 +178,7 @@ class _Thief:
                 step += 1
                 if time.perf_counter() > deadline:
                     break
-            errors = bit_errors(self._read(codec, held, message)[codec.taps[-1]], message)
+            errors = self._read(codec, held, message)[codec.taps[-1]].errors
             rate = float((errors <= default_tau(BITS)).double().mean())
             bar.advance(CHECK_EVERY, rate=rate, loss=loss.item())
             if rate >= ENOUGH_RATE or time.perf_counter() > deadline:
@@ -229,15 +231,14 @@ class _Thief:
     ) -> Tensor:
         """Mean cross-entropy of the bits over all taps, 0-dimensional."""
         with self.autocast():
-            logits, _ = run_to_taps(self.backbone, codec, activations, message, self.site.block)
-        read = torch.stack([values.float() for values in logits.values()]) * codec.sharpness
-        return nn.functional.binary_cross_entropy_with_logits(read, message.float().expand_as(read))
+            decoded, _ = run_to_taps(self.backbone, codec, activations, message, self.site.block)
+        return message_loss(decoded)
 
     def _read(
         self, codec: KeyedCodec | LearnedCodec, activations: SiteActivations, message: Tensor
-    ) -> dict[int, Tensor]:
-        return read_logits(self.backbone, codec, activations, message, self.site.block, self.autocast)
+    ) -> dict[int, Decoded]:
+        return read_mark(self.backbone, codec, activations, message, self.site.block, self.autocast)
 
     def _p_value(self, codec: KeyedCodec, activations: SiteActivations, message: Tensor) -> float:
-        logits = self._read(codec, activations, message)
-        return sign_flip_p_value([s for values in logits.values() for s in bit_scores(values, message)])
+        read = self._read(codec, activations, message).values()
+        return sign_flip_p_value([s for at_tap in read for s in bit_scores(at_tap.logits, message)])

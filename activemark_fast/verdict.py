@@ -108,23 +108,14 @@ def clopper_pearson(count: int, images: int, level: float = 0.95) -> tuple[float
     return low, high
 
 
-def bit_errors(logits: Tensor, message: Tensor) -> Tensor:
-    """(n,) int64, wrong bits of each image for (n, M) logits and message; a logit of exactly 0 is wrong."""
-    return (_agreement(logits, message) <= 0).sum(dim=1)
-
-
 def bit_scores(logits: Tensor, message: Tensor) -> list[int]:
     """Matches minus mismatches of each of the M bits over n images; a logit of exactly 0 is neither.
 
     Counting a tie for either side would favour one value of the bit, and flipping a row of P could not turn
     it round: the exact test needs it left out.
     """
-    return [int(score) for score in _agreement(logits, message).sum(dim=0)]
-
-
-def _agreement(logits: Tensor, message: Tensor) -> Tensor:
-    """(n, M) int64: 1 where the logit's sign is the bit's, -1 where it is the other, 0 for a logit of 0."""
-    return torch.sign(logits).long() * (2 * message.long() - 1)
+    agreement = torch.sign(logits).long() * (2 * message.long() - 1)
+    return [int(score) for score in agreement.sum(dim=0)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_fin
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.key import Key
-from activemark_fast.marking.suffix import SiteActivations, read_logits, site_activations
+from activemark_fast.marking.suffix import SiteActivations, read_mark, site_activations
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties, mark_excluded
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
@@ -24,7 +24,6 @@ from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
     Decision,
     Verdict,
-    bit_errors,
     bit_scores,
     default_tau,
     sign_flip_p_value,
@@ -292,7 +291,8 @@ class Verifier:
         price: what a p-value is multiplied with besides the penalty of its look.
         """
         block = self.watermark.site.block
-        parts: list[Tensor] = []
+        logit_parts: list[Tensor] = []
+        error_parts: list[Tensor] = []
         p_value = 1.0
         start = 0
         for look, (end, penalty) in enumerate(zip(self._ends, self._penalties, strict=True)):
@@ -301,13 +301,14 @@ class Verifier:
                     pixels = self._pixels[start:end]
                     prefix.append(site_activations(backbone, pixels, block, self._autocast))
                 new = self._message[start:end]
-                read = read_logits(backbone, codec, prefix[look], new, block, self._autocast)
-            parts.append(torch.stack(list(read.values())))
-            if not bool(torch.isfinite(parts[-1]).all()):
+                read = read_mark(backbone, codec, prefix[look], new, block, self._autocast).values()
+            logit_parts.append(torch.stack([at_tap.logits for at_tap in read]))
+            error_parts.append(torch.stack([at_tap.errors for at_tap in read]))
+            if not bool(torch.isfinite(logit_parts[-1]).all()):
                 return None
-            logits, message = torch.cat(parts, dim=1), self._message[:end]  # (taps, n, M), (n, M)
-            errors = np.stack([bit_errors(values, message).cpu().numpy() for values in logits])
+            errors = torch.cat(error_parts, dim=1).long().cpu().numpy()  # (taps, n)
             if codec.exact:
+                logits, message = torch.cat(logit_parts, dim=1), self._message[:end]
                 scores = [score for values in logits for score in bit_scores(values, message)]
                 p_value = min(p_value, price * penalty * sign_flip_p_value(scores))
                 excluded = mark_excluded(self._agreement(errors), self._miss(penalty))

@@ -99,9 +99,9 @@ def plain_recipe(path: Path, watermark: Watermark) -> float:
         for start in range(0, len(message), 128):
             chosen = slice(start, start + 128)
             with autocast():
-                logits, stream = run_to_taps(backbone, codec, activations[chosen], message[chosen], block)
+                decoded, stream = run_to_taps(backbone, codec, activations[chosen], message[chosen], block)
                 backbone.run(stream, codec.taps[-1] + 1, backbone.depth)
-            scores += torch.tensor([bit_scores(values, message[chosen]) for values in logits.values()])
+            scores += torch.tensor([bit_scores(read.logits, message[chosen]) for read in decoded.values()])
     return sign_flip_p_value(scores.flatten().tolist())
 
 

@@ -34,7 +34,7 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoint import architecture_of, build_model
 from activemark_fast.codec import KeyedCodec
 from activemark_fast.datasets import synthetic_task
-from activemark_fast.marking.suffix import SiteActivations, read_logits, site_activations
+from activemark_fast.marking.suffix import SiteActivations, read_mark, site_activations
 from activemark_fast.profile import measure
 from activemark_fast.triggers import Preprocess, holdout_images, synthetic_images
 from activemark_fast.verdict import bit_scores, sign_flip_p_value
@@ -203,7 +203,8 @@ def power(folder: Path) -> dict[str, list[list[float]]]:
         suspect = noise(embedding.model, None, 0, strength) if strength else embedding.model
         backbone, codec = Backbone(suspect), watermark.restore_codec(OWNER)
         activations = site_activations(backbone, pixels, watermark.site.block, nullcontext)
-        logits = read_logits(backbone, codec, activations, message, watermark.site.block, nullcontext)
+        read = read_mark(backbone, codec, activations, message, watermark.site.block, nullcontext)
+        logits = {tap: at_tap.logits for tap, at_tap in read.items()}
 
         def p_value(images: int, bits: int, logits: dict[int, Tensor] = logits) -> float:
             parts = (bit_scores(v[:images, :bits], message[:images, :bits]) for v in logits.values())

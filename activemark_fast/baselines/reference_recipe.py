@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
+from torch.nn.functional import cosine_similarity
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.baselines.common import Cost, Finding, share_of
 from activemark_fast.codec import LearnedCodec
 from activemark_fast.key import Key
-from activemark_fast.marking.suffix import read_logits, site_activations
+from activemark_fast.marking.suffix import read_mark, site_activations
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 from activemark_fast.triggers import Preprocess, holdout_images
-from activemark_fast.verdict import bit_errors, default_tau
+from activemark_fast.verdict import default_tau
 
 IMAGES = 256
 PROFILED_IMAGES = 32
@@ -125,13 +125,9 @@ def generate(
                     source = marked.run(marked.stem(batch), 0, site.block)
                     output = marked.run(source, site.block, site.block + 1)
                 tapped = marked.run(codec.inject(output, source, message), site.block + 1, last + 1)
-                logits = codec.logits(tapped, last)
+                told = codec.decode(tapped, last, message).loss.mean()
                 seen = marked.features(marked.run(tapped, last + 1, marked.depth))
-            loss = (
-                binary_cross_entropy_with_logits(logits, message.float())
-                + 1
-                - cosine_similarity(seen.float(), wanted.float(), dim=-1).mean()
-            )
+            loss = told + 1 - cosine_similarity(seen.float(), wanted.float(), dim=-1).mean()
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -147,6 +143,6 @@ def verify(suspect: nn.Module, mark: Mark) -> Finding:
     """The detection rate: share of the images whose message is read with at most tau wrong bits (5 of 32)."""
     view = Backbone(suspect)
     activations = site_activations(view, mark.pixels, mark.site.block, nullcontext)
-    logits = read_logits(view, mark.codec, activations, mark.messages, mark.site.block, nullcontext)
-    errors = bit_errors(logits[mark.codec.taps[-1]], mark.messages)
+    decoded = read_mark(view, mark.codec, activations, mark.messages, mark.site.block, nullcontext)
+    errors = decoded[mark.codec.taps[-1]].errors
     return Finding(float((errors <= default_tau(mark.codec.bits)).double().mean()))

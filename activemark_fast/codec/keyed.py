@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from activemark_fast.key import Key
 from activemark_fast.ops.bits import pack_bits
-from activemark_fast.ops.decode import decode_keyed
+from activemark_fast.ops.decode import Decoded, decode_keyed
 from activemark_fast.ops.inject import inject_keyed
 from activemark_fast.site import Site
 
@@ -105,9 +105,10 @@ class KeyedCodec:
         """See `Codec.inject`: first the images with their message, then with its complement."""
         return inject_keyed(output, self.inject_directions, self.scale, pack_bits(message), self.slots)
 
-    def logits(self, tapped: Tensor, tap: int) -> Tensor:
-        """See `Codec.logits`: P (h⁺ - h⁻), mean over the slots, 1 being as much as was injected."""
-        return decode_keyed(tapped, self.read_directions[tap], self.scale, self.slots).logits.float()
+    def decode(self, tapped: Tensor, tap: int, message: Tensor) -> Decoded:
+        """See `Codec.decode`: P (h⁺ - h⁻), mean over the slots, 1 being as much as was injected."""
+        directions, expected = self.read_directions[tap], pack_bits(message)
+        return decode_keyed(tapped, directions, self.scale, self.slots, expected, self.sharpness)
 
 
 def keyed_slots(key: Key, site: Site) -> np.ndarray:

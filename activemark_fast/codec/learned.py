@@ -9,7 +9,7 @@ from typing_extensions import Self
 from activemark_fast.key import Key
 from activemark_fast.ops.bits import pack_bits
 from activemark_fast.ops.common import Perceptron
-from activemark_fast.ops.decode import decode_learned
+from activemark_fast.ops.decode import Decoded, decode_learned
 from activemark_fast.ops.inject import inject_learned
 from activemark_fast.site import Site
 
@@ -87,7 +87,7 @@ class LearnedCodec(nn.Module):
         encoder = Perceptron(*self.encoder.parameters())
         return inject_learned(output, source, pack_bits(message), encoder, self.index, self.axis)
 
-    def logits(self, tapped: Tensor, tap: int) -> Tensor:
-        """See `Codec.logits`."""
+    def decode(self, tapped: Tensor, tap: int, message: Tensor) -> Decoded:
+        """See `Codec.decode`."""
         decoder = Perceptron(*self.decoder.parameters())
-        return decode_learned(tapped, decoder, self.index, self.axis).logits.float()
+        return decode_learned(tapped, decoder, self.index, self.axis, pack_bits(message), self.sharpness)

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from activemark_fast.key import Key
+from activemark_fast.ops.decode import Decoded
 from activemark_fast.site import Site
 
 
@@ -19,10 +20,10 @@ class Codec(Protocol):
         name: "keyed" or "learned"; the key of `CODECS`.
         exact: nothing in the codec is fitted to data, so the sign-flip p-value is exact.
         bits: message length M.
-        passes: how many copies of an image `inject` makes and `logits` takes.
-        sharpness: what logits are multiplied with in a training loss, so that about 1 is hardly read and 10
-            is read safely.
-        taps: blocks `logits` can read at.
+        passes: how many copies of an image `inject` makes and `decode` takes.
+        sharpness: what logits are multiplied with in the loss, so that about 1 is hardly read and 10 is read
+            safely.
+        taps: blocks `decode` can read at.
         original_rate: () float32, the detection rate on the unmarked original, 1 until `embed` has measured
             it; a codec that is not exact keeps it in its state.
     """
@@ -66,6 +67,15 @@ class Codec(Protocol):
         """
         ...
 
-    def logits(self, tapped: Tensor, tap: int) -> Tensor:
-        """(passes * B, N, D), output of block `tap` after `inject` → (B, M) float32; above 0 reads as 1."""
+    def decode(self, tapped: Tensor, tap: int, message: Tensor) -> Decoded:
+        """Reads a message off each image's residual stream.
+
+        Args:
+            tapped: (passes * B, N, D), output of block `tap` after `inject`.
+            tap: one of `taps`.
+            message: (B, M), what was injected.
+
+        Returns:
+            Logits, and how they compare with the message: bit errors, and the loss of `sharpness` * logits.
+        """
         ...

@@ -16,7 +16,8 @@ from activemark_fast.codec import Codec
 from activemark_fast.key import KeyStream
 from activemark_fast.marking.engine import halving
 from activemark_fast.marking.resume import TrainingState
-from activemark_fast.marking.suffix import Autocast, SiteActivations, run_to_taps
+from activemark_fast.marking.suffix import Autocast, SiteActivations, message_loss, run_to_taps
+from activemark_fast.ops.decode import Decoded
 from activemark_fast.site import Site
 
 MODEL_LR = 1e-4
@@ -88,11 +89,11 @@ def finetune(
     def loss_of(chosen: Tensor, message: Tensor) -> Tensor:
         batch = activations[chosen.to(activations.output.device)].to(device)
         with autocast():
-            logits, injected = run_to_taps(backbone, codec, batch, message, site.block)
+            decoded, injected = run_to_taps(backbone, codec, batch, message, site.block)
             clean = backbone.run(batch.output, first, last)
             both = backbone.run(torch.cat([injected[: len(chosen)], clean]), last, backbone.depth)
             seen = backbone.features(both).float()
-        told = _cross_entropy(codec, logits, message.float())
+        told = message_loss(decoded)
         lost = 1 - cosine_similarity(seen, features[chosen].repeat(2, 1, 1), dim=-1)
         lost_injected, lost_clean = lost.chunk(2)
         loss = (
@@ -102,9 +103,7 @@ def finetune(
             with autocast():
                 unmarked, _ = run_to_taps(original, codec, batch, message, site.block)
             share = (1 - told.detach() / math.log(2)).clamp(0, 1)
-            loss = loss + share * _cross_entropy(
-                codec, unmarked, torch.full(message.shape, 0.5, device=device)
-            )
+            loss = loss + share * _fair_coin_loss(codec, unmarked)
         return loss
 
     at_once = BATCH
@@ -167,9 +166,9 @@ def _restore(trained: list[Tensor], optimizer: torch.optim.Optimizer, tensors: d
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _cross_entropy(codec: Codec, logits: dict[int, Tensor], target: Tensor) -> Tensor:
-    terms = [binary_cross_entropy_with_logits(codec.sharpness * values, target) for values in logits.values()]
-    return torch.stack(terms).mean()
+def _fair_coin_loss(codec: Codec, decoded: dict[int, Decoded]) -> Tensor:
+    logits = codec.sharpness * torch.stack([read.logits for read in decoded.values()])
+    return binary_cross_entropy_with_logits(logits, torch.full_like(logits, 0.5))
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from activemark_fast.marking.suffix import (
     SiteActivations,
     feature_cosine,
     final_features,
-    read_logits,
+    read_mark,
 )
+from activemark_fast.ops.decode import Decoded
 from activemark_fast.site import Site
-from activemark_fast.verdict import bit_errors, default_tau
+from activemark_fast.verdict import default_tau
 
 DETECTION_TARGET = 0.99
 MARGIN_TARGET = 2.0
@@ -85,12 +86,12 @@ class QualityCheck:
         features = final_features(self._backbone, self._held, self._block, self._autocast)
         return feature_cosine(features, self._features)
 
-    def _read(self, backbone: Backbone) -> dict[int, Tensor]:
-        return read_logits(backbone, self._codec, self._held, self._message, self._block, self._autocast)
+    def _read(self, backbone: Backbone) -> dict[int, Decoded]:
+        return read_mark(backbone, self._codec, self._held, self._message, self._block, self._autocast)
 
-    def _detection(self, logits: dict[int, Tensor]) -> tuple[float, float]:
+    def _detection(self, decoded: dict[int, Decoded]) -> tuple[float, float]:
         """Mean bit errors and detection rate at the last tap."""
-        errors = bit_errors(logits[self._codec.taps[-1]], self._message)
+        errors = decoded[self._codec.taps[-1]].errors
         return float(errors.double().mean()), float((errors <= default_tau(self._codec.bits)).double().mean())
 
     def __call__(self, reference: Backbone | None = None, fidelity: float | None = None) -> Quality:
@@ -102,13 +103,13 @@ class QualityCheck:
         """
         if reference is not None:
             self._original = self._read(reference)
-        logits = self._read(self._backbone)
+        decoded = self._read(self._backbone)
         signs = 2 * self._message.float() - 1
-        margins = [
-            float((values * signs).mean() / torch.sqrt((values * signs).var() + self._original[tap].var()))
-            for tap, values in logits.items()
-        ]
-        bit_error, rate = self._detection(logits)
+        margins = []
+        for tap, read in decoded.items():
+            signal, noise = read.logits * signs, self._original[tap].logits
+            margins.append(float(signal.mean() / torch.sqrt(signal.var() + noise.var())))
+        bit_error, rate = self._detection(decoded)
         return Quality(
             fidelity=self.fidelity() if fidelity is None else fidelity,
             margin=min(margins),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
+from activemark_fast.ops.decode import Decoded
 
 BATCH = 128
 """Images run through the model at a time."""
@@ -59,42 +60,47 @@ def site_activations(
 
 def run_to_taps(
     backbone: Backbone, codec: Codec, activations: SiteActivations, message: Tensor, block: int
-) -> tuple[dict[int, Tensor], Tensor]:
+) -> tuple[dict[int, Decoded], Tensor]:
     """Injects (B, M) messages and runs to the last tap.
 
     Returns:
-        The logits (B, M) at every tap, and the residual stream (passes * B, N, D) after the last one.
+        What is read at every tap, and the residual stream (passes * B, N, D) after the last one.
     """
     stream = codec.inject(activations.output, activations.source, message)
-    logits = {}
+    decoded = {}
     start = block + 1
     for tap in codec.taps:
         stream = backbone.run(stream, start, tap + 1)
-        logits[tap] = codec.logits(stream, tap)
+        decoded[tap] = codec.decode(stream, tap, message)
         start = tap + 1
-    return logits, stream
+    return decoded, stream
 
 
 @torch.no_grad()
-def read_logits(
+def read_mark(
     backbone: Backbone,
     codec: Codec,
     activations: SiteActivations,
     message: Tensor,
     block: int,
     autocast: Autocast,
-) -> dict[int, Tensor]:
-    """The logits (n, M) at every tap for (n, M) messages."""
-    parts: dict[int, list[Tensor]] = {tap: [] for tap in codec.taps}
+) -> dict[int, Decoded]:
+    """What is read at every tap for (n, M) messages."""
+    parts: dict[int, list[Decoded]] = {tap: [] for tap in codec.taps}
     for start in range(0, len(activations), BATCH):
         chosen = slice(start, start + BATCH)
         with autocast():
-            logits, _ = run_to_taps(
+            decoded, _ = run_to_taps(
                 backbone, codec, activations[chosen].to(backbone.device), message[chosen], block
             )
-        for tap, values in logits.items():
-            parts[tap].append(values)
-    return {tap: torch.cat(values) for tap, values in parts.items()}
+        for tap, read in decoded.items():
+            parts[tap].append(read)
+    return {tap: Decoded(*map(torch.cat, zip(*reads, strict=True))) for tap, reads in parts.items()}
+
+
+def message_loss(decoded: dict[int, Decoded]) -> Tensor:
+    """(), cross-entropy of message and logits, mean over the taps."""
+    return torch.stack([read.loss for read in decoded.values()]).mean()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from tiny import vit
 from torch import Tensor, nn
 
 from activemark_fast.baselines import Classifier, Cost, adv_tra, ipguard, reference_recipe
-from activemark_fast.marking.suffix import read_logits, site_activations
+from activemark_fast.marking.suffix import read_mark, site_activations
 
 KEY = b"k" * 32
 CLASSES = 4
@@ -129,8 +129,8 @@ def test_the_reference_recipe_trains_the_suffix_and_the_codec() -> None:
     rate = reference_recipe.verify(mark.model, mark).detection_rate
     view = reference_recipe.Backbone(mark.model)
     activations = site_activations(view, mark.pixels, mark.site.block, torch.no_grad)
-    logits = read_logits(view, mark.codec, activations, mark.messages, mark.site.block, torch.no_grad)
-    wrong = ((logits[mark.site.taps[-1]] > 0) != mark.messages.bool()).sum(dim=1)
+    read = read_mark(view, mark.codec, activations, mark.messages, mark.site.block, torch.no_grad)
+    wrong = ((read[mark.site.taps[-1]].logits > 0) != mark.messages.bool()).sum(dim=1)
     assert rate == float((wrong <= 5).double().mean())
 
 
@@ -142,8 +142,8 @@ def test_the_reference_recipe_learns() -> None:
     def wrong(made: reference_recipe.Mark) -> float:
         view = reference_recipe.Backbone(made.model)
         activations = site_activations(view, made.pixels, made.site.block, torch.no_grad)
-        logits = read_logits(view, made.codec, activations, made.messages, made.site.block, torch.no_grad)
-        return float(((logits[made.site.taps[-1]] > 0) != made.messages.bool()).double().mean())
+        read = read_mark(view, made.codec, activations, made.messages, made.site.block, torch.no_grad)
+        return float(read[made.site.taps[-1]].errors.double().mean()) / 8
 
     assert wrong(trained) < wrong(mark) - 0.05
 

@@ -145,12 +145,12 @@ def test_what_is_merely_carried_along_is_not_read() -> None:
     mark, output, message = codec(), stream(6), messages(6)
     injected = mark.inject(output, output, message)
     for tap in SITE.taps:
-        logits = mark.logits(injected, tap)
+        logits = mark.decode(injected, tap, message).logits
         assert logits.shape == (6, BITS)
         assert logits.dtype == torch.float32
         assert logits.abs().max() < 1e-5
         # Layer norm without its affine part takes out the mean, which no P sees, and scales every token.
-        normed = mark.logits(torch.nn.functional.layer_norm(injected, (SITE.width,)), tap)
+        normed = mark.decode(torch.nn.functional.layer_norm(injected, (SITE.width,)), tap, message).logits
         assert normed.abs().max() < 0.1
 
 
@@ -159,27 +159,37 @@ def test_a_model_that_carries_the_mark_is_read_right() -> None:
     injected = mark.inject(output, output, message)
     for tap in SITE.taps:
         moved = injected + injected @ mark.inject_directions.T @ mark.read_directions[tap]
-        logits = mark.logits(moved, tap)
-        torch.testing.assert_close(logits, 2 * message.float() - 1, rtol=0, atol=1e-4)
+        read = mark.decode(moved, tap, message)
+        torch.testing.assert_close(read.logits, 2 * message.float() - 1, rtol=0, atol=1e-4)
+        assert not read.errors.any()
+        assert mark.decode(moved, tap, 1 - message).errors.tolist() == 6 * [BITS]
+        logits = mark.sharpness * read.logits
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, message.float(), reduction="none")
+        torch.testing.assert_close(read.loss, loss.mean(dim=1))
         other = next(t for t in SITE.taps if t != tap)
-        assert mark.logits(moved, other).abs().max() < 1e-4
+        assert mark.decode(moved, other, message).logits.abs().max() < 1e-4
 
 
 def test_swapping_the_passes_turns_every_logit_round() -> None:
     mark, tapped = codec(), stream(8)
     plus, minus = tapped.chunk(2)
     for tap in SITE.taps:
-        assert torch.equal(mark.logits(torch.cat([minus, plus]), tap), -mark.logits(tapped, tap))
-        assert torch.equal(mark.logits(torch.cat([plus, plus]), tap), torch.zeros(4, BITS))
+        logits = mark.decode(tapped, tap, messages(4)).logits
+        assert torch.equal(mark.decode(torch.cat([minus, plus]), tap, messages(4)).logits, -logits)
+        same = mark.decode(torch.cat([plus, plus]), tap, messages(4))
+        assert torch.equal(same.logits, torch.zeros(4, BITS))
+        assert same.errors.tolist() == 4 * [BITS]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_flipping_a_row_of_p_flips_exactly_that_bit(autocast: bool) -> None:
     mark, tapped = codec(), stream(8)
+    exact = mark.decode(tapped, 4, messages(4)).logits
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        before = mark.logits(tapped, 4)
+        before = mark.decode(tapped, 4, messages(4)).logits
+        assert torch.equal(before, exact)  # P is multiplied in float32, whatever the blocks run in
         mark.read_directions[4][7] *= -1
-        after = mark.logits(tapped, 4)
+        after = mark.decode(tapped, 4, messages(4)).logits
     before[:, 7] *= -1
     assert torch.equal(after, before)
 
@@ -207,7 +217,7 @@ def test_p_values_of_an_innocent_suspect_are_conservative_over_keys() -> None:
         tapped, scores = mark.inject(output, output, message), []
         for tap in site.taps:
             tapped = tapped + torch.nn.functional.gelu(mix @ tapped @ wide) @ back
-            scores += bit_scores(mark.logits(tapped, tap), message)
+            scores += bit_scores(mark.decode(tapped, tap, message).logits, message)
         p_values.append(sign_flip_p_value(scores))
     for level in (0.01, 0.05, 0.2, 0.5):
         assert sum(p <= level for p in p_values) <= binom.ppf(0.9999, keys, level)
@@ -222,7 +232,8 @@ def test_state_round_trip() -> None:
     output, message = stream(3), messages(3)
     assert torch.equal(mark.inject(output, output, message), restored.inject(output, output, message))
     for tap in SITE.taps:
-        assert torch.equal(mark.logits(stream(4), tap), restored.logits(stream(4), tap))
+        read, again = (codec.decode(stream(6), tap, message) for codec in (mark, restored))
+        assert torch.equal(read.logits, again.logits)
     assert mark.to(torch.device("cpu")) is mark
     assert (mark.name, mark.exact, mark.passes, mark.taps, mark.bits) == ("keyed", True, 2, SITE.taps, BITS)
 

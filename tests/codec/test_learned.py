@@ -95,9 +95,14 @@ def test_what_is_written_depends_on_source_and_message_only(axis: str) -> None:
 @AXES
 def test_gradient_reaches_encoder_decoder_and_source(axis: str) -> None:
     mark, output, source = codec(axis), stream(3), stream(3, seed=1).requires_grad_()
-    logits = mark.logits(mark.inject(output, source, messages(3)), SITE.taps[-1])
+    message = messages(3)
+    read = mark.decode(mark.inject(output, source, message), SITE.taps[-1], message)
+    logits = read.logits
     assert logits.shape == (3, BITS)
     assert logits.dtype == torch.float32
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, message.float(), reduction="none")
+    torch.testing.assert_close(read.loss, loss.mean(dim=1))
+    assert torch.equal(read.errors, ((logits > 0) != message.bool()).sum(dim=1, dtype=torch.int32))
     logits.square().sum().backward()
     for name, parameter in mark.named_parameters():
         assert parameter.grad is not None, name
@@ -118,7 +123,8 @@ def test_state_round_trip(axis: str) -> None:
     restored = CODECS["learned"].restore(KEY, SITE, BITS, mark.state(), axis)
     injected = mark.inject(stream(), stream(seed=1), messages(5))
     assert torch.equal(restored.inject(stream(), stream(seed=1), messages(5)), injected)
-    assert torch.equal(restored.logits(injected, 4), mark.logits(injected, 4))
+    read, again = (codec.decode(injected, 4, messages(5)) for codec in (mark, restored))
+    assert torch.equal(read.logits, again.logits)
     assert isinstance(restored, LearnedCodec)
     assert not any(p.requires_grad for p in restored.parameters())
     assert all(not t.requires_grad and t.is_contiguous() for t in mark.state().values())

@@ -33,7 +33,7 @@ from activemark_fast.marking.suffix import (
     SiteActivations,
     feature_cosine,
     final_features,
-    read_logits,
+    read_mark,
     site_activations,
 )
 from activemark_fast.profile import measure
@@ -96,7 +96,7 @@ class Case:
 
     def read(self) -> dict[int, Tensor]:
         args = (self.codec, self.unseen, self.unseen_messages, self.site.block, nullcontext)
-        return read_logits(self.backbone, *args)
+        return {tap: read.logits for tap, read in read_mark(self.backbone, *args).items()}
 
     def features(self) -> Tensor:
         return final_features(self.backbone, self.unseen, self.site.block, nullcontext)

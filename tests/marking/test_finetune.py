@@ -15,7 +15,8 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.codec import CODECS, Codec
 from activemark_fast.key import Key
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
-from activemark_fast.marking.suffix import feature_cosine, final_features, read_logits, site_activations
+from activemark_fast.marking.suffix import feature_cosine, final_features, read_mark, site_activations
+from activemark_fast.ops.decode import Decoded
 from activemark_fast.profile import measure
 
 KEY = Key(b"k" * 32)
@@ -73,10 +74,8 @@ class Run:
 
     def wrong(self) -> float:
         message = torch.from_numpy(KEY.stream("read").bits((24, BITS)))
-        logits = read_logits(
-            self.backbone, self.codec, self.activations, message, self.site.block, nullcontext
-        )
-        return float(((logits[DEPTH - 2] > 0) != message.bool()).double().mean())
+        read = read_mark(self.backbone, self.codec, self.activations, message, self.site.block, nullcontext)
+        return float(read[DEPTH - 2].errors.double().mean()) / BITS
 
     def fidelity(self) -> float:
         now = final_features(self.backbone, self.activations, self.site.block, nullcontext)
@@ -194,15 +193,16 @@ def test_a_step_without_room_is_taken_in_parts(codec: str, monkeypatch: pytest.M
     module = importlib.import_module("activemark_fast.marking.finetune")
     plenty, scarce = Run(codec), Run(codec)
     plenty.train(2)
-    real, sizes = module._cross_entropy, []
+    real, sizes = module.message_loss, []
 
-    def short_of_memory(coder: Codec, logits: dict[int, Tensor], target: Tensor) -> Tensor:
-        sizes.append(len(target))
-        if len(target) > 8 or sizes == [32, 16, 8, 8]:
+    def short_of_memory(decoded: dict[int, Decoded]) -> Tensor:
+        images = len(decoded[DEPTH - 2].loss)
+        sizes.append(images)
+        if images > 8 or sizes == [32, 16, 8, 8]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(coder, logits, target)
+        return real(decoded)
 
-    monkeypatch.setattr(module, "_cross_entropy", short_of_memory)
+    monkeypatch.setattr(module, "message_loss", short_of_memory)
     scarce.train(2)
     assert sizes[:4] == [32, 16, 8, 8]
     assert set(sizes[4:]) == {4}

@@ -78,8 +78,6 @@ def test_keyed(cuda: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     launches, others = traced(lambda x: decode_keyed(x, directions, scale, slots, words), tapped)
     assert launches == [("decode_keyed_kernel", DECODED)]
     assert others <= FREE
-    launches, _ = traced(lambda x: decode_keyed(x, directions, scale, slots)[:2], tapped)
-    assert len(launches) == 1
     backward = torch.ops.activemark_fast.decode_keyed_backward
     launches, others = traced(lambda g: backward(g, directions, scale, slots, 7, dtype, True), grad)
     assert launches == [("decode_keyed_backward_kernel", {"out"})]

@@ -22,16 +22,15 @@ def judge(
     logits,  # (BLOCK_B, BLOCK_M) float32
     image,  # (BLOCK_B,) int64
     bit,  # (BLOCK_M,) int32: 0 ... BLOCK_M - 1
-    expected,  # (images, words) int32, read only where EXPECTED
+    expected,  # (images, words) int32
     logits_out,  # (images, bits) float32
     words_out,  # (images, words) int32
-    errors_out,  # (images,) int32; this and what follows are written only where EXPECTED
+    errors_out,  # (images,) int32
     loss_out,  # (images,) float32
     loss_grad_out,  # (images, bits) float32
     images,
     bits,
     sharpness,
-    EXPECTED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -52,24 +51,23 @@ def judge(
         packed,
         mask=known[:, None] & (word < word_count)[None, :],
     )
-    if EXPECTED:
-        wanted = tl.load(expected + image[:, None] * word_count + (bit // 32)[None, :], mask=inside, other=0)
-        sign = (((wanted >> (bit % 32)[None, :]) & 1) * 2 - 1).to(tl.float32)
-        # Neither 0 nor NaN is above 0, so both are errors.
-        right = sign * logits > 0
-        # Counted in float32: of a sum of booleans, LLVM makes a population count through the stack.
-        wrong_bits = tl.sum(tl.where(inside & ~right, 1.0, 0.0), axis=1)
-        tl.store(errors_out + image, wrong_bits.to(tl.int32), mask=known)
-        y = sharpness * sign * logits
-        e = tl.exp(-tl.abs(y))
-        # log(1 + e) where 1 + e rounds: its error cancels in the quotient.
-        rounded = 1.0 + e
-        exact = rounded == 1.0
-        log1p = tl.where(exact, e, tl.log(rounded) * (e / tl.where(exact, 1.0, rounded - 1.0)))
-        loss = tl.where(inside, tl.maximum(-y, 0.0) + log1p, 0.0)
-        tl.store(loss_out + image, tl.sum(loss, axis=1) / bits, mask=known)
-        wrong = tl.where(y > 0, e, 1.0) / rounded
-        tl.store(loss_grad_out + at, -sign * wrong * (sharpness / bits), mask=inside)
+    wanted = tl.load(expected + image[:, None] * word_count + (bit // 32)[None, :], mask=inside, other=0)
+    sign = (((wanted >> (bit % 32)[None, :]) & 1) * 2 - 1).to(tl.float32)
+    # Neither 0 nor NaN is above 0, so both are errors.
+    right = sign * logits > 0
+    # Counted in float32: of a sum of booleans, LLVM makes a population count through the stack.
+    wrong_bits = tl.sum(tl.where(inside & ~right, 1.0, 0.0), axis=1)
+    tl.store(errors_out + image, wrong_bits.to(tl.int32), mask=known)
+    y = sharpness * sign * logits
+    e = tl.exp(-tl.abs(y))
+    # log(1 + e) where 1 + e rounds: its error cancels in the quotient.
+    rounded = 1.0 + e
+    exact = rounded == 1.0
+    log1p = tl.where(exact, e, tl.log(rounded) * (e / tl.where(exact, 1.0, rounded - 1.0)))
+    loss = tl.where(inside, tl.maximum(-y, 0.0) + log1p, 0.0)
+    tl.store(loss_out + image, tl.sum(loss, axis=1) / bits, mask=known)
+    wrong = tl.where(y > 0, e, 1.0) / rounded
+    tl.store(loss_grad_out + at, -sign * wrong * (sharpness / bits), mask=inside)
 
 
 @triton.jit
@@ -94,7 +92,6 @@ def decode_keyed_kernel(
     channel_stride,
     sharpness,
     ANTIPODAL: tl.constexpr,
-    EXPECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -148,7 +145,6 @@ def decode_keyed_kernel(
         images,
         bits,
         sharpness,
-        EXPECTED,
         1,
         BLOCK_M,
     )
@@ -213,7 +209,6 @@ def decode_learned_kernel(
     units,
     bits,
     sharpness,
-    EXPECTED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -249,7 +244,6 @@ def decode_learned_kernel(
         images,
         bits,
         sharpness,
-        EXPECTED,
         BLOCK_B,
         BLOCK_M,
     )
@@ -260,7 +254,7 @@ def decode_keyed(
     directions: Tensor,
     scale: Tensor,
     slots: Tensor,
-    expected: Tensor | None,
+    expected: Tensor,
     sharpness: float,
     antipodal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -268,7 +262,7 @@ def decode_keyed(
     images, tokens, width = tapped.shape
     images //= 2 if antipodal else 1
     bits = directions.shape[0]
-    outputs = _outputs(tapped, images, bits, expected)
+    outputs = _outputs(tapped, images, bits)
     if images == 0:
         return outputs
     block_m = _block_of_bits(bits)
@@ -277,7 +271,7 @@ def decode_keyed(
         directions.contiguous(),
         scale,
         slots.contiguous(),
-        outputs[1] if expected is None else expected.contiguous(),
+        expected.contiguous(),
         *outputs,
         images,
         tokens,
@@ -287,7 +281,6 @@ def decode_keyed(
         *tapped.stride(),
         sharpness,
         ANTIPODAL=antipodal,
-        EXPECTED=expected is not None,
         BLOCK_S=64,
         BLOCK_D=128 if block_m <= 64 else 64,
         BLOCK_M=block_m,
@@ -334,13 +327,13 @@ def decode_keyed_backward(
 
 
 def decode_learned(
-    channel: Tensor, decoder: Perceptron, expected: Tensor | None, sharpness: float
+    channel: Tensor, decoder: Perceptron, expected: Tensor, sharpness: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `op.decode_learned`: a launch for each layer, as the second needs all of the first."""
     images = channel.shape[0]
     weight1, bias1, weight2, bias2 = (tensor.contiguous() for tensor in decoder)
     bits, units = weight2.shape
-    outputs = _outputs(channel, images, bits, expected)
+    outputs = _outputs(channel, images, bits)
     if images == 0:
         return outputs
     block_m = _block_of_bits(bits)
@@ -349,13 +342,12 @@ def decode_learned(
         hidden,
         weight2,
         bias2,
-        outputs[1] if expected is None else expected.contiguous(),
+        expected.contiguous(),
         *outputs,
         images,
         units,
         bits,
         sharpness,
-        EXPECTED=expected is not None,
         BLOCK_B=16,
         BLOCK_M=block_m,
         BLOCK_K=32,
@@ -370,11 +362,8 @@ def _block_of_bits(bits: int) -> int:
     return max(WORD_BITS, triton.next_power_of_2(bits))
 
 
-def _outputs(
-    stream: Tensor, images: int, bits: int, expected: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits, words, errors, loss and its gradient, the last three empty where nothing is expected."""
-    judged = 0 if expected is None else images
+def _outputs(stream: Tensor, images: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits, words, errors, loss and its gradient."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=stream.device)
@@ -382,7 +371,7 @@ def _outputs(
     return (
         empty(images, bits),
         empty(images, words_for(bits), dtype=torch.int32),
-        empty(judged, dtype=torch.int32),
-        empty(judged),
-        empty(0) if expected is None else empty(images, bits),
+        empty(images, dtype=torch.int32),
+        empty(images),
+        empty(images, bits),
     )

@@ -20,9 +20,7 @@ from activemark_fast.ops.common import (
     check_stream,
     check_words,
 )
-from activemark_fast.ops.decode.reference import (
-    Outputs,
-)
+from activemark_fast.ops.decode.reference import Outputs
 
 
 class Decoded(NamedTuple):
@@ -32,11 +30,11 @@ class Decoded(NamedTuple):
     """(images, bits) float32 (float64 from a float64 stream); above 0 reads as 1."""
     words: Tensor
     """(images, ceil(bits / 32)) int32, the bits that were read, packed (`unpack_bits` takes them apart)."""
-    errors: Tensor | None
-    """(images,) int32, bits that are not as expected; a logit of 0 or NaN never is. None if nothing was."""
-    loss: Tensor | None
+    errors: Tensor
+    """(images,) int32, bits that are not as expected; a logit of 0 or NaN never is."""
+    loss: Tensor
     """(images,) in the dtype of `logits`, mean over the bits of the binary cross-entropy between
-    sharpness * logits and what was expected; None if nothing was."""
+    sharpness * logits and what was expected."""
 
 
 def decode_keyed(
@@ -44,7 +42,7 @@ def decode_keyed(
     directions: Tensor,  # (bits, width)
     scale: Tensor,  # ()
     slots: Tensor,  # (slots,) int64
-    expected: Tensor | None = None,  # (images, ceil(bits / 32)) int32
+    expected: Tensor,  # (images, ceil(bits / 32)) int32
     sharpness: float = 1.0,
     antipodal: bool = True,
 ) -> Decoded:
@@ -74,10 +72,9 @@ def decode_keyed(
         if images % 2:
             raise ValueError(f"tapped: wanted each image twice, got {images} images")
         images //= 2
-    if expected is not None:
-        check_words("expected", expected, images, directions.shape[0], tapped)
+    check_words("expected", expected, images, directions.shape[0], tapped)
     outputs = _operators().decode_keyed(tapped, directions, scale, slots, expected, sharpness, antipodal)
-    return _decoded(outputs, expected)
+    return _decoded(outputs)
 
 
 def decode_learned(
@@ -85,7 +82,7 @@ def decode_learned(
     decoder: Perceptron,  # length → bits
     index: int,
     axis: str,
-    expected: Tensor | None = None,  # (images, ceil(bits / 32)) int32
+    expected: Tensor,  # (images, ceil(bits / 32)) int32
     sharpness: float = 1.0,
 ) -> Decoded:
     """Runs the learned decoder on one channel c: logits = weight2 relu(weight1 c + bias1) + bias2.
@@ -107,15 +104,14 @@ def decode_learned(
     check_stream("tapped", tapped)
     length = check_channel(tapped, index, axis)
     check_perceptron("decoder", decoder, length, -1, tapped)
-    if expected is not None:
-        check_words("expected", expected, tapped.shape[0], decoder.weight2.shape[0], tapped)
+    check_words("expected", expected, tapped.shape[0], decoder.weight2.shape[0], tapped)
     outputs = _operators().decode_learned(tapped, *decoder, index, AXES[axis], expected, sharpness)
-    return _decoded(outputs, expected)
+    return _decoded(outputs)
 
 
-def _decoded(outputs: Outputs, expected: Tensor | None) -> Decoded:
+def _decoded(outputs: Outputs) -> Decoded:
     logits, words, errors, loss, _ = outputs
-    return Decoded(logits, words, *((None, None) if expected is None else (errors, loss)))
+    return Decoded(logits, words, errors, loss)
 
 
 def _operators() -> Any:

@@ -11,7 +11,7 @@ from activemark_fast.ops.common import Perceptron, compute_dtype, in_full_precis
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """logits (images, bits); words (images, words) int32; bit errors (images,) int32; the loss of each image
-(images,); its gradient to the logits (images, bits). The last three are empty where nothing is expected."""
+(images,); its gradient to the logits (images, bits)."""
 
 
 def decode_keyed_reference(
@@ -19,7 +19,7 @@ def decode_keyed_reference(
     directions: Tensor,  # (bits, width): P
     scale: Tensor,  # (): s
     slots: Tensor,  # (slots,) int64
-    expected: Tensor | None,  # (images, words) int32
+    expected: Tensor,  # (images, words) int32
     sharpness: float,
     antipodal: bool,
 ) -> Outputs:
@@ -61,7 +61,7 @@ def _readings(slots: Tensor, antipodal: bool) -> int:
 def decode_learned_reference(
     channel: Tensor,  # (images, length)
     decoder: Perceptron,  # length → bits
-    expected: Tensor | None,  # (images, words) int32
+    expected: Tensor,  # (images, words) int32
     sharpness: float,
 ) -> Outputs:
     """The learned decoder's two layers."""
@@ -97,21 +97,18 @@ def _hidden(channel: Tensor, decoder: Perceptron) -> Tensor:
 
 def judge(
     logits: Tensor,  # (images, bits)
-    expected: Tensor | None,  # (images, words) int32
+    expected: Tensor,  # (images, words) int32
     sharpness: float,
 ) -> Outputs:
     """Threshold, bit errors, binary cross-entropy of sharpness * logits (mean over the bits), its gradient.
 
     A logit that is neither above nor below 0 is an error, whatever is expected.
     """
-    words = pack_bits(logits > 0)
-    if expected is None:
-        nothing = logits.new_empty(0)
-        return logits, words, nothing.to(torch.int32), nothing, nothing.clone()
     bits = logits.shape[1]
     signs = 2 * unpack_bits(expected, bits).to(logits.dtype) - 1
     margins = signs * logits
     # The loss from the margin, not from logit and target: nothing cancels where a bit is read safely.
     loss = softplus(-sharpness * margins).mean(dim=1)
     loss_grad = -signs * torch.sigmoid(-sharpness * margins) * (sharpness / bits)
-    return logits, words, (~(margins > 0)).sum(dim=1, dtype=torch.int32), loss, loss_grad
+    errors = (~(margins > 0)).sum(dim=1, dtype=torch.int32)
+    return logits, pack_bits(logits > 0), errors, loss, loss_grad

@@ -22,7 +22,7 @@ from activemark_fast.ops.decode.reference import (
 )
 
 _KEYED = "Tensor directions, Tensor scale, Tensor slots"
-_JUDGED = "Tensor? expected, float sharpness"
+_JUDGED = "Tensor expected, float sharpness"
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _PERCEPTRON = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, int index, int dim"
 
@@ -37,7 +37,7 @@ def _decode_keyed(
     directions: Tensor,
     scale: Tensor,
     slots: Tensor,
-    expected: Tensor | None,
+    expected: Tensor,
     sharpness: float,
     antipodal: bool,
 ) -> Outputs:
@@ -53,12 +53,12 @@ def _decode_keyed_fake(
     directions: Tensor,
     scale: Tensor,
     slots: Tensor,
-    expected: Tensor | None,
+    expected: Tensor,
     sharpness: float,
     antipodal: bool,
 ) -> Outputs:
     images = tapped.shape[0] // 2 if antipodal else tapped.shape[0]
-    return _fake_outputs(tapped, images, directions.shape[0], expected)
+    return _fake_outputs(tapped, images, directions.shape[0])
 
 
 @triton_op(
@@ -130,7 +130,7 @@ def _decode_learned(
     bias2: Tensor,
     index: int,
     dim: int,
-    expected: Tensor | None,
+    expected: Tensor,
     sharpness: float,
 ) -> Outputs:
     decoder = Perceptron(weight1, bias1, weight2, bias2)
@@ -150,10 +150,10 @@ def _decode_learned_fake(
     bias2: Tensor,
     index: int,
     dim: int,
-    expected: Tensor | None,
+    expected: Tensor,
     sharpness: float,
 ) -> Outputs:
-    return _fake_outputs(tapped, tapped.shape[0], weight2.shape[0], expected)
+    return _fake_outputs(tapped, tapped.shape[0], weight2.shape[0])
 
 
 @torch.library.custom_op(
@@ -221,15 +221,14 @@ _decode_learned_backward.register_fake(_decode_learned_backward_fake)
 _decode_learned.register_autograd(_decode_learned_gradients, setup_context=_keep_learned)
 
 
-def _fake_outputs(tapped: Tensor, images: int, bits: int, expected: Tensor | None) -> Outputs:
+def _fake_outputs(tapped: Tensor, images: int, bits: int) -> Outputs:
     dtype = compute_dtype(tapped)
-    judged = 0 if expected is None else images
     return (
         tapped.new_empty(images, bits, dtype=dtype),
         tapped.new_empty(images, words_for(bits), dtype=torch.int32),
-        tapped.new_empty(judged, dtype=torch.int32),
-        tapped.new_empty(judged, dtype=dtype),
-        tapped.new_empty((0,) if expected is None else (images, bits), dtype=dtype),
+        tapped.new_empty(images, dtype=torch.int32),
+        tapped.new_empty(images, dtype=dtype),
+        tapped.new_empty(images, bits, dtype=dtype),
     )
 
 
@@ -242,7 +241,7 @@ def _keep(ctx: Any, output: Outputs, *tensors: Tensor) -> None:
 
 def _logits_grad(to_logits: Tensor | None, to_loss: Tensor | None, loss_grad: Tensor) -> Tensor | None:
     """(images, bits), what logits and loss together pass back to the logits."""
-    if to_loss is None or loss_grad.dim() == 1:
+    if to_loss is None:
         return to_logits
     through_loss = to_loss[:, None] * loss_grad
     return through_loss if to_logits is None else to_logits + through_loss
