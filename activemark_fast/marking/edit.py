@@ -162,8 +162,7 @@ def edit(
         part = slice(start, start + engine.batch)
         clean = engine.fetch(output[part])
         stream = clean.repeat(1 + len(messages), 1, 1, 1)
-        for index, message in enumerate(messages[:, part], start=1):
-            stream[index, :, codec.slots] += codec.injection(message)[:, None].to(stream.dtype)
+        codec.inject_once_(stream[1:].view(-1, *clean.shape[1:]), messages[:, part].flatten(0, 1))
         streams.append(engine.keep(stream))
 
     changes = []

@@ -120,15 +120,19 @@ def test_inject_changes_the_slots_only_and_by_opposite_vectors(batch: int, dtype
     doubled = output.repeat(2, 1, 1)
     assert torch.equal(injected[:, others], doubled[:, others])
     added = (injected - doubled)[:, mark.slots].float()
-    expected = mark.injection(message)[:, None].expand(-1, len(mark.slots), -1)
+    expected = (mark.scale * (2 * message.float() - 1) @ mark.inject_directions)[:, None]
+    expected = expected.expand(-1, len(mark.slots), -1)
     tolerance = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     torch.testing.assert_close(added, torch.cat([expected, -expected]), rtol=0, atol=tolerance)
+    mark.inject_once_(output, message)
+    assert torch.equal(output, injected[:batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float32])
 def test_messages_of_every_dtype(dtype: torch.dtype) -> None:
-    mark, message = codec(), messages(3)
-    assert torch.equal(mark.injection(message.to(dtype)), mark.injection(message))
+    mark, output, message = codec(), stream(3), messages(3)
+    want = mark.inject(output, output, message)
+    assert torch.equal(mark.inject(output, output, message.to(dtype)), want)
 
 
 def test_length_of_the_injection() -> None:
@@ -138,7 +142,8 @@ def test_length_of_the_injection() -> None:
     mark = KeyedCodec.create(KEY, SITE, BITS, output, "token")
     kept = [c for c in range(SITE.width) if c not in SITE.massive_channels]
     median = output[:, SITE.patch_tokens][..., kept].norm(dim=-1).median()
-    torch.testing.assert_close(mark.injection(messages(4)).norm(dim=1), (STRENGTH * median).expand(4))
+    injected = mark.inject(torch.zeros_like(output), output, messages(40))[:, mark.slots]
+    torch.testing.assert_close(injected.norm(dim=2), (STRENGTH * median).expand(80, len(mark.slots)))
 
 
 def test_what_is_merely_carried_along_is_not_read() -> None:
