@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, normalize, one_hot
+from torch.nn.utils import skip_init
 
 from activemark_fast.backbone import Backbone, evaluating
 from activemark_fast.datasets import Task
@@ -53,12 +54,42 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 
 
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Accuracy of a linear probe: logistic regression on standardised features (Alain and Bengio 2016).
+    """Accuracy of a linear probe; arguments as for `knn_accuracy`."""
+    probe = linear_probe(train.flatten(1), train_labels)
+    return float((probe(test.flatten(1)).argmax(dim=1) == test_labels).double().mean())
 
-    Arguments as for `knn_accuracy`.
+
+def linear_probe(found: Tensor, labels: Tensor) -> nn.Linear:
+    """A linear classifier: logistic regression on standardised features (Alain and Bengio 2016).
+
+    Fitted with L-BFGS from 0, so that no seed is needed.
+
+    Args:
+        found: (n, D) float32 features.
+        labels: (n,) int64, their classes, from 0, on the same device.
+
+    Returns:
+        D → classes, without gradients; the standardisation is in its weights.
     """
-    predict = _fit_probe(train.flatten(1), train_labels)
-    return float((predict(test.flatten(1)).argmax(dim=1) == test_labels).double().mean())
+    mean, std = found.mean(dim=0), found.std(dim=0, correction=0).clamp_min(1e-6)
+    standard = (found - mean) / std
+    probe = skip_init(nn.Linear, found.shape[1], int(labels.max()) + 1, device=found.device)
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(probe(standard), labels) + PENALTY * probe.weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    probe.requires_grad_(False).zero_grad()
+    probe.weight.div_(std)
+    probe.bias.sub_(probe.weight @ mean)
+    return probe
 
 
 def segmentation_iou(model: nn.Module, task: Task) -> float:
@@ -72,9 +103,9 @@ def segmentation_iou(model: nn.Module, task: Task) -> float:
     classes = task.train.classes
     shares = one_hot(task.train.labels, classes).permute(0, 3, 1, 2).float()
     per_patch = nn.functional.adaptive_avg_pool2d(shares, (rows, columns)).argmax(dim=1)
-    predict = _fit_probe(patch_features(model, task.train.images).flatten(0, 1), per_patch.flatten())
+    probe = linear_probe(patch_features(model, task.train.images).flatten(0, 1), per_patch.flatten())
     found = patch_features(model, task.test.images)
-    scores = predict(found.flatten(0, 1)).reshape(len(found), rows, columns, classes).permute(0, 3, 1, 2)
+    scores = probe(found.flatten(0, 1)).reshape(len(found), rows, columns, classes).permute(0, 3, 1, 2)
     masks = interpolate(scores, (height, width), mode="bilinear").argmax(dim=1)
     return mean_iou(masks, task.test.labels)
 
@@ -108,32 +139,3 @@ def _last_tokens(backbone: Backbone, images: Tensor) -> list[Tensor]:
             backbone.run(backbone.stem(part.to(backbone.device, backbone.dtype)), 0, backbone.depth)
             for part in images.split(BATCH)
         ]
-
-
-class _Probe:
-    """A linear classifier on standardised features."""
-
-    def __init__(self, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor) -> None:
-        self._mean, self._std, self._weight, self._bias = mean, std, weight, bias
-
-    def __call__(self, found: Tensor) -> Tensor:
-        return (found - self._mean) / self._std @ self._weight + self._bias
-
-
-def _fit_probe(found: Tensor, labels: Tensor) -> _Probe:
-    """Fits (n, D) features to (n,) labels: L-BFGS from 0, so that no seed is needed."""
-    mean, std = found.mean(dim=0), found.std(dim=0).clamp_min(1e-6)
-    standard = (found - mean) / std
-    weight = torch.zeros(found.shape[1], int(labels.max()) + 1, requires_grad=True)
-    bias = torch.zeros(weight.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = cross_entropy(standard @ weight + bias, labels) + PENALTY * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return _Probe(mean, std, weight.detach(), bias.detach())

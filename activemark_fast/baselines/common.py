@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from typing_extensions import Self
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.key import Key
 from activemark_fast.triggers import MIN_IMAGES, Preprocess, holdout_images
+from activemark_fast.utility import features, linear_probe
 
 THRESHOLD = 0.5
 """Detection rate above which a baseline takes a suspect for a copy."""
@@ -72,14 +72,13 @@ class Classifier(nn.Module):
         )
 
     @classmethod
-    def fit(cls, model: nn.Module, images: Tensor, labels: Tensor, *, steps: int = 100) -> Self:
-        """`model` with a head fitted to its frozen features: multinomial regression by L-BFGS.
+    def fit(cls, model: nn.Module, images: Tensor, labels: Tensor) -> Self:
+        """`model` with a `linear_probe` of its frozen features.
 
         Args:
             model: a plain ViT.
             images: (n, 3, H, W) in [0, 1].
             labels: (n,) int64, from 0.
-            steps: most iterations of L-BFGS.
 
         Raises:
             ValueError: `images` and `labels` differ in length.
@@ -89,27 +88,9 @@ class Classifier(nn.Module):
                 f"images, labels: wanted as many of each, at least one, got {len(images)}, {len(labels)}"
             )
         view = Backbone(model)
-        head = nn.Linear((1 + view.has_class_token) * view.width, int(labels.max()) + 1).to(view.device)
-        classifier = cls(model, head)
-        features = torch.cat([classifier.features(part).detach() for part in images.split(128)])
-        mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False) + 1e-6
-        standard, wanted = (features - mean) / std, labels.to(view.device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = cross_entropy(head(standard), wanted) + 1e-3 * head.weight.square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        with torch.no_grad():  # the standardisation goes into the head
-            head.weight.div_(std)
-            head.bias.sub_(head.weight @ mean)
-        head.requires_grad_(False).zero_grad()
-        return classifier
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (view.mean, view.std))
+        probe = linear_probe(features(model, (images.cpu() - mean) / std).flatten(1), labels.cpu())
+        return cls(model, probe.to(view.device))
 
     @property
     def classes(self) -> int:
