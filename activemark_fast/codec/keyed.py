@@ -54,9 +54,7 @@ class KeyedCodec:
 
     @classmethod
     def create(cls, key: Key, site: Site, bits: int, output: Tensor, axis: str) -> Self:
-        """See `Codec.create`. Raises ValueError for another axis than "token", or too many bits."""
-        if axis != "token":
-            raise ValueError(f"axis: the keyed codec injects at tokens, wanted 'token', got {axis!r}")
+        """See `Codec.create`."""
         most = (site.width - 1 - len(site.massive_channels)) // (1 + len(site.taps))
         if bits > most:
             raise ValueError(

@@ -57,8 +57,6 @@ class LearnedCodec(nn.Module):
     @classmethod
     def create(cls, key: Key, site: Site, bits: int, output: Tensor, axis: str) -> Self:
         """See `Codec.create`. The initial weights come from the key, in PyTorch's default ranges."""
-        if axis not in ("token", "channel"):
-            raise ValueError(f"axis: wanted 'token' or 'channel', got {axis!r}")
         if axis == "token" and not site.patch_tokens:
             raise ValueError("model: wanted patch tokens without massive activations, found none")
         codec = cls(key, site, bits, axis)

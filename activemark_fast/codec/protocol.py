@@ -38,7 +38,18 @@ class Codec(Protocol):
 
     @classmethod
     def create(cls, key: Key, site: Site, bits: int, output: Tensor, axis: str) -> Self:
-        """A new codec. `output` (n, N, D) is what the original model's block `site.block` puts out."""
+        """A new codec.
+
+        Args:
+            key: the owner's.
+            site: where it writes and reads.
+            bits: message length M.
+            output: (n, N, D), what the original model's block `site.block` puts out.
+            axis: "token", or "channel" for the learned codec (`embed` checks it).
+
+        Raises:
+            ValueError: the model has no room for so many bits, or no token to write them to.
+        """
         ...
 
     @classmethod

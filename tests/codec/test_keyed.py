@@ -250,9 +250,7 @@ def test_most_bits_a_width_has_room_for() -> None:
         codec(bits=most + 1)
 
 
-def test_other_errors() -> None:
-    with pytest.raises(ValueError, match=r"axis: .*'token', got 'channel'"):
-        KeyedCodec.create(KEY, SITE, BITS, stream(), "channel")
+def test_a_model_without_a_token_to_write_to() -> None:
     crowded = replace(SITE, massive_tokens=tuple(range(17)))
     with pytest.raises(ValueError, match="model: wanted patch tokens"):
         KeyedCodec.create(KEY, crowded, BITS, stream(), "token")

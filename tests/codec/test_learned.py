@@ -142,8 +142,6 @@ def test_sizes_are_the_papers() -> None:
     assert codec("channel").state()["encoder.0.weight"].shape == (1024, 17 + BITS)
 
 
-def test_errors() -> None:
-    with pytest.raises(ValueError, match="axis: wanted 'token' or 'channel', got 'image'"):
-        LearnedCodec.create(KEY, SITE, BITS, stream(), "image")
+def test_a_model_without_a_token_to_write_to() -> None:
     with pytest.raises(ValueError, match="model: wanted patch tokens"):
         LearnedCodec.create(KEY, replace(SITE, massive_tokens=tuple(range(17))), BITS, stream(), "token")
