@@ -64,12 +64,12 @@ class Case:
         self.arguments: tuple[Any, ...]
         channel = batch * WIDTH * stream.element_size()
         if op == "inject_keyed":
-            self.arguments = (stream, directions, scale, words, slots, True)
+            self.arguments = (stream, directions, scale, words, slots)
             self.reference = inject_keyed_reference
             self.kernel = lambda: inject_keyed(*self.arguments)
             self.bytes = 3 * size(stream) + size(directions)
         elif op == "decode_keyed":
-            self.arguments = (stream, directions, scale, slots, words, 1.0, True)
+            self.arguments = (stream, directions, scale, slots, words, 1.0)
             self.reference = decode_keyed_reference
             self.kernel = lambda: decode_keyed(*self.arguments)
             self.bytes = size(stream) * SLOTS // TOKENS + size(directions)

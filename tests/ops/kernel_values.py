@@ -26,10 +26,8 @@ from activemark_fast.ops.inject import (  # noqa: E402
 from tests.ops.streams import LARGE, SIZES, Arguments, Sizes  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-KEYED = [(size, True) for size in SIZES if size.images < 64] + [(SIZES[1], False)]
-EVERY_KEYED = pytest.mark.parametrize(
-    ("sizes", "antipodal"), KEYED, ids=lambda v: v if isinstance(v, bool) else f"{v.images}x{v.width}"
-)
+KEYED = [size for size in SIZES if size.images < 64]
+EVERY_KEYED = pytest.mark.parametrize("sizes", KEYED, ids=lambda s: f"{s.images}x{s.width}")
 EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{s.images}x{s.tokens}x{s.width}")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 EVERY_AXIS = pytest.mark.parametrize("axis", ["token", "channel"])
@@ -90,13 +88,13 @@ def double(tensor: Tensor) -> Tensor:
 
 @EVERY_KEYED
 @EVERY_DTYPE
-def test_inject_keyed(sizes: Sizes, dtype: torch.dtype, antipodal: bool) -> None:
+def test_inject_keyed(sizes: Sizes, dtype: torch.dtype) -> None:
     given = Arguments(sizes, dtype, DEVICE)
     stream = leaf(given.stream())
     exact = double(stream)
     codec = (given.directions, given.scale, given.words, given.slots)
-    got = inject_keyed(stream, *codec, antipodal)
-    want = inject_keyed(exact, *codec, antipodal)
+    got = inject_keyed(stream, *codec)
+    want = inject_keyed(exact, *codec)
     assert launches == ["inject_keyed_kernel"]
     assert got.dtype == dtype
     close(got, want, dtype)
@@ -183,11 +181,11 @@ def check_decoded(
 
 @EVERY_KEYED
 @EVERY_DTYPE
-def test_decode_keyed(sizes: Sizes, dtype: torch.dtype, antipodal: bool) -> None:
+def test_decode_keyed(sizes: Sizes, dtype: torch.dtype) -> None:
     given = Arguments(sizes, dtype, DEVICE)
-    tapped = leaf(given.stream(2 if antipodal else 1))
+    tapped = leaf(given.stream(2))
     exact = double(tapped)
-    rest = (given.directions, given.scale, given.slots, given.words, 3.0, antipodal)
+    rest = (given.directions, given.scale, given.slots, given.words, 3.0)
     got, want = decode_keyed(tapped, *rest), decode_keyed(exact, *rest)
     assert launches == ["decode_keyed_kernel"]
     check_decoded(got, want, given.message, dtype, 3.0)
@@ -265,7 +263,7 @@ def test_a_slot_that_is_no_token_is_seen() -> None:
         decoded = decode_keyed(given.stream(2), given.directions, given.scale, slots, given.words)
         assert bool(decoded.logits.isnan().all())
         stream = given.stream()
-        injected = inject_keyed(stream, given.directions, given.scale, given.words, slots, antipodal=False)
+        injected = inject_keyed(stream, given.directions, given.scale, given.words, slots)[: len(stream)]
         assert (injected != stream).any(dim=2).any(dim=0).nonzero().tolist() == [[1]]
         inject_keyed_(stream, given.directions, given.scale, given.words, slots)
         assert torch.equal(stream, injected)

@@ -101,12 +101,12 @@ def launch_all(sizes: Sizes, dtype: torch.dtype, axis: str) -> None:
     given = Arguments(sizes, dtype, "meta")
     stream, dim = given.stream(), 1 if axis == "token" else 2
     keyed = (given.directions, given.scale)
-    inject.inject_keyed(stream, *keyed, given.words, given.slots, antipodal=True)
+    inject.inject_keyed(stream, *keyed, given.words, given.slots)
     inject.inject_keyed_inplace(stream, *keyed, given.words, given.slots)
     inject.inject_learned(stream, stream, given.words, given.encoder(axis), sizes.index, dim)
-    decode.decode_keyed(given.stream(2), *keyed, given.slots, given.words, 1.5, antipodal=True)
+    decode.decode_keyed(given.stream(2), *keyed, given.slots, given.words, 1.5)
     grad = torch.empty(sizes.images, sizes.bits, device="meta")
-    decode.decode_keyed_backward(grad, *keyed, given.slots, sizes.tokens, dtype, antipodal=True)
+    decode.decode_keyed_backward(grad, *keyed, given.slots, sizes.tokens, dtype)
     decode.decode_learned(stream.select(dim, sizes.index), given.decoder(axis), given.words, 1.5)
 
 

@@ -72,7 +72,7 @@ def judge(
 
 @triton.jit
 def decode_keyed_kernel(
-    tapped,  # (images or 2 * images, tokens, width), of any strides
+    tapped,  # (2 * images, tokens, width), of any strides
     directions,  # (bits, width)
     scale,  # ()
     slots,  # (slot_count,) int64
@@ -91,7 +91,6 @@ def decode_keyed_kernel(
     token_stride,
     channel_stride,
     sharpness,
-    ANTIPODAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -119,10 +118,9 @@ def decode_keyed_kernel(
             plus += (
                 tl.load(tapped + image * image_stride + at, mask=inside, other=0.0).to(tl.float32) + nothing
             )
-            if ANTIPODAL:
-                minus += tl.load(tapped + (image + images) * image_stride + at, mask=inside, other=0.0).to(
-                    tl.float32
-                )
+            minus += tl.load(tapped + (image + images) * image_stride + at, mask=inside, other=0.0).to(
+                tl.float32
+            )
         summed = tl.sum(plus, axis=0) - tl.sum(minus, axis=0)
         rows = tl.load(
             directions + bit[:, None] * width + channel[None, :],
@@ -130,8 +128,7 @@ def decode_keyed_kernel(
             other=0.0,
         )
         products += rows.to(tl.float32) * summed[None, :]
-    readings = slot_count * 2 if ANTIPODAL else slot_count
-    logits = tl.sum(products, axis=1) / (readings * tl.load(scale).to(tl.float32))
+    logits = tl.sum(products, axis=1) / (2 * slot_count * tl.load(scale).to(tl.float32))
     judge(
         logits[None, :],
         image + tl.zeros((1,), tl.int64),
@@ -156,14 +153,13 @@ def decode_keyed_backward_kernel(
     directions,  # (bits, width)
     scale,  # ()
     slots,  # (slot_count,) int64
-    out,  # (images or 2 * images, tokens, width), contiguous
+    out,  # (2 * images, tokens, width), contiguous
     images,
     tokens,
     width,
     bits,
     slot_count,
     tiles,
-    ANTIPODAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -180,8 +176,7 @@ def decode_keyed_backward_kernel(
             other=0.0,
         )
         each += tl.sum(g[:, None] * rows.to(tl.float32), axis=0)
-    readings = slot_count * 2 if ANTIPODAL else slot_count
-    each = each / (readings * tl.load(scale).to(tl.float32))
+    each = each / (2 * slot_count * tl.load(scale).to(tl.float32))
     for tile in range(0, tiles):
         token = (tl.program_id(1) * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = (token < tokens)[:, None] & (channel < width)[None, :]
@@ -189,9 +184,8 @@ def decode_keyed_backward_kernel(
         values = tl.where(found[:, None], each[None, :], 0.0)
         at = (image * tokens + token[:, None]) * width + channel[None, :]
         tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
-        if ANTIPODAL:
-            at = ((image + images) * tokens + token[:, None]) * width + channel[None, :]
-            tl.store(out + at, (-values).to(out.dtype.element_ty), mask=inside)
+        at = ((image + images) * tokens + token[:, None]) * width + channel[None, :]
+        tl.store(out + at, (-values).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -256,11 +250,9 @@ def decode_keyed(
     slots: Tensor,
     expected: Tensor,
     sharpness: float,
-    antipodal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `op.decode_keyed`."""
-    images, tokens, width = tapped.shape
-    images //= 2 if antipodal else 1
+    images, tokens, width = tapped.shape[0] // 2, *tapped.shape[1:]
     bits = directions.shape[0]
     outputs = _outputs(tapped, images, bits)
     if images == 0:
@@ -280,7 +272,6 @@ def decode_keyed(
         slots.shape[0],
         *tapped.stride(),
         sharpness,
-        ANTIPODAL=antipodal,
         BLOCK_S=64,
         BLOCK_D=128 if block_m <= 64 else 64,
         BLOCK_M=block_m,
@@ -296,12 +287,11 @@ def decode_keyed_backward(
     slots: Tensor,
     tokens: int,
     dtype: torch.dtype,
-    antipodal: bool,
 ) -> Tensor:
-    """The gradient of `decode_keyed` to `tapped`, (images or 2 * images, tokens, width) in `dtype`."""
+    """The gradient of `decode_keyed` to `tapped`, (2 * images, tokens, width) in `dtype`."""
     images, bits = grad.shape
     width = directions.shape[1]
-    out = torch.empty((2 if antipodal else 1) * images, tokens, width, dtype=dtype, device=grad.device)
+    out = torch.empty(2 * images, tokens, width, dtype=dtype, device=grad.device)
     if out.numel() == 0:
         return out
     tiles = 1 if images < 16 else min(4, triton.cdiv(tokens, BLOCK_T))
@@ -318,7 +308,6 @@ def decode_keyed_backward(
         bits,
         slots.shape[0],
         tiles,
-        ANTIPODAL=antipodal,
         BLOCK_T=BLOCK_T,
         BLOCK_D=BLOCK_D,
         num_warps=4,

@@ -38,13 +38,12 @@ class Decoded(NamedTuple):
 
 
 def decode_keyed(
-    tapped: Tensor,  # (2 * images or images, tokens, width)
+    tapped: Tensor,  # (2 * images, tokens, width)
     directions: Tensor,  # (bits, width)
     scale: Tensor,  # ()
     slots: Tensor,  # (slots,) int64
     expected: Tensor,  # (images, ceil(bits / 32)) int32
     sharpness: float = 1.0,
-    antipodal: bool = True,
 ) -> Decoded:
     """Projects what the slots hold: logits = directions (h⁺ - h⁻), mean over the slots, over 2 scale.
 
@@ -57,7 +56,6 @@ def decode_keyed(
             at it would hold up the device, it makes the logits NaN.
         expected: (images, ceil(bits / 32)) int32, the messages as `pack_bits` makes them.
         sharpness: Factor of the logits in the loss.
-        antipodal: without, `tapped` holds each image once, and logits = directions h, mean, over scale.
 
     Returns:
         See `Decoded`. Logits and loss are differentiable in `tapped`, once.
@@ -67,13 +65,11 @@ def decode_keyed(
     """
     check_stream("tapped", tapped)
     check_keyed(tapped, directions, scale, slots)
-    images = tapped.shape[0]
-    if antipodal:
-        if images % 2:
-            raise ValueError(f"tapped: wanted each image twice, got {images} images")
-        images //= 2
+    images, odd = divmod(tapped.shape[0], 2)
+    if odd:
+        raise ValueError(f"tapped: wanted each image twice, got {tapped.shape[0]} images")
     check_words("expected", expected, images, directions.shape[0], tapped)
-    outputs = _operators().decode_keyed(tapped, directions, scale, slots, expected, sharpness, antipodal)
+    outputs = _operators().decode_keyed(tapped, directions, scale, slots, expected, sharpness)
     return _decoded(outputs)
 
 

@@ -15,22 +15,18 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def decode_keyed_reference(
-    tapped: Tensor,  # (images, tokens, width); antipodal: (2 * images, tokens, width)
+    tapped: Tensor,  # (2 * images, tokens, width)
     directions: Tensor,  # (bits, width): P
     scale: Tensor,  # (): s
     slots: Tensor,  # (slots,) int64
     expected: Tensor,  # (images, words) int32
     sharpness: float,
-    antipodal: bool,
 ) -> Outputs:
-    """P h, mean over the slots, over s; antipodal: P (h⁺ - h⁻), mean over the slots, over 2 s."""
+    """P (h⁺ - h⁻), mean over the slots, over 2 s."""
     dtype = compute_dtype(tapped)
-    summed = tapped[:, slots].sum(dim=1, dtype=dtype)
-    if antipodal:
-        plus, minus = summed.chunk(2)
-        summed = plus - minus
+    plus, minus = tapped[:, slots].sum(dim=1, dtype=dtype).chunk(2)
     with in_full_precision(tapped):
-        logits = summed @ directions.to(dtype).T / (_readings(slots, antipodal) * scale.to(dtype))
+        logits = (plus - minus) @ directions.to(dtype).T / (2 * len(slots) * scale.to(dtype))
     return judge(logits, expected, sharpness)
 
 
@@ -41,21 +37,14 @@ def decode_keyed_backward_reference(
     slots: Tensor,  # (slots,) int64
     tokens: int,
     dtype: torch.dtype,
-    antipodal: bool,
 ) -> Tensor:
     """The gradient to `tapped`, in `dtype`: ± g P over 2 s slots at every slot, 0 elsewhere."""
     with in_full_precision(grad):
-        each = grad @ directions.to(grad.dtype) / (_readings(slots, antipodal) * scale.to(grad.dtype))
-    if antipodal:
-        each = torch.cat([each, -each])
+        each = grad @ directions.to(grad.dtype) / (2 * len(slots) * scale.to(grad.dtype))
+    each = torch.cat([each, -each])
     tapped = torch.zeros(len(each), tokens, each.shape[1], dtype=dtype, device=grad.device)
     tapped[:, slots] = each[:, None].to(dtype)
     return tapped
-
-
-def _readings(slots: Tensor, antipodal: bool) -> int:
-    """How many tokens' readings a logit is the mean of."""
-    return slots.shape[0] * (2 if antipodal else 1)
 
 
 def decode_learned_reference(

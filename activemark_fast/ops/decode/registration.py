@@ -30,7 +30,7 @@ _PERCEPTRON = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, int i
 @triton_op(
     "activemark_fast::decode_keyed",
     mutates_args=(),
-    schema=f"(Tensor tapped, {_KEYED}, {_JUDGED}, bool antipodal) -> {_OUTPUTS}",
+    schema=f"(Tensor tapped, {_KEYED}, {_JUDGED}) -> {_OUTPUTS}",
 )
 def _decode_keyed(
     tapped: Tensor,
@@ -39,13 +39,12 @@ def _decode_keyed(
     slots: Tensor,
     expected: Tensor,
     sharpness: float,
-    antipodal: bool,
 ) -> Outputs:
     if runs_in_triton(tapped):
         from activemark_fast.ops.decode import kernel
 
-        return kernel.decode_keyed(tapped, directions, scale, slots, expected, sharpness, antipodal)
-    return decode_keyed_reference(tapped, directions, scale, slots, expected, sharpness, antipodal)
+        return kernel.decode_keyed(tapped, directions, scale, slots, expected, sharpness)
+    return decode_keyed_reference(tapped, directions, scale, slots, expected, sharpness)
 
 
 def _decode_keyed_fake(
@@ -55,16 +54,14 @@ def _decode_keyed_fake(
     slots: Tensor,
     expected: Tensor,
     sharpness: float,
-    antipodal: bool,
 ) -> Outputs:
-    images = tapped.shape[0] // 2 if antipodal else tapped.shape[0]
-    return _fake_outputs(tapped, images, directions.shape[0])
+    return _fake_outputs(tapped, tapped.shape[0] // 2, directions.shape[0])
 
 
 @triton_op(
     "activemark_fast::decode_keyed_backward",
     mutates_args=(),
-    schema=(f"(Tensor grad, {_KEYED}, SymInt tokens, ScalarType dtype, bool antipodal) -> Tensor"),
+    schema=f"(Tensor grad, {_KEYED}, SymInt tokens, ScalarType dtype) -> Tensor",
 )
 def _decode_keyed_backward(
     grad: Tensor,
@@ -73,13 +70,12 @@ def _decode_keyed_backward(
     slots: Tensor,
     tokens: int,
     dtype: torch.dtype,
-    antipodal: bool,
 ) -> Tensor:
     if runs_in_triton(grad):
         from activemark_fast.ops.decode import kernel
 
-        return kernel.decode_keyed_backward(grad, directions, scale, slots, tokens, dtype, antipodal)
-    return decode_keyed_backward_reference(grad, directions, scale, slots, tokens, dtype, antipodal)
+        return kernel.decode_keyed_backward(grad, directions, scale, slots, tokens, dtype)
+    return decode_keyed_backward_reference(grad, directions, scale, slots, tokens, dtype)
 
 
 def _decode_keyed_backward_fake(
@@ -89,14 +85,12 @@ def _decode_keyed_backward_fake(
     slots: Tensor,
     tokens: int,
     dtype: torch.dtype,
-    antipodal: bool,
 ) -> Tensor:
-    images = (2 if antipodal else 1) * grad.shape[0]
-    return grad.new_empty(images, tokens, directions.shape[1], dtype=dtype)
+    return grad.new_empty(2 * grad.shape[0], tokens, directions.shape[1], dtype=dtype)
 
 
 def _keep_keyed(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    tapped, directions, scale, slots, _, _, ctx.antipodal = inputs
+    tapped, directions, scale, slots, *_ = inputs
     ctx.tokens, ctx.dtype = tapped.shape[1], tapped.dtype
     _keep(ctx, output, directions, scale, slots)
 
@@ -107,9 +101,9 @@ def _decode_keyed_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     to_tapped = None
     if grad is not None:
         to_tapped = torch.ops.activemark_fast.decode_keyed_backward(
-            grad, directions, scale, slots, ctx.tokens, ctx.dtype, ctx.antipodal
+            grad, directions, scale, slots, ctx.tokens, ctx.dtype
         )
-    return to_tapped, None, None, None, None, None, None
+    return to_tapped, None, None, None, None, None
 
 
 _decode_keyed.register_fake(_decode_keyed_fake)

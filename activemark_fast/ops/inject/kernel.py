@@ -36,7 +36,7 @@ def signed_sum(words, image, directions, channel, width, bits, BLOCK_D: tl.const
 @triton.jit
 def inject_keyed_kernel(
     stream,  # (images, tokens, width), of any strides
-    out,  # (images or 2 * images, tokens, width), contiguous
+    out,  # (2 * images, tokens, width), contiguous
     directions,  # (bits, width)
     scale,  # ()
     words,  # (images, ceil(bits / 32)) int32
@@ -50,7 +50,6 @@ def inject_keyed_kernel(
     token_stride,
     channel_stride,
     tiles,
-    ANTIPODAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -77,9 +76,8 @@ def inject_keyed_kernel(
         v = is_slot(token, slots, slot_count, BLOCK_T).to(tl.float32)[:, None] * added[None, :]
         at = (image * tokens + token[:, None]) * width + channel[None, :]
         tl.store(out + at, (x + v).to(out.dtype.element_ty), mask=inside)
-        if ANTIPODAL:
-            at = ((image + images) * tokens + token[:, None]) * width + channel[None, :]
-            tl.store(out + at, (x - v).to(out.dtype.element_ty), mask=inside)
+        at = ((image + images) * tokens + token[:, None]) * width + channel[None, :]
+        tl.store(out + at, (x - v).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -200,14 +198,10 @@ def encode_kernel(
         )
 
 
-def inject_keyed(
-    stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor, slots: Tensor, antipodal: bool
-) -> Tensor:
+def inject_keyed(stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor, slots: Tensor) -> Tensor:
     """See `op.inject_keyed`."""
     images, tokens, width = stream.shape
-    out = torch.empty(
-        (2 if antipodal else 1) * images, tokens, width, dtype=stream.dtype, device=stream.device
-    )
+    out = torch.empty(2 * images, tokens, width, dtype=stream.dtype, device=stream.device)
     if out.numel() == 0:
         return out
     # A program reads all directions at its channels: with many images it uses them for more tokens.
@@ -227,7 +221,6 @@ def inject_keyed(
         slots.shape[0],
         *stream.stride(),
         tiles,
-        ANTIPODAL=antipodal,
         BLOCK_T=BLOCK_T,
         BLOCK_D=BLOCK_D,
         num_warps=4,

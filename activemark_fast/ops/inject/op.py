@@ -29,9 +29,8 @@ def inject_keyed(
     scale: Tensor,  # ()
     words: Tensor,  # (images, ceil(bits / 32)) int32
     slots: Tensor,  # (slots,) int64
-    antipodal: bool = True,
 ) -> Tensor:
-    """A copy of `stream` with scale * (2m - 1) * directions added at every slot.
+    """`stream` twice, with v = scale * (2m - 1) * directions added at every slot, and with v taken away.
 
     Args:
         stream: Residual stream (images, tokens, width) of a floating-point dtype, of any strides.
@@ -40,16 +39,16 @@ def inject_keyed(
         words: (images, ceil(bits / 32)) int32, the messages m as `pack_bits` makes them.
         slots: (slots,) int64, tokens, each at most once. An index that is no token is an error on the CPU;
             on CUDA, where looking at it would hold up the device, nothing is added there.
-        antipodal: below the images with their messages, return them once more with the complements.
 
     Returns:
-        (2 * images or images, tokens, width) in the dtype of `stream`, contiguous. Differentiable in it.
+        (2 * images, tokens, width) in the dtype of `stream`, contiguous: the images with their messages, then
+        with the complements. Differentiable in `stream`.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or `directions` or `scale` needs a gradient.
     """
     _check_keyed(stream, directions, scale, words, slots)
-    return _operators().inject_keyed(stream, directions, scale, words, slots, antipodal)
+    return _operators().inject_keyed(stream, directions, scale, words, slots)
 
 
 def inject_keyed_(
@@ -59,7 +58,7 @@ def inject_keyed_(
     words: Tensor,  # (images, ceil(bits / 32)) int32
     slots: Tensor,  # (slots,) int64
 ) -> Tensor:
-    """`inject_keyed` without complements, into `stream` itself, which is returned; not differentiable."""
+    """Adds v (see `inject_keyed`) to `stream` itself, which is returned; not differentiable."""
     _check_keyed(stream, directions, scale, words, slots)
     _check_inplace("stream", stream)
     _operators().inject_keyed_(stream, directions, scale, words, slots)

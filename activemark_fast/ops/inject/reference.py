@@ -15,19 +15,18 @@ def inject_keyed_reference(
     scale: Tensor,  # (): s
     words: Tensor,  # (images, words) int32
     slots: Tensor,  # (slots,) int64
-    antipodal: bool,
 ) -> Tensor:
-    """Stream + s (2m - 1) U at the slots; antipodal: and below it stream - s (2m - 1) U."""
-    injected = stream.repeat(2 if antipodal else 1, 1, 1)
+    """Stream + s (2m - 1) U at the slots, and below it stream - s (2m - 1) U."""
+    injected = stream.repeat(2, 1, 1)
     added = _added(stream, directions, scale, words)
-    add_at_slots(injected, torch.cat([added, -added]) if antipodal else added, slots)
+    add_at_slots(injected, torch.cat([added, -added]), slots)
     return injected
 
 
 def inject_keyed_inplace_reference(
     stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor, slots: Tensor
 ) -> None:
-    """The same, once and into `stream`."""
+    """The first of the two, into `stream`."""
     add_at_slots(stream, _added(stream, directions, scale, words), slots)
 
 

@@ -27,38 +27,28 @@ _LEARNED = f"Tensor source, Tensor words, {_PERCEPTRON}, int index, int dim"
 @triton_op(
     "activemark_fast::inject_keyed",
     mutates_args=(),
-    schema=f"(Tensor stream, {_KEYED}, bool antipodal) -> Tensor",
+    schema=f"(Tensor stream, {_KEYED}) -> Tensor",
 )
-def _inject_keyed(
-    stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor, slots: Tensor, antipodal: bool
-) -> Tensor:
+def _inject_keyed(stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor, slots: Tensor) -> Tensor:
     if runs_in_triton(stream):
         from activemark_fast.ops.inject import kernel
 
-        return kernel.inject_keyed(stream, directions, scale, words, slots, antipodal)
-    return inject_keyed_reference(stream, directions, scale, words, slots, antipodal)
+        return kernel.inject_keyed(stream, directions, scale, words, slots)
+    return inject_keyed_reference(stream, directions, scale, words, slots)
 
 
-def _inject_keyed_fake(
-    stream: Tensor, directions: Tensor, scale: Tensor, words: Tensor, slots: Tensor, antipodal: bool
-) -> Tensor:
+def _inject_keyed_fake(stream: Tensor, *_: Tensor) -> Tensor:
     images, tokens, width = stream.shape
-    return stream.new_empty((2 if antipodal else 1) * images, tokens, width)
-
-
-def _keep_antipodal(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.antipodal = inputs[5]
+    return stream.new_empty(2 * images, tokens, width)
 
 
 def _inject_keyed_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.antipodal:
-        plus, minus = grad.chunk(2)
-        grad = plus + minus
-    return grad, None, None, None, None, None
+    plus, minus = grad.chunk(2)
+    return plus + minus, None, None, None, None
 
 
 _inject_keyed.register_fake(_inject_keyed_fake)
-_inject_keyed.register_autograd(_inject_keyed_gradients, setup_context=_keep_antipodal)
+_inject_keyed.register_autograd(_inject_keyed_gradients)
 
 
 @triton_op(
