@@ -24,6 +24,11 @@ class Perceptron(NamedTuple):
     bias2: Tensor  # (outputs,)
 
 
+PERCEPTRON_SCHEMA = ", ".join(f"Tensor {name}" for name in Perceptron._fields)
+GRADIENTS_SCHEMA = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+"""Of what `perceptron_backward` returns."""
+
+
 def runs_in_triton(stream: Tensor) -> bool:
     """Whether the Triton kernels take a residual stream: in half or single precision, on a CUDA device."""
     return stream.is_cuda and stream.dtype in KERNEL_DTYPES
@@ -37,6 +42,37 @@ def in_full_precision(stream: Tensor) -> torch.autocast:
 def compute_dtype(stream: Tensor) -> torch.dtype:
     """What is accumulated in: float32, and float64 for a stream in float64."""
     return torch.promote_types(stream.dtype, torch.float32)
+
+
+def perceptron(inputs: Tensor, layers: Perceptron) -> tuple[Tensor, Tensor]:
+    """(images, inputs), in the dtype that is computed in → the hidden layer and the outputs."""
+    weight1, bias1, weight2, bias2 = (tensor.to(inputs.dtype) for tensor in layers)
+    with in_full_precision(inputs):
+        hidden = torch.relu(inputs @ weight1.T + bias1)
+        return hidden, hidden @ weight2.T + bias2
+
+
+def perceptron_backward(
+    grad: Tensor,  # (images, outputs)
+    inputs: Tensor,  # (images, inputs)
+    hidden: Tensor,  # (images, hidden)
+    layers: Perceptron,
+) -> tuple[Tensor, Perceptron]:
+    """Gradients to the inputs, in their dtype, and to the layers, each in its own."""
+    with in_full_precision(inputs):
+        inner = (grad @ layers.weight2.to(grad.dtype)) * (hidden > 0)
+        to_inputs = inner @ layers.weight1.to(grad.dtype)
+        gradients = (inner.T @ inputs, inner.sum(dim=0), grad.T @ hidden, grad.sum(dim=0))
+    to_layers = (gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, layers, strict=True))
+    return to_inputs, Perceptron(*to_layers)
+
+
+def perceptron_backward_fake(
+    channel: Tensor,  # (images, length)
+    layers: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Tensors shaped as the gradients to a channel and to the layers."""
+    return channel.new_empty(channel.shape), *map(torch.empty_like, layers)
 
 
 def check_stream(name: str, stream: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Device functions and the kernel that the Triton kernels of more than one op use.
+"""Device functions and the kernel that more than one op uses.
 
 All of them load in the dtype of the tensor, compute in float32 and round on the store.
 """
@@ -21,6 +21,38 @@ def is_slot(token, slots, slot_count, BLOCK_T: tl.constexpr):
         slot = tl.load(slots + place, mask=place < slot_count, other=-1)
         found = tl.maximum(found, tl.max((token[:, None] == slot[None, :]).to(tl.int32), axis=1))
     return found
+
+
+@triton.jit
+def second_layer(
+    hidden,  # (images, units) float32
+    weight,  # (outputs, units)
+    bias,  # (outputs,)
+    image,  # (BLOCK_B,) int64
+    output,  # (BLOCK_O,)
+    images,
+    outputs,
+    units,
+    BLOCK_B: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(BLOCK_B, BLOCK_O) float32, weight hidden + bias, of these images and outputs."""
+    total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
+    for first in range(0, units, BLOCK_K):
+        unit = first + tl.arange(0, BLOCK_K)
+        h = tl.load(
+            hidden + image[:, None] * units + unit[None, :],
+            mask=(image < images)[:, None] & (unit < units)[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight + output[None, :] * units + unit[:, None],
+            mask=(output < outputs)[None, :] & (unit < units)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(h, w.to(tl.float32), total, input_precision="tf32x3")
+    return total + tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch.library import wrap_triton
 
 from activemark_fast.ops.bits import WORD_BITS, words_for
 from activemark_fast.ops.common import Perceptron
-from activemark_fast.ops.kernels import first_layer, is_slot
+from activemark_fast.ops.kernels import first_layer, is_slot, second_layer
 
 BLOCK_T = 32
 BLOCK_D = 128
@@ -210,21 +210,7 @@ def decode_learned_kernel(
     """Logits = weight hidden + bias. A program reads BLOCK_B images."""
     image = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     bit = tl.arange(0, BLOCK_M)
-    logits = tl.zeros((BLOCK_B, BLOCK_M), tl.float32)
-    for first in range(0, units, BLOCK_K):
-        unit = first + tl.arange(0, BLOCK_K)
-        h = tl.load(
-            hidden + image[:, None] * units + unit[None, :],
-            mask=(image < images)[:, None] & (unit < units)[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            weight + bit[None, :] * units + unit[:, None],
-            mask=(bit < bits)[None, :] & (unit < units)[:, None],
-            other=0.0,
-        )
-        logits = tl.dot(h, w.to(tl.float32), logits, input_precision="tf32x3")
-    logits += tl.load(bias + bit, mask=bit < bits, other=0.0).to(tl.float32)[None, :]
+    logits = second_layer(hidden, weight, bias, image, bit, images, bits, units, BLOCK_B, BLOCK_M, BLOCK_K)
     judge(
         logits,
         image,

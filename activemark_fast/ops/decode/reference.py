@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from activemark_fast.ops.bits import pack_bits, unpack_bits
-from activemark_fast.ops.common import Perceptron, compute_dtype, in_full_precision
+from activemark_fast.ops.common import (
+    Perceptron,
+    compute_dtype,
+    in_full_precision,
+    perceptron,
+    perceptron_backward,
+)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """logits (images, bits); words (images, words) int32; bit errors (images,) int32; the loss of each image
@@ -54,9 +60,7 @@ def decode_learned_reference(
     sharpness: float,
 ) -> Outputs:
     """The learned decoder's two layers."""
-    dtype = compute_dtype(channel)
-    with in_full_precision(channel):
-        logits = _hidden(channel, decoder) @ decoder.weight2.to(dtype).T + decoder.bias2.to(dtype)
+    _, logits = perceptron(channel.to(compute_dtype(channel)), decoder)
     return judge(logits, expected, sharpness)
 
 
@@ -64,24 +68,12 @@ def decode_learned_backward_reference(
     grad: Tensor,  # (images, bits): of the logits
     channel: Tensor,  # (images, length)
     decoder: Perceptron,  # length → bits
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to the channel and the decoder; the hidden layer is computed once more."""
-    dtype = compute_dtype(channel)
-    inputs, outer = channel.to(dtype), grad.to(dtype)
-    with in_full_precision(channel):
-        hidden = _hidden(channel, decoder)
-        inner = (outer @ decoder.weight2.to(dtype)) * (hidden > 0)
-        to_channel = inner @ decoder.weight1.to(dtype)
-        gradients = Perceptron(inner.T @ inputs, inner.sum(dim=0), outer.T @ hidden, outer.sum(dim=0))
-    to_weight1, to_bias1, to_weight2, to_bias2 = (
-        gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, decoder, strict=True)
-    )
-    return to_channel.to(channel.dtype), to_weight1, to_bias1, to_weight2, to_bias2
-
-
-def _hidden(channel: Tensor, decoder: Perceptron) -> Tensor:
-    dtype = compute_dtype(channel)
-    return torch.relu(channel.to(dtype) @ decoder.weight1.to(dtype).T + decoder.bias1.to(dtype))
+) -> tuple[Tensor, Perceptron]:
+    """Gradients to the channel and the decoder; the layers are computed once more."""
+    inputs = channel.to(compute_dtype(channel))
+    hidden, _ = perceptron(inputs, decoder)
+    to_channel, to_decoder = perceptron_backward(grad.to(inputs.dtype), inputs, hidden, decoder)
+    return to_channel.to(channel.dtype), to_decoder
 
 
 def judge(

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.library import triton_op
 
 from activemark_fast.ops.bits import words_for
-from activemark_fast.ops.common import Perceptron, compute_dtype, runs_in_triton
+from activemark_fast.ops.common import (
+    GRADIENTS_SCHEMA,
+    PERCEPTRON_SCHEMA,
+    Perceptron,
+    compute_dtype,
+    perceptron_backward_fake,
+    runs_in_triton,
+)
 from activemark_fast.ops.decode.reference import (
     Outputs,
     decode_keyed_backward_reference,
@@ -24,7 +31,7 @@ from activemark_fast.ops.decode.reference import (
 _KEYED = "Tensor directions, Tensor scale, Tensor slots"
 _JUDGED = "Tensor expected, float sharpness"
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_PERCEPTRON = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, int index, int dim"
+_LEARNED = f"{PERCEPTRON_SCHEMA}, int index, int dim"
 
 
 @triton_op(
@@ -47,14 +54,7 @@ def _decode_keyed(
     return decode_keyed_reference(tapped, directions, scale, slots, expected, sharpness)
 
 
-def _decode_keyed_fake(
-    tapped: Tensor,
-    directions: Tensor,
-    scale: Tensor,
-    slots: Tensor,
-    expected: Tensor,
-    sharpness: float,
-) -> Outputs:
+def _decode_keyed_fake(tapped: Tensor, directions: Tensor, *_: Any) -> Outputs:
     return _fake_outputs(tapped, tapped.shape[0] // 2, directions.shape[0])
 
 
@@ -114,7 +114,7 @@ _decode_keyed.register_autograd(_decode_keyed_gradients, setup_context=_keep_key
 @triton_op(
     "activemark_fast::decode_learned",
     mutates_args=(),
-    schema=f"(Tensor tapped, {_PERCEPTRON}, {_JUDGED}) -> {_OUTPUTS}",
+    schema=f"(Tensor tapped, {_LEARNED}, {_JUDGED}) -> {_OUTPUTS}",
 )
 def _decode_learned(
     tapped: Tensor,
@@ -136,24 +136,14 @@ def _decode_learned(
     return decode_learned_reference(channel, decoder, expected, sharpness)
 
 
-def _decode_learned_fake(
-    tapped: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    index: int,
-    dim: int,
-    expected: Tensor,
-    sharpness: float,
-) -> Outputs:
+def _decode_learned_fake(tapped: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Any) -> Outputs:
     return _fake_outputs(tapped, tapped.shape[0], weight2.shape[0])
 
 
 @torch.library.custom_op(
     "activemark_fast::decode_learned_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor tapped, {_PERCEPTRON}) -> {_OUTPUTS}",
+    schema=f"(Tensor grad, Tensor tapped, {_LEARNED}) -> {GRADIENTS_SCHEMA}",
 )
 def _decode_learned_backward(
     grad: Tensor,
@@ -164,30 +154,16 @@ def _decode_learned_backward(
     bias2: Tensor,
     index: int,
     dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients to the channel of `tapped` and to the decoder: dense products, so they are PyTorch's."""
     decoder = Perceptron(weight1, bias1, weight2, bias2)
-    return decode_learned_backward_reference(grad, tapped.select(dim, index), decoder)
+    to_channel, to_decoder = decode_learned_backward_reference(grad, tapped.select(dim, index), decoder)
+    return to_channel, *to_decoder
 
 
-def _decode_learned_backward_fake(
-    grad: Tensor,
-    tapped: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    index: int,
-    dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channel = tapped.select(dim, index)
-    return (
-        channel.new_empty(channel.shape),
-        torch.empty_like(weight1),
-        torch.empty_like(bias1),
-        torch.empty_like(weight2),
-        torch.empty_like(bias2),
-    )
+def _decode_learned_backward_fake(grad: Tensor, tapped: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *decoder, index, dim = rest
+    return perceptron_backward_fake(tapped.select(dim, index), decoder)
 
 
 def _keep_learned(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

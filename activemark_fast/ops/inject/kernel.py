@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from activemark_fast.ops.common import Perceptron
-from activemark_fast.ops.kernels import first_layer, is_slot, layer_blocks
+from activemark_fast.ops.kernels import first_layer, is_slot, layer_blocks, second_layer
 
 BLOCK_T = 32
 BLOCK_D = 128
@@ -149,21 +149,9 @@ def encode_kernel(
         # Programs that follow one another share a tile of the weights.
         image = (program % tl.cdiv(images, BLOCK_B) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
         value = program // tl.cdiv(images, BLOCK_B) * BLOCK_O + tl.arange(0, BLOCK_O)
-        total = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
-        for first in range(0, units, BLOCK_K):
-            unit = first + tl.arange(0, BLOCK_K)
-            h = tl.load(
-                hidden + image[:, None] * units + unit[None, :],
-                mask=(image < images)[:, None] & (unit < units)[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                weight + value[None, :] * units + unit[:, None],
-                mask=(value < length)[None, :] & (unit < units)[:, None],
-                other=0.0,
-            )
-            total = tl.dot(h, w.to(tl.float32), total, input_precision="tf32x3")
-        total += tl.load(bias + value, mask=value < length, other=0.0).to(tl.float32)[None, :]
+        total = second_layer(
+            hidden, weight, bias, image, value, images, length, units, BLOCK_B, BLOCK_O, BLOCK_K
+        )
         encoded = 1.0 / (1.0 + tl.exp(-total))
         if DIM == 1:
             at = index * out_token_stride + value.to(tl.int64) * out_channel_stride

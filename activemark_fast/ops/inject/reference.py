@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from activemark_fast.ops.bits import unpack_bits
-from activemark_fast.ops.common import Perceptron, compute_dtype, in_full_precision
+from activemark_fast.ops.common import (
+    Perceptron,
+    compute_dtype,
+    in_full_precision,
+    perceptron,
+    perceptron_backward,
+)
 
 
 def inject_keyed_reference(
@@ -65,14 +71,10 @@ def encode_reference(
     encoder: Perceptron,  # length + bits → length
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The learned encoder: its input with the message beside it, its hidden layer, and what it writes."""
-    dtype = compute_dtype(channel)
-    weight1, bias1, weight2, bias2 = (tensor.to(dtype) for tensor in encoder)
-    message = unpack_bits(words, weight1.shape[1] - channel.shape[1]).to(dtype)
-    inputs = torch.cat([channel.to(dtype), message], dim=1)
-    with in_full_precision(channel):
-        hidden = torch.relu(inputs @ weight1.T + bias1)
-        encoded = torch.sigmoid(hidden @ weight2.T + bias2)
-    return inputs, hidden, encoded
+    message = unpack_bits(words, encoder.weight1.shape[1] - channel.shape[1])
+    inputs = torch.cat([channel, message], dim=1).to(compute_dtype(channel))
+    hidden, outputs = perceptron(inputs, encoder)
+    return inputs, hidden, torch.sigmoid(outputs)
 
 
 def encode_backward_reference(
@@ -80,16 +82,9 @@ def encode_backward_reference(
     channel: Tensor,  # (images, length)
     words: Tensor,  # (images, words) int32
     encoder: Perceptron,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Perceptron]:
     """Gradients to the channel and the encoder; the layers are computed once more."""
-    dtype = compute_dtype(channel)
     inputs, hidden, encoded = encode_reference(channel, words, encoder)
-    with in_full_precision(channel):
-        outer = grad.to(dtype) * encoded * (1 - encoded)
-        inner = (outer @ encoder.weight2.to(dtype)) * (hidden > 0)
-        to_channel = inner @ encoder.weight1.to(dtype)[:, : channel.shape[1]]
-        gradients = Perceptron(inner.T @ inputs, inner.sum(dim=0), outer.T @ hidden, outer.sum(dim=0))
-    to_weight1, to_bias1, to_weight2, to_bias2 = (
-        gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, encoder, strict=True)
-    )
-    return to_channel.to(channel.dtype), to_weight1, to_bias1, to_weight2, to_bias2
+    through_sigmoid = grad.to(inputs.dtype) * encoded * (1 - encoded)
+    to_inputs, to_encoder = perceptron_backward(through_sigmoid, inputs, hidden, encoder)
+    return to_inputs[:, : channel.shape[1]].to(channel.dtype).contiguous(), to_encoder

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from activemark_fast.ops.common import Perceptron, runs_in_triton
+from activemark_fast.ops.common import (
+    GRADIENTS_SCHEMA,
+    PERCEPTRON_SCHEMA,
+    Perceptron,
+    perceptron_backward_fake,
+    runs_in_triton,
+)
 from activemark_fast.ops.inject.reference import (
     encode_backward_reference,
     inject_keyed_inplace_reference,
@@ -20,8 +26,7 @@ from activemark_fast.ops.inject.reference import (
 )
 
 _KEYED = "Tensor directions, Tensor scale, Tensor words, Tensor slots"
-_PERCEPTRON = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2"
-_LEARNED = f"Tensor source, Tensor words, {_PERCEPTRON}, int index, int dim"
+_LEARNED = f"Tensor source, Tensor words, {PERCEPTRON_SCHEMA}, int index, int dim"
 
 
 @triton_op(
@@ -129,7 +134,7 @@ def _inject_learned_fake(output: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op(
     "activemark_fast::inject_learned_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_LEARNED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, {_LEARNED}) -> {GRADIENTS_SCHEMA}",
 )
 def _inject_learned_backward(
     grad: Tensor,
@@ -141,31 +146,20 @@ def _inject_learned_backward(
     bias2: Tensor,
     index: int,
     dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients to the channel of `source` and to the encoder: dense products, so they are PyTorch's."""
     encoder = Perceptron(weight1, bias1, weight2, bias2)
-    return encode_backward_reference(grad.select(dim, index), source.select(dim, index), words, encoder)
+    to_channel, to_encoder = encode_backward_reference(
+        grad.select(dim, index), source.select(dim, index), words, encoder
+    )
+    return to_channel, *to_encoder
 
 
 def _inject_learned_backward_fake(
-    grad: Tensor,
-    source: Tensor,
-    words: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    index: int,
-    dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channel = source.select(dim, index)
-    return (
-        channel.new_empty(channel.shape),
-        torch.empty_like(weight1),
-        torch.empty_like(bias1),
-        torch.empty_like(weight2),
-        torch.empty_like(bias2),
-    )
+    grad: Tensor, source: Tensor, words: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *encoder, index, dim = rest
+    return perceptron_backward_fake(source.select(dim, index), encoder)
 
 
 _inject_learned_backward.register_fake(_inject_learned_backward_fake)
