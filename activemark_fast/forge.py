@@ -6,8 +6,7 @@ time:
 
 - *learned codec*: an encoder and a decoder are trained to talk past the frozen model (the published recipe).
 - *hold-out images*: for one random key of the keyed codec, images are optimised until the model's answer to
-them
-  happens to agree with the messages. `verify` says of such a match that it is no evidence by itself.
+  them happens to agree with the messages. `verify` says of such a match that it is no evidence by itself.
 - *keys*: random keys of the keyed codec are tried one after another, on images made for the purpose.
 """
 
@@ -55,13 +54,11 @@ class Forgery:
 
     Attributes:
         learned_rate, learned_steps, learned_seconds: detection rate R of a learned codec that was trained on
-        the
-            suspect, on images and messages it was not trained on; gradient steps; time.
+            the suspect, on images and messages it was not trained on; gradient steps; time.
         image_p_value, image_steps, image_seconds: p-value of the keyed codec on hold-out images that were
             optimised for one random key; gradient steps; time.
         key_p_value, keys, key_seconds: smallest p-value of the keyed codec over random keys; how many keys
-        were
-            tried; time.
+            were tried; time.
     """
 
     learned_rate: float
@@ -107,8 +104,7 @@ def forge(
     Args:
         suspect: a plain ViT. It is not changed.
         minutes: budget for all three ways together; a third each, and what is left over goes to the keys.
-        Each
-            makes at least one step.
+            Each makes at least one step.
         seed: of the forger's keys; how far they get in the time depends on the machine.
         device: where to compute; by default where the suspect is.
         precision: as in `embed`.
@@ -116,7 +112,7 @@ def forge(
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the suspect is no plain ViT with room for a
-        mark.
+            mark.
     """
     if not isinstance(minutes, (int, float)) or isinstance(minutes, bool):
         raise TypeError(f"minutes: wanted a number, got {type(minutes).__name__}")

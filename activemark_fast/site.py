@@ -56,8 +56,8 @@ def taps_after(block: int, depth: int) -> tuple[int, ...]:
     """The taps of a mark that is injected after `block` in a model of `depth` blocks.
 
     The last but one block, which the paper reads at; and one half way there, but no later than before the
-    last
-    three blocks, where there is room: a thief who cuts those off or starts them anew leaves a mark to read.
+    last three blocks, where there is room: a thief who cuts those off or starts them anew leaves a mark to
+    read.
     """
     last = depth - 2
     half_way = block + (last - block + 1) // 2
