@@ -36,7 +36,6 @@ class KeyedCodec:
 
     name = "keyed"
     exact = True
-    passes = 2
     sharpness = 10.0
 
     def __init__(self, key: Key, site: Site, bits: int, scale: Tensor) -> None:

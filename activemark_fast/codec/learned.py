@@ -31,7 +31,6 @@ class LearnedCodec(nn.Module):
 
     name = "learned"
     exact = False
-    passes = 1
     sharpness = 1.0
 
     def __init__(self, key: Key, site: Site, bits: int, axis: str) -> None:

@@ -20,7 +20,6 @@ class Codec(Protocol):
         name: "keyed" or "learned"; the key of `CODECS`.
         exact: nothing in the codec is fitted to data, so the sign-flip p-value is exact.
         bits: message length M.
-        passes: how many copies of an image `inject` makes and `decode` takes.
         sharpness: what logits are multiplied with in the loss, so that about 1 is hardly read and 10 is read
             safely.
         taps: blocks `decode` can read at.
@@ -31,7 +30,6 @@ class Codec(Protocol):
     name: str
     exact: bool
     bits: int
-    passes: int
     sharpness: float
     taps: tuple[int, ...]
     original_rate: Tensor
@@ -74,7 +72,8 @@ class Codec(Protocol):
             message: (B, M) of 0 and 1, any dtype.
 
         Returns:
-            (passes * B, N, D) in the dtype of `output`, all images once a pass.
+            (B, N, D) in the dtype of `output`; or (2 * B, N, D), the images with their message, then with its
+            complement.
         """
         ...
 
@@ -82,7 +81,7 @@ class Codec(Protocol):
         """Reads a message off each image's residual stream.
 
         Args:
-            tapped: (passes * B, N, D), output of block `tap` after `inject`.
+            tapped: (B or 2 * B, N, D), output of block `tap` after `inject`.
             tap: one of `taps`.
             message: (B, M), what was injected.
 

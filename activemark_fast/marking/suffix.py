@@ -64,7 +64,7 @@ def run_to_taps(
     """Injects (B, M) messages and runs to the last tap.
 
     Returns:
-        What is read at every tap, and the residual stream (passes * B, N, D) after the last one.
+        What is read at every tap, and the residual stream (B or 2 * B, N, D) after the last one.
     """
     stream = codec.inject(activations.output, activations.source, message)
     decoded = {}

@@ -128,7 +128,7 @@ def test_state_round_trip(axis: str) -> None:
     assert isinstance(restored, LearnedCodec)
     assert not any(p.requires_grad for p in restored.parameters())
     assert all(not t.requires_grad and t.is_contiguous() for t in mark.state().values())
-    assert (mark.name, mark.exact, mark.passes, mark.taps, mark.bits) == ("learned", False, 1, (4,), BITS)
+    assert (mark.name, mark.exact, mark.taps, mark.bits) == ("learned", False, (4,), BITS)
 
 
 def test_sizes_are_the_papers() -> None:
