@@ -7,6 +7,7 @@ model on a few random images.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,6 +98,7 @@ class Backbone:
         self.model = model
         self.encoder = _image_tower(model)
         owners, self.blocks = _find_blocks(self.encoder)
+        self._runs: Sequence[Callable[..., Any]] = self.blocks
         self.depth = len(self.blocks)
         self.family = _family(owners)
         self.image_size: tuple[int, int] = image_size or self._own_image_size(owners)
@@ -181,9 +183,15 @@ class Backbone:
         if not 0 <= start <= stop <= self.depth:
             raise ValueError(f"start, stop: wanted 0 <= start <= stop <= {self.depth}, got {start}, {stop}")
         tokens = self.batch_first(tokens)
-        for block, (args, kwargs) in zip(self.blocks[start:stop], self._calls[start:stop], strict=True):
-            tokens = _hidden(block(tokens, *args, **kwargs))
+        for run, (args, kwargs) in zip(self._runs[start:stop], self._calls[start:stop], strict=True):
+            tokens = _hidden(run(tokens, *args, **kwargs))
         return self.batch_first(tokens)
+
+    def compiled(self) -> Backbone:
+        """A view of the same model whose `run` compiles blocks, alike ones once, when they are first run."""
+        view = copy.copy(self)
+        view._runs = [torch.compile(block) for block in self.blocks]
+        return view
 
     def features(self, tokens: Tensor) -> Tensor:
         """The model's final features: each token through the final norm, then pooled. Differentiable.

@@ -6,7 +6,7 @@ import copy
 import os
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from activemark_fast.marking.engine import Engine, halving, plan_engine
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
 from activemark_fast.marking.quality import DETECTION_TARGET, MARGIN_TARGET, Quality, QualityCheck
 from activemark_fast.marking.resume import TrainingFile, TrainingState
+from activemark_fast.marking.steps import COMPILE
 from activemark_fast.marking.suffix import BATCH, SiteActivations, final_features, site_activations
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
@@ -81,6 +82,7 @@ def embed(
     architecture: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
+    compile: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Embedding:
@@ -106,6 +108,9 @@ def embed(
         device: where to compute; by default where the model is.
         precision: "auto" (bf16 on CUDA, fp32 elsewhere), "fp32", "bf16" or "fp16"; weights stay in their
             own dtype.
+        compile: how gradient steps are run: "eager", "regional" (by `torch.compile`, alike blocks once),
+            "graph" (replayed as a CUDA graph), or "auto": whichever ends them soonest (`marking.steps` says
+            how that is found out; on a CPU it is "eager"). The edit runs each block once, and eager.
         checkpoint: file that gradient training is saved to, about once a minute, until it has ended. If it is
             there, the training goes on from it, to the result it would have had. An edit takes seconds and
             starts anew.
@@ -124,13 +129,15 @@ def embed(
     """
     started = time.perf_counter()
     method = method or ("edit" if codec == KeyedCodec.name else "finetune")
-    _check_settings(codec, method, bits, axis, block, fidelity, max_steps, architecture)
+    _check_settings(codec, method, bits, axis, block, fidelity, max_steps, architecture, compile)
     original = Backbone(model)
     broken = non_finite_tensor(model)
     if broken is not None:
         raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
     secret = Key.of(key)
     place = resolve_device(device, original.device)
+    if compile == "graph" and place.type != "cuda":
+        raise ValueError(f"compile: 'graph' needs a CUDA device, got {str(place)!r}")
     autocast = resolve_autocast(precision, place)
     preprocess = Preprocess(original.image_size, original.mean, original.std)
     holdout = holdout_images(images, secret, preprocess, IMAGES)
@@ -141,7 +148,18 @@ def embed(
         inputs: dict[str, object] = {
             "model": fingerprint(model),
             "images": [digest.hex() for digest in holdout.digests],
-            "settings": [codec, method, bits, axis, block, fidelity, max_steps, precision, str(place)],
+            "settings": [
+                codec,
+                method,
+                bits,
+                axis,
+                block,
+                fidelity,
+                max_steps,
+                precision,
+                compile,
+                str(place),
+            ],
         }
         saved = TrainingFile(Path(checkpoint), secret, inputs)
         resumed = saved.load()
@@ -203,7 +221,7 @@ def embed(
             if resumed is not None:
                 bar.advance(resumed.step)
             draws = secret.stream("fine-tuning")
-            steps = finetune(
+            steps, how = finetune(
                 backbone,
                 reference,
                 coder,
@@ -213,10 +231,15 @@ def embed(
                 draws,
                 max_steps,
                 autocast,
+                compile,
                 reached,
                 resumed,
                 save,
             )
+            if method == "finetune":
+                engine = replace(engine, reason=how, peak_bytes=0)
+            elif steps > 0:
+                engine = replace(engine, reason=f"{engine.reason}; {how}")
     if not quality.reaches(fidelity):
         warnings.warn(
             f"the mark did not reach its targets: fidelity {quality.fidelity:.4f} (wanted {fidelity}), "
@@ -261,11 +284,13 @@ def _check_settings(
     fidelity: float,
     max_steps: int,
     architecture: str | None,
+    compile: str,
 ) -> None:
     for name, text, choices in (
         ("codec", codec, sorted(CODECS)),
         ("method", method, ["edit", "finetune"]),
         ("axis", axis, ["token", "channel"]),
+        ("compile", compile, list(COMPILE)),
     ):
         if not isinstance(text, str):
             raise TypeError(f"{name}: wanted one of {choices}, got {type(text).__name__}")

@@ -36,7 +36,7 @@ class Engine:
         batch: images that run at a time, each with all its messages.
         caches_on_host: activations wait in pinned host memory, since the device has no room for them.
         peak_bytes: tensors the edit will hold at most, on the device, over the model that was given; what an
-            allocator keeps besides is not counted.
+            allocator keeps besides is not counted. 0 where there are gradient steps only.
         reason: one sentence on the choices.
     """
 
@@ -59,7 +59,8 @@ class Engine:
         return tensor.to(self.device, non_blocking=True)
 
     def __str__(self) -> str:
-        return f"{self.reason}; at most {self.peak_bytes / 2**20:.0f} MiB over the model"
+        peak = f"; at most {self.peak_bytes / 2**20:.0f} MiB over the model" if self.peak_bytes else ""
+        return self.reason + peak
 
 
 def plan_engine(
@@ -101,7 +102,7 @@ def plan_engine(
     on_host = device.type == "cuda" and model + changes + max(solve, running) + caches > GPU_RESERVE * free
     peak = model + changes + max(solve, running) + (0 if on_host else caches)
     where = "caches in pinned host memory" if on_host else "caches on the device"
-    how = f"{batch} images at a time, {where}, eager: each block runs once, so compiling it would take longer"
+    how = f"{batch} images at a time, {where}, edit eager: it runs a block once, so compiling takes longer"
     return Engine(device, autocast, batch, on_host, peak, how)
 
 

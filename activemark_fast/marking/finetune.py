@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similar
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
 from activemark_fast.key import KeyStream
-from activemark_fast.marking.engine import halving
 from activemark_fast.marking.resume import TrainingState
+from activemark_fast.marking.steps import Steps
 from activemark_fast.marking.suffix import Autocast, SiteActivations, message_loss, run_to_taps
 from activemark_fast.ops.decode import Decoded
 from activemark_fast.site import Site
@@ -38,10 +37,11 @@ def finetune(
     stream: KeyStream,
     max_steps: int,
     autocast: Autocast,
+    compile: str,
     reached: Callable[[int, float], bool],
     resumed: TrainingState | None = None,
     save: Callable[[int, dict[str, Tensor]], None] | None = None,
-) -> int:
+) -> tuple[int, str]:
     """Trains the blocks after the site up to the last tap, and the codec if it has weights, in place.
 
     Loss: the cross-entropy of message and logits, mean over the taps; plus 1 - cosine between the final
@@ -61,12 +61,13 @@ def finetune(
         stream: where the images and messages of each step are drawn from.
         max_steps: upper bound on steps.
         autocast: mixed precision of the forward passes.
+        compile: one of `steps.COMPILE`.
         reached: called every 25 steps with the steps taken and the last loss; True ends the training.
         resumed: where an interrupted training was; `stream` is from its beginning, as then.
         save: called after `reached`, with the steps taken and all tensors the training needs to go on.
 
     Returns:
-        The number of steps taken.
+        The number of steps taken; how they were run, and why so.
     """
     first, last = site.block + 1, site.taps[-1] + 1
     suffix = nn.ModuleList(list(backbone.blocks)[first:last])
@@ -86,13 +87,13 @@ def finetune(
         chosen = torch.from_numpy(stream.integers(0, len(activations), BATCH))
         return chosen.to(device), torch.from_numpy(stream.bits((BATCH, codec.bits))).to(device)
 
-    def loss_of(chosen: Tensor, message: Tensor) -> Tensor:
+    def loss_of(marked: Backbone, unmarked: Backbone, chosen: Tensor, message: Tensor) -> Tensor:
         batch = activations[chosen.to(activations.output.device)].to(device)
         with autocast():
-            decoded, injected = run_to_taps(backbone, codec, batch, message, site.block)
-            clean = backbone.run(batch.output, first, last)
-            both = backbone.run(torch.cat([injected[: len(chosen)], clean]), last, backbone.depth)
-            seen = backbone.features(both).float()
+            decoded, injected = run_to_taps(marked, codec, batch, message, site.block)
+            clean = marked.run(batch.output, first, last)
+            both = marked.run(torch.cat([injected[: len(chosen)], clean]), last, marked.depth)
+            seen = marked.features(both).float()
         told = message_loss(decoded)
         lost = 1 - cosine_similarity(seen, features[chosen].repeat(2, 1, 1), dim=-1)
         lost_injected, lost_clean = lost.chunk(2)
@@ -101,21 +102,19 @@ def finetune(
         )
         if isinstance(codec, nn.Module):
             with autocast():
-                unmarked, _ = run_to_taps(original, codec, batch, message, site.block)
+                nothing, _ = run_to_taps(unmarked, codec, batch, message, site.block)
             share = (1 - told.detach() / math.log(2)).clamp(0, 1)
-            loss = loss + share * _fair_coin_loss(codec, unmarked)
+            loss = loss + share * _fair_coin_loss(codec, nothing)
         return loss
 
-    at_once = BATCH
+    eager, compiled = (backbone, original), (backbone.compiled(), original.compiled())
 
-    def backward(chosen: Tensor, message: Tensor, rows: int) -> Tensor:
-        nonlocal at_once
-        at_once = rows
+    def backward(chosen: Tensor, message: Tensor, rows: int, compile: bool) -> Tensor:
         optimizer.zero_grad()
         suffix.zero_grad()  # of weights in half precision, which the optimiser does not know
         total = torch.zeros((), device=device)
         for images, bits in zip(chosen.split(rows), message.split(rows), strict=True):
-            loss = loss_of(images, bits) * (len(images) / BATCH)
+            loss = loss_of(*(compiled if compile else eager), images, bits) * (len(images) / BATCH)
             loss.backward()
             total += loss.detach()
         return total
@@ -127,19 +126,22 @@ def finetune(
         for _ in range(done):
             draw()
         _copy(masters, weights)
+    steps = Steps(
+        backward, compile, device, BATCH, max_steps - done, graphs=activations.output.device == device
+    )
     with _training_only(suffix, backbone.model, original.model):
         for step in range(done + 1, max_steps + 1):
-            loss = halving(partial(backward, *draw()), at_once)
+            loss = steps(*draw())
             for weight, master in zip(weights, masters, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
             optimizer.step()
             _copy(masters, weights)
             if step % CHECK_EVERY == 0 or step == max_steps:
                 if reached(step, float(loss)):
-                    return step
+                    return step, steps.reason
                 if save is not None and step < max_steps:
                     save(step, _state(trained, optimizer))
-    return max_steps
+    return max_steps, steps.reason
 
 
 @torch.no_grad()

@@ -53,13 +53,14 @@ class Run:
         steps: int,
         stop: Callable[[int], bool] = lambda _step: False,
         autocast: Any = nullcontext,
+        compile: str = "eager",
     ) -> int:
         def reached(step: int, loss: float) -> bool:
             self.asked.append(step)
             self.losses.append(loss)
             return stop(step)
 
-        return finetune(
+        taken, self.how = finetune(
             self.backbone,
             self.original,
             self.codec,
@@ -69,8 +70,10 @@ class Run:
             KEY.stream(self.seed),
             steps,
             autocast,
+            compile,
             reached,
         )
+        return taken
 
     def wrong(self) -> float:
         message = torch.from_numpy(KEY.stream("read").bits((24, BITS)))
