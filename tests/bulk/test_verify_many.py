@@ -182,6 +182,32 @@ def test_only_what_is_needed_is_read(marked: Marked, tmp_path: Path) -> None:
     assert result.bytes_read < result.size / 1.7
 
 
+@pytest.mark.gpu
+def test_a_suspect_is_copied_from_pinned_memory_before_its_turn(
+    marked: Marked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(6):
+        save(marked.model if index % 2 else vit(seed=index), tmp_path / f"{index}.safetensors")
+    pinned: list[bool] = []
+    copy_over, judge = sweeping.Sweeper._on_device, sweeping.Sweeper._judge
+
+    def watched_copy(self: Any, tensors: Any) -> Any:
+        pinned.extend(tensor.is_pinned() for tensor in tensors.values())
+        return copy_over(self, tensors)
+
+    def watched_judge(self: Any, chosen: Any, tensors: Any) -> Any:
+        assert all(tensor.device.type == "cuda" for tensor in tensors.values())
+        return judge(self, chosen, tensors)
+
+    monkeypatch.setattr(sweeping.Sweeper, "_on_device", watched_copy)
+    monkeypatch.setattr(sweeping.Sweeper, "_judge", watched_judge)
+    there = sweep(tmp_path, marked, device="cuda", precision="fp32")
+    assert pinned
+    assert all(pinned)
+    here = ["match" if index % 2 else "no match" for index in range(6)]
+    assert [outcome(result) for result in there] == here
+
+
 def test_equal_prefixes_are_computed_once(
     marked: Marked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
