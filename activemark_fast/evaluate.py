@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -302,17 +301,15 @@ class _Bench:
         self._tasks = tasks
         self._seed = seed
         self._features = features(self._original, tasks["similar"].test.images)
-        # A view of a model hooks into it for a moment, and a verifier sets its codec: one thread at a time.
-        self._lock = Lock()
 
     def rows(self, attack: Attack, subject: str) -> list[Row]:
         """Attacks one of the two models and reads the result."""
         started = time.perf_counter()
-        with self._lock:
-            model = copy.deepcopy(self._models[subject])
-            settings: dict[str, Any] = dict(attack.settings)
-            if attack.other is not None:
-                settings["other"] = copy.deepcopy(self._models[attack.other])
+        # Each thread has models of its own: a view of a model hooks into it for a moment.
+        model = copy.deepcopy(self._models[subject])
+        settings: dict[str, Any] = dict(attack.settings)
+        if attack.other is not None:
+            settings["other"] = copy.deepcopy(self._models[attack.other])
         if attack.run is not None:
             model = attack.run(model, self._tasks[attack.task].train, self._seed, attack.strength, **settings)
         useful = self._utility(model, attack)
@@ -322,8 +319,7 @@ class _Bench:
         found = []
         for key, verifier in readings:
             suspect, note = _at_size_of(model, verifier.watermark)
-            with self._lock:
-                verdict = verifier.judge(suspect)
+            verdict = verifier.judge(suspect)
             innocent = subject == "original" or (key == "another" and not attack.adds_mark)
             expected = "no match" if innocent else None if attack.removes else "match"
             found.append((key, expected, verdict, note))

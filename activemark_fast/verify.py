@@ -188,7 +188,6 @@ class Verifier:
         holdout = holdout_images(images, secret, watermark.preprocess, len(watermark.digests))
         check_digests(holdout, watermark.digests)
         self._codec = watermark.restore_codec(secret).to(self.device)
-        self._taps = self._codec.taps
         count = len(holdout.digests)
         message = torch.from_numpy(secret.stream("messages/verify").bits((count, watermark.bits)))
         self._power = power if self._codec.exact else None
@@ -235,11 +234,11 @@ class Verifier:
                 them from weights that were equal up to the site's block; those that are needed are added.
         """
         prefix = [] if prefix is None else prefix
-        codec = self._codec
-        codec.taps = tuple(tap for tap in self._taps if tap < depth)
+        codec = copy.copy(self._codec)
+        codec.taps = tuple(tap for tap in codec.taps if tap < depth)
         if not codec.taps:
             return self.inconclusive(
-                f"the suspect has {depth} blocks, the mark is first read after {self._taps[0] + 1}"
+                f"the suspect has {depth} blocks, the mark is first read after {self._codec.taps[0] + 1}"
             )
         readings = []
         if self._align is not True:
