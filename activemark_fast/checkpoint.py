@@ -30,6 +30,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from activemark_fast.torch_file import check_torch_file
+
 _DEMO = Path(__file__).parent / "assets" / "vit_c10_w128_d12_massive.safetensors"
 _FORMS = (
     "open_clip:NAME/TAG, timm:NAME, hf:NAME or torchvision:NAME, each with @path/to/checkpoint for local "
@@ -53,8 +55,9 @@ class CheckpointError(ValueError):
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a state dict without running anything in it.
 
-    Safetensors are recognised by their content; anything else is read by `torch.load(weights_only=True)`.
-    `{"state_dict": ...}` and `{"model": ...}` are unwrapped, and "module." before every key is removed.
+    Safetensors are recognised by their content; anything else is read by `torch.load(weights_only=True)` if
+    `check_torch_file` sees no harm in it. `{"state_dict": ...}` and `{"model": ...}` are unwrapped, and
+    "module." before every key is removed.
 
     Returns:
         The tensors, on the CPU, in the dtypes of the file; and the metadata, empty for files that have none.
@@ -410,6 +413,8 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 def _read_torch(path: Path) -> object:
     try:
+        with path.open("rb", buffering=0) as unbuffered:
+            check_torch_file(unbuffered)
         # Given a path, torch.load trusts its suffix; it maps only archives, and only by their path.
         if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
