@@ -24,7 +24,8 @@ STEP = 0.05
 LENGTH_FACTOR = 0.9
 DECAY = 0.95
 ITERATIONS = 300
-THRESHOLD = 0.5
+MUTATION_THRESHOLD = 0.5
+"""Mutation rate below which a trajectory counts as recognised."""
 MOST_CLASSES = 10
 SPARE = 2
 """Images for each trajectory that is wanted: from some images there is none."""
@@ -38,13 +39,11 @@ class Fingerprint:
     Attributes:
         points: (n, L, 3, H, W) float32 in [0, 1], on the CPU.
         labels: (n, L) int64, what the owner's classifier says of them.
-        threshold: mutation rate below which a trajectory counts as recognised.
         cost: what it took to find them.
     """
 
     points: Tensor
     labels: Tensor
-    threshold: float
     cost: Cost
 
 
@@ -112,17 +111,17 @@ def generate(
     points = torch.cat(made)
     labels = predicted(model, points.flatten(0, 1).to(model.device)).view(points.shape[:2])
     cost = Cost(time.perf_counter() - started, wanted / trajectories)
-    return Fingerprint(points, labels, THRESHOLD, cost)
+    return Fingerprint(points, labels, cost)
 
 
 def verify(suspect: Classifier, fingerprint: Fingerprint) -> Finding:
-    """The detection rate: share of the trajectories whose mutation rate is below the threshold.
+    """The detection rate: share of the trajectories whose mutation rate is below one half.
 
     The mutation rate is the share of a trajectory's points whose label is not the owner's.
     """
     labels = predicted(suspect, fingerprint.points.flatten(0, 1).to(suspect.device))
     mutation = (labels.view_as(fingerprint.labels) != fingerprint.labels).double().mean(dim=1)
-    return Finding(float((mutation < fingerprint.threshold).double().mean()))
+    return Finding(float((mutation < MUTATION_THRESHOLD).double().mean()))
 
 
 def _surface(model: Classifier, start: Tensor, targets: Tensor, length: int, iterations: int) -> Tensor:

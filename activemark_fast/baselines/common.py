@@ -12,7 +12,7 @@ from typing_extensions import Self
 from activemark_fast.backbone import Backbone
 from activemark_fast.key import Key
 from activemark_fast.triggers import MIN_IMAGES, Preprocess, holdout_images
-from activemark_fast.utility import features, linear_probe
+from activemark_fast.utility import BATCH, features, linear_probe
 
 THRESHOLD = 0.5
 """Detection rate above which a baseline takes a suspect for a copy."""
@@ -121,9 +121,9 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def predicted(classifier: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
+def predicted(classifier: nn.Module, images: Tensor) -> Tensor:
     """(n,) int64, the classes of (n, 3, H, W) images, on the CPU."""
-    return torch.cat([classifier(part).argmax(dim=1).cpu() for part in images.split(batch)])
+    return torch.cat([classifier(part).argmax(dim=1).cpu() for part in images.split(BATCH)])
 
 
 def share_of(count: int, fraction: float) -> int:

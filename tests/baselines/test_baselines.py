@@ -108,7 +108,7 @@ def test_the_mutation_rate_decides_on_a_trajectory(owner: Classifier) -> None:
     labels = owner(points.flatten(0, 1)).argmax(dim=1).view(2, 4)
     labels[0, :1] = (labels[0, :1] + 1) % CLASSES  # 1 of 4 mutated: recognised
     labels[1, :2] = (labels[1, :2] + 1) % CLASSES  # 2 of 4: not below one half
-    finding = adv_tra.verify(owner, adv_tra.Fingerprint(points, labels, 0.5, Cost(1.0, 1.0)))
+    finding = adv_tra.verify(owner, adv_tra.Fingerprint(points, labels, Cost(1.0, 1.0)))
     assert finding.detection_rate == 0.5
     assert not finding.matched
 
