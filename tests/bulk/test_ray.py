@@ -63,7 +63,7 @@ def test_two_workers_of_which_one_is_killed(marked: Marked, cluster: None, tmp_p
         assert (ours.verdict is None) == (theirs.verdict is None)
         if ours.verdict is not None and theirs.verdict is not None:
             assert ours.verdict.to_dict() == theirs.verdict.to_dict()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # busy machines are slow to end processes
     while workers() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not workers()
