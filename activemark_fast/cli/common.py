@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import io
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import device
 
     from activemark_fast.key import Key
@@ -58,6 +60,11 @@ def add_key(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_watermark(command: argparse.ArgumentParser) -> None:
+    """The option --watermark."""
+    command.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+
+
 def add_images(command: argparse.ArgumentParser, what: str) -> None:
     """The option --images; `what` ends its help."""
     command.add_argument("--images", type=Path, metavar="DIR", help=f"folder of hold-out images: {what}")
@@ -90,6 +97,12 @@ def add_decision(command: argparse.ArgumentParser) -> None:
     )
 
 
+def decision_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_decision` say, as `verify` takes it."""
+    align = {"auto": None, "always": True, "never": False}[args.align]
+    return {"alpha": args.alpha, "tau": args.tau, "align": align}
+
+
 def read_key(path: Path | None, *, confirm: bool) -> Key:
     """The key in the file, or else the key of a passphrase that is typed, twice with `confirm`."""
     from activemark_fast.key import Key
@@ -110,12 +123,28 @@ def read_key(path: Path | None, *, confirm: bool) -> Key:
     return Key.of(passphrase)
 
 
+def check_output(name: str, path: Path, suffix: str) -> None:
+    """Refuses a `path` that does not end in `suffix`, or whose folder cannot be written to."""
+    if path.suffix != suffix:
+        raise ValueError(f"{name}: wanted a file name that ends in {suffix}, got {path}")
+    check_folder(name, path)
+
+
 def check_folder(name: str, path: Path) -> None:
     """Refuses, before any work, a `path` (the value of option `name`) whose folder cannot be written to."""
     if not path.parent.is_dir():
         raise ValueError(f"{name}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{name}: the folder {path.parent} cannot be written to")
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG, whole or not at all."""
+    from activemark_fast.files import write_whole
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    write_whole(path, drawn.getvalue(), mode=0o644)
 
 
 def chosen_device(name: str | None) -> device:

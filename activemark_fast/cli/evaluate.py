@@ -15,6 +15,7 @@ from activemark_fast.cli.common import (
     add_compute,
     add_images,
     add_key,
+    add_watermark,
     check_folder,
     chosen_device,
     read_key,
@@ -40,7 +41,7 @@ def add_to(commands: Subparsers) -> None:
     evaluate.add_argument(
         "--original", required=True, metavar="MODEL", help="the model before it was marked, named likewise"
     )
-    evaluate.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+    add_watermark(evaluate)
     add_key(evaluate)
     add_images(evaluate, "those the model was marked with")
     evaluate.add_argument(

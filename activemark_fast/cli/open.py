@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activemark_fast.cli.common import Outcome, Subparsers, add_command, add_key, read_key
+from activemark_fast.cli.common import Outcome, Subparsers, add_command, add_key, add_watermark, read_key
 
 if TYPE_CHECKING:
     from activemark_fast.commitment import Commitment
@@ -22,7 +22,7 @@ def add_to(commands: Subparsers) -> None:
         epilog="Exit codes: 0 committed, 1 not committed, 2 error.",
     )
     opening.add_argument("commitment", type=Path, metavar="COMMITMENT", help="what activemark commit wrote")
-    opening.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+    add_watermark(opening)
     add_key(opening)
     add_timestamp(opening)
 

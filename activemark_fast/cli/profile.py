@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
 from activemark_fast.cli.common import (
@@ -12,9 +11,10 @@ from activemark_fast.cli.common import (
     Subparsers,
     add_command,
     add_compute,
-    check_folder,
+    check_output,
     chosen_device,
     shows_progress,
+    write_figure,
 )
 
 
@@ -43,9 +43,7 @@ def add_to(commands: Subparsers) -> None:
 
 def _profile(args: argparse.Namespace) -> Outcome:
     if args.out is not None:
-        if args.out.suffix != ".png":
-            raise ValueError(f"--out: wanted a file name that ends in .png, got {args.out}")
-        check_folder("--out", args.out)
+        check_output("--out", args.out, ".png")
     from activemark_fast.checkpoint import load_model
     from activemark_fast.profile import profile
 
@@ -59,12 +57,9 @@ def _profile(args: argparse.Namespace) -> Outcome:
     placement = measured.site(args.rule)
     hints = ""
     if args.out is not None:
-        from activemark_fast.files import write_whole
         from activemark_fast.report import profile_figure
 
-        drawn = io.BytesIO()
-        profile_figure(measured, placement).savefig(drawn, format="png", dpi=150)
-        write_whole(args.out, drawn.getvalue(), 0o644)
+        write_figure(profile_figure(measured, placement), args.out)
         hints = f"drawn in {args.out}"
     record = {
         "model": args.model,

@@ -19,7 +19,8 @@ from activemark_fast.cli.common import (
     add_compute,
     add_images,
     add_key,
-    check_folder,
+    add_watermark,
+    check_output,
     chosen_device,
     read_key,
 )
@@ -37,7 +38,7 @@ def add_to(commands: Subparsers) -> None:
         epilog="Exit codes: as verify.",
     )
     report.add_argument("suspect", metavar="SUSPECT", help=f"a checkpoint file, or {MODEL_HELP}")
-    report.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+    add_watermark(report)
     add_key(report)
     add_images(report, "those the model was marked with")
     report.add_argument(
@@ -53,9 +54,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _report(args: argparse.Namespace) -> Outcome:
-    if args.out.suffix != ".html":
-        raise ValueError(f"--out: wanted a file name that ends in .html, got {args.out}")
-    check_folder("--out", args.out)
+    check_output("--out", args.out, ".html")
     if args.timestamp is not None and args.commitment is None:
         raise ValueError("--timestamp: wanted with --commitment only")
     from activemark_fast.backbone import NotAViTError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,12 @@ from activemark_fast.cli.common import (
     add_decision,
     add_images,
     add_key,
-    check_folder,
+    add_watermark,
+    check_output,
     chosen_device,
+    decision_settings,
     read_key,
+    write_figure,
 )
 from activemark_fast.cli.open import add_timestamp, read_commitment
 
@@ -45,7 +47,7 @@ def add_to(commands: Subparsers) -> None:
         metavar="SUSPECT",
         help=f"a checkpoint file, safetensors or torch, which is never unpickled; or {MODEL_HELP}",
     )
-    verify.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+    add_watermark(verify)
     add_key(verify)
     add_images(verify, "those the model was marked with")
     verify.add_argument(
@@ -65,9 +67,7 @@ def add_to(commands: Subparsers) -> None:
 
 def _verify(args: argparse.Namespace) -> Outcome:
     if args.plot is not None:
-        if args.plot.suffix != ".png":
-            raise ValueError(f"--plot: wanted a file name that ends in .png, got {args.plot}")
-        check_folder("--plot", args.plot)
+        check_output("--plot", args.plot, ".png")
     if args.timestamp is not None and args.commitment is None:
         raise ValueError("--timestamp: wanted with --commitment only")
     from activemark_fast.verify import verify
@@ -82,19 +82,15 @@ def _verify(args: argparse.Namespace) -> Outcome:
         watermark,
         key,
         args.images,
-        alpha=args.alpha,
-        tau=args.tau,
-        align={"auto": None, "always": True, "never": False}[args.align],
         commitment=commitment,
         precision=args.precision,
+        **decision_settings(args),
     )
     hints = ""
     if args.plot is not None:
         from activemark_fast.report import verdict_figure
 
-        drawn = io.BytesIO()
-        verdict_figure(verdict).savefig(drawn, format="png", dpi=150)
-        args.plot.write_bytes(drawn.getvalue())
+        write_figure(verdict_figure(verdict), args.plot)
         hints = f"  drawn in {args.plot}"
     record = {"suspect": args.suspect, **verdict.to_dict()}
     return Outcome(EXIT_CODES[verdict.decision], record, str(verdict), hints)

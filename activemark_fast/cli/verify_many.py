@@ -18,8 +18,10 @@ from activemark_fast.cli.common import (
     add_decision,
     add_images,
     add_key,
+    add_watermark,
     check_folder,
     chosen_device,
+    decision_settings,
     read_key,
     shows_progress,
 )
@@ -44,7 +46,7 @@ def add_to(commands: Subparsers) -> None:
         help="checkpoint files, safetensors or torch, never unpickled; folders of them or of Hugging Face "
         "models, searched to the bottom; globs",
     )
-    many.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+    add_watermark(many)
     add_key(many)
     add_images(many, "those the model was marked with")
     many.add_argument(
@@ -110,16 +112,14 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         key if args.engine == "local" else args.key,
         args.architecture,
         args.images,
-        alpha=args.alpha,
-        tau=args.tau,
         power=None if args.exhaustive else args.power,
-        align={"auto": None, "always": True, "never": False}[args.align],
         device=chosen_device(args.device),
         precision=args.precision,
         max_bytes=args.max_bytes,
         journal=args.out,
         resume=args.resume,
         engine=args.engine,
+        **decision_settings(args),
     )
     started = time.perf_counter()
     matches = errors = done = 0
