@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import signal
@@ -354,7 +355,7 @@ def test_embed_warns_where_the_targets_are_missed(
     assert result.code == 0
     assert result.record()["reached"] is False
     assert result.err.startswith("activemark: warning: the mark did not reach its targets: fidelity ")
-    assert ", margin 0." in result.err  # so little may change that nothing can be read
+    assert re.search(r", margin -?0\.", result.err)  # so little may change that nothing can be read
     assert result.err.count("\n") == 1
 
 
