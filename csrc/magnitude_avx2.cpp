@@ -35,7 +35,7 @@ struct Wide {
     static __m256i larger(__m256i a, __m256i b) { return _mm256_max_epi32(a, b); }
     static std::int32_t largest(__m256i lanes) { return largest_of(lanes); }
     static __m256i cells(__m256i key, __m256i origin, __m128i shift) {
-        return _mm256_sra_epi32(_mm256_sub_epi32(key, origin), shift);
+        return _mm256_srav_epi32(_mm256_sub_epi32(key, origin), _mm256_broadcastd_epi32(shift));
     }
     static __m256i pack(const __m256i (&cells)[4]) {
         return _mm256_packs_epi16(_mm256_packs_epi32(cells[0], cells[1]),
@@ -57,25 +57,22 @@ struct Narrow {
     static __m256i pack(const __m256i (&cells)[2]) { return _mm256_packs_epi16(cells[0], cells[1]); }
 };
 
-// The values of one register, squared and added to two sums.
+// The squares of 32 values, added to four sums: one sum would make each addition wait for the last.
 struct Squares {
-    __m256 first = _mm256_setzero_ps(), second = _mm256_setzero_ps();
+    __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
 
-    void add(__m256i bits, Float32) {
-        const __m256 value = _mm256_castsi256_ps(bits);
-        first = _mm256_fmadd_ps(value, value, first);
+    void add(__m256i key, int part, Float32) { add(_mm256_castsi256_ps(key), part); }
+    void add(__m256i key, int part, Float16) {
+        add(_mm256_cvtph_ps(_mm256_castsi256_si128(key)), 2 * part);
+        add(_mm256_cvtph_ps(_mm256_extracti128_si256(key, 1)), 2 * part + 1);
     }
-    void add(__m256i bits, Float16) {
-        add(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)),
-            _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1)));
+    void add(__m256i key, int part, BFloat16) {
+        add(_mm256_castsi256_ps(_mm256_slli_epi32(key, 16)), 2 * part);
+        add(_mm256_castsi256_ps(_mm256_and_si256(key, _mm256_set1_epi32(~0xffff))), 2 * part + 1);
     }
-    void add(__m256i bits, BFloat16) {
-        add(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(~0xffff))));
-    }
-    void add(__m256 a, __m256 b) {
-        first = _mm256_fmadd_ps(a, a, first);
-        second = _mm256_fmadd_ps(b, b, second);
+    void add(__m256 value, int at) { sums[at] = _mm256_fmadd_ps(value, value, sums[at]); }
+    float total() const {
+        return sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
     }
 };
 
@@ -100,12 +97,11 @@ class Below {
 };
 
 template <typename Format, typename Lanes>
-void measure(const typename Format::Bits* x, int blocks, Grid grid, Steps steps, std::int8_t* cells,
-             Scan& scan) {
+void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
     constexpr int kRegisters = 32 / Lanes::kLanes;
     const __m256i mask = Lanes::all(Format::kMask), origin = Lanes::all(grid.origin);
     const __m128i shift = _mm_cvtsi32_si128(grid.shift);
-    Below below(steps);
+    Below below(grid.steps);
     for (int block = 0; block < blocks; ++block) {
         __m256i largest = _mm256_setzero_si256();
         Squares squares;
@@ -113,10 +109,9 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, Steps steps,
             __m256i wide[kRegisters];
             for (int part = 0; part < kRegisters; ++part, x += Lanes::kLanes) {
                 if (part % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(x) + kPrefetch, _MM_HINT_T0);
-                const __m256i bits = load(x);
-                const __m256i key = _mm256_and_si256(bits, mask);
+                const __m256i key = _mm256_and_si256(load(x), mask);
                 largest = Lanes::larger(largest, key);
-                squares.add(bits, Format());
+                squares.add(key, part, Format());
                 wide[part] = Lanes::cells(key, origin, shift);
             }
             const __m256i packed = Lanes::pack(wide);
@@ -124,7 +119,7 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, Steps steps,
             below.add(packed);
         }
         scan.largest[block] = Lanes::largest(largest);
-        scan.squares[block] = sum(_mm256_add_ps(squares.first, squares.second));
+        scan.squares[block] = squares.total();
     }
     below.store(scan.below);
 }

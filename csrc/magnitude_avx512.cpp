@@ -65,8 +65,7 @@ void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan) {
 }
 
 template <typename Format, typename Lanes>
-void measure(const typename Format::Bits* x, int blocks, Grid grid, Steps steps, std::int8_t* cells,
-             Scan& scan) {
+void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
     const __m512i mask = Lanes::all(Format::kMask), origin = Lanes::all(grid.origin);
     const __m128i shift = _mm_cvtsi32_si128(grid.shift);
     std::int8_t* next = cells;
@@ -84,7 +83,7 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, Steps steps,
         scan.largest[block] = Lanes::largest(largest);
         scan.squares[block] = _mm512_reduce_add_ps(_mm512_add_ps(squares.first, squares.second));
     }
-    count(cells, blocks, steps, scan);  // they are in the first cache still
+    count(cells, blocks, grid.steps, scan);  // they are in the first cache still
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <system_error>
 #include <thread>
@@ -20,8 +22,15 @@ constexpr std::int64_t kBytesPerThread = 1 << 19;  // less is not worth starting
 constexpr int kPlaces = 64;
 constexpr int kNeighbours = 8;
 constexpr int kSample = kPlaces * kNeighbours;
-constexpr int kThreeErrors = 34;               // ranks
-constexpr Steps kFirstSteps = {{-50, 0, 50}};  // about 1.2 standard errors apart
+constexpr int kThreeErrors = 34;  // ranks
+
+// The cells of an image fill whole blocks.
+std::int64_t cells_size(std::int64_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
+
+// How much of the next image is asked for while the cells of this one are counted: in all, and for each
+// kBlocks blocks, about what memory gives in that time.
+constexpr std::int64_t kAhead = 192 << 10;
+constexpr int kAheadOfCount = 4 << 10;
 
 std::int8_t cell_of(std::int32_t key, Grid grid) {
     return static_cast<std::int8_t>(std::clamp((key - grid.origin) >> grid.shift, kFirstCell, kLastCell));
@@ -34,8 +43,7 @@ void count_portable(const std::int8_t* cells, int blocks, Steps steps, Scan& sca
 }
 
 template <typename Format>
-void measure_portable(const typename Format::Bits* x, int blocks, Grid grid, Steps steps, std::int8_t* cells,
-                      Scan& scan) {
+void measure_portable(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
     for (int block = 0; block < blocks; ++block) {
         std::int32_t largest = 0;
         float squares = 0;
@@ -49,7 +57,7 @@ void measure_portable(const typename Format::Bits* x, int blocks, Grid grid, Ste
         scan.largest[block] = largest;
         scan.squares[block] = squares;
     }
-    count_portable(cells, blocks, steps, scan);
+    count_portable(cells, blocks, grid.steps, scan);
 }
 
 template <typename Format>
@@ -68,7 +76,9 @@ class Top {
  public:
     using Bits = typename Format::Bits;
 
-    Top(const Bits* x, std::int64_t k, std::int64_t* index) : x_(x), k_(k), index_(index) {}
+    // At least k values must have a key of `floor` or more, unless it is 0.
+    Top(const Bits* x, std::int64_t k, std::int64_t* index, std::int32_t floor)
+        : x_(x), k_(k), index_(index), threshold_(floor - 1) {}
 
     // Positions come in rising order, so only a larger key can displace one.
     std::int32_t threshold() const { return threshold_; }
@@ -103,7 +113,7 @@ class Top {
     std::int64_t k_;
     std::int64_t* index_;
     std::int64_t found_ = 0;
-    std::int32_t threshold_ = -1;
+    std::int32_t threshold_;
 };
 
 // The search for the cell where a rank (from 0) falls: it is one of low ... high - 1.
@@ -151,22 +161,50 @@ class Search {
     bool spread_ = false;
 };
 
+// The start of what is read next, asked from memory bit by bit while the processor works on what it has.
+class Ahead {
+ public:
+    explicit Ahead(const void* at, std::int64_t size) : at_(static_cast<const char*>(at)), end_(at_ + size) {}
+
+    void ask(int size) {
+        for (; size > 0 && at_ < end_; size -= kLine, at_ += kLine) __builtin_prefetch(at_, 0, 2);
+    }
+
+ private:
+    static constexpr int kLine = 64;
+    const char* at_;
+    const char* end_;
+};
+
 // One image's values, and room for their cells.
 template <typename Format>
 class Image {
  public:
     using Bits = typename Format::Bits;
 
-    Image(const Bits* x, std::int64_t count, std::int8_t* cells, const Scanner<Format>& scanner)
-        : x_(x), count_(count), cells_(cells), scanner_(scanner) {}
+    Image(const Bits* x, std::int64_t count, std::int8_t* scratch, const Scanner<Format>& scanner)
+        : x_(x),
+          count_(count),
+          cells_(scratch),
+          largest_(reinterpret_cast<std::int32_t*>(scratch + cells_size(count))),
+          scanner_(scanner) {}
 
+    // `next` is the image to be measured next, or null.
     void measure(std::int64_t k, float* values, std::int64_t* index, float& median, float& mean_square,
-                 std::int64_t& nonfinite) const {
+                 std::int64_t& nonfinite, const Image* next) const {
         constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-        Top<Format> top(x_, k, index);
         double squares = 0;
-        nonfinite = 0;
+        const Grid grid = grid_over(sampled_range());
+        std::int64_t below[kSteps] = {};
+        fill_cells(grid, below, [&](std::int64_t block, std::int32_t largest, float block_squares) {
+            largest_[block] = largest;
+            if (largest < Format::kBig) squares += static_cast<double>(block_squares);
+        });
 
+        if (next) next->ask_for_sample();
+        const std::int64_t blocks = count_ / kBlock;
+        Top<Format> top(x_, k, index, floor_of_top(k, index));
+        nonfinite = 0;
         const auto take_values = [&](std::int64_t start, std::int64_t end) {
             for (std::int64_t i = start; i < end; ++i) {
                 const std::int32_t key = key_of<Format>(x_[i]);
@@ -179,17 +217,15 @@ class Image {
                 if (key > top.threshold()) top.offer(i);
             }
         };
-        const Grid grid = grid_over(sampled_range());
-        std::int64_t below[kSteps] = {};
-        fill_cells(grid, below, [&](std::int64_t start, std::int32_t largest, float block_squares) {
-            if (largest >= Format::kBig) {
-                take_values(start, start + kBlock);
-                return;
+        for (std::int64_t block = 0; block < blocks; ++block) {
+            if (largest_[block] <= top.threshold()) continue;
+            if (largest_[block] < Format::kBig) {
+                offer_block(block * kBlock, top);
+            } else {
+                take_values(block * kBlock, (block + 1) * kBlock);
             }
-            squares += static_cast<double>(block_squares);
-            if (largest > top.threshold()) offer_block(start, top);
-        });
-        take_values(count_ - count_ % kBlock, count_);
+        }
+        take_values(blocks * kBlock, count_);
 
         const std::int64_t found = top.finish();
         for (std::int64_t rank = 0; rank < found; ++rank)
@@ -198,10 +234,35 @@ class Image {
         std::fill(index + found, index + k, -1);
         const std::int64_t finite = count_ - nonfinite;
         mean_square = static_cast<float>(squares / static_cast<double>(finite));
-        median = finite > 0 ? find((finite - 1) / 2, grid, below) : kNaN;
+        Ahead ahead = next ? next->start() : Ahead(nullptr, 0);
+        median = finite > 0 ? find((finite - 1) / 2, grid, below, ahead) : kNaN;
     }
 
  private:
+    Ahead start() const {
+        return Ahead(x_, std::min(count_ * static_cast<std::int64_t>(sizeof(Bits)), kAhead));
+    }
+
+    void ask_for_sample() const {
+        if (count_ < kSample) return;
+        for (int place = 0; place < kPlaces; ++place) __builtin_prefetch(at_place(place));
+    }
+
+    // Multiples of the golden ratio, modulo 1, fall everywhere and in step with no width.
+    const Bits* at_place(int place) const {
+        const std::uint64_t share = (place * std::uint64_t{0x9e3779b97f4a7c15}) >> 32;
+        return x_ + ((share * static_cast<std::uint64_t>(count_ - kNeighbours)) >> 32);
+    }
+
+    // A key that k values reach, so that few are offered: of each block, the largest is known. 0 where that
+    // tells nothing. `room` is for k numbers.
+    std::int32_t floor_of_top(std::int64_t k, std::int64_t* room) const {
+        const std::int64_t blocks = count_ / kBlock;
+        if (blocks < k) return 0;
+        std::partial_sort_copy(largest_, largest_ + blocks, room, room + k, std::greater<>());
+        return room[0] < Format::kBig ? static_cast<std::int32_t>(room[k - 1]) : 0;
+    }
+
     // Offers what is larger than the threshold; most parts of a block hold nothing of the kind.
     void offer_block(std::int64_t start, Top<Format>& top) const {
         constexpr int kPart = 32;
@@ -214,32 +275,33 @@ class Image {
         }
     }
 
-    // Writes all cells, counts those before kFirstSteps, and hands every block's statistics to `take`.
+    // Writes all cells, counts those before the grid's steps, and hands every block's statistics to `take`.
     template <typename Take>
     void fill_cells(Grid grid, std::int64_t* below, Take take) const {
         Scan scan;
         std::int64_t start = 0;
         for (; count_ - start >= kBlock;) {
             const int blocks = static_cast<int>(std::min<std::int64_t>((count_ - start) / kBlock, kBlocks));
-            scanner_.measure(x_ + start, blocks, grid, kFirstSteps, cells_ + start, scan);
+            scanner_.measure(x_ + start, blocks, grid, cells_ + start, scan);
             for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
             for (int block = 0; block < blocks; ++block)
-                take(start + block * kBlock, scan.largest[block], scan.squares[block]);
+                take(start / kBlock + block, scan.largest[block], scan.squares[block]);
             start += blocks * kBlock;
         }
         if (start == count_) return;
         // The rest is filled up with cells that come before no step.
         std::fill_n(cells_ + start, kBlock, static_cast<std::int8_t>(kLastCell));
         for (std::int64_t i = start; i < count_; ++i) cells_[i] = cell_of(key_of<Format>(x_[i]), grid);
-        count_portable(cells_ + start, 1, kFirstSteps, scan);
+        count_portable(cells_ + start, 1, grid.steps, scan);
         for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
     }
 
-    void count_cells(Steps steps, std::int64_t* below) const {
+    void count_cells(Steps steps, std::int64_t* below, Ahead& ahead) const {
         Scan scan;
         const std::int64_t all = (count_ + kBlock - 1) / kBlock;
         for (std::int64_t block = 0; block < all; block += kBlocks) {
             const int blocks = static_cast<int>(std::min<std::int64_t>(all - block, kBlocks));
+            ahead.ask(kAheadOfCount);
             scanner_.count(cells_ + block * kBlock, blocks, steps, scan);
             for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
         }
@@ -248,39 +310,41 @@ class Image {
     // The keys among which the median probably is.
     KeyRange sampled_range() const {
         if (count_ < kSample) return {0, Format::kInfinity - 1};
-        std::int32_t sample[kSample];
+        // The 15 highest bits of a key are enough here, and short numbers are compared faster.
+        constexpr int kDropped = 8 * (sizeof(Bits) - sizeof(std::int16_t));
+        std::int16_t sample[kSample];
         for (int place = 0; place < kPlaces; ++place) {
-            // Multiples of the golden ratio, modulo 1, fall everywhere and in step with no width.
-            const std::uint64_t share = (place * std::uint64_t{0x9e3779b97f4a7c15}) >> 32;
-            const Bits* at = x_ + ((share * static_cast<std::uint64_t>(count_ - kNeighbours)) >> 32);
-            for (int i = 0; i < kNeighbours; ++i) sample[place * kNeighbours + i] = key_of<Format>(at[i]);
+            const Bits* at = at_place(place);
+            for (int i = 0; i < kNeighbours; ++i)
+                sample[place * kNeighbours + i] =
+                    static_cast<std::int16_t>(key_of<Format>(at[i]) >> kDropped);
         }
-        const std::int32_t last = of_rank(sample, kSample / 2 + kThreeErrors).last;
-        return {of_rank(sample, kSample / 2 - kThreeErrors).first, std::min(last, Format::kInfinity - 1)};
+        const std::int32_t first = of_rank(sample, kSample / 2 - kThreeErrors) << kDropped;
+        const std::int32_t last = ((of_rank(sample, kSample / 2 + kThreeErrors) + 1) << kDropped) - 1;
+        return {std::min(first, Format::kInfinity - 1), std::min(last, Format::kInfinity - 1)};
     }
 
-    // About the key of this rank in the sample, by bisection: a processor counts faster than it sorts.
-    static KeyRange of_rank(const std::int32_t* sample, int rank) {
-        constexpr std::int32_t kResolution = sizeof(Bits) == 2 ? 1 : 1 << 15;
-        KeyRange range{0, Format::kMask};  // 2^n - 1, so halves stay multiples of the resolution
-        while (range.last - range.first >= kResolution) {
-            const std::int32_t middle = range.first + (range.last - range.first) / 2;
-            int up_to = 0;
-            for (int i = 0; i < kSample; ++i) up_to += sample[i] <= middle;
-            if (up_to > rank) {
-                range.last = middle;
-            } else {
-                range.first = middle + 1;
-            }
+    // The number of this rank in the sample, by bisection: a processor counts faster than it sorts.
+    static std::int32_t of_rank(const std::int16_t* sample, int rank) {
+        std::int16_t found = 0;
+        for (int bit = 1 << 14; bit > 0; bit >>= 1) {
+            const auto candidate = static_cast<std::int16_t>(found + bit);
+            std::int16_t below = 0;
+            for (int i = 0; i < kSample; ++i) below += sample[i] < candidate;
+            if (below <= rank) found = candidate;
         }
-        return range;
+        return found;
     }
 
-    // The range lies within the grid, its first and last cell left out.
+    // The range lies within the grid, its first and last cell left out; no cell is finer than it has to be.
     static Grid grid_over(KeyRange range) {
+        const std::int32_t width = range.last - range.first;
         int shift = 0;
-        while ((range.last - range.first) >> shift > kLastCell - kFirstCell - 4) ++shift;
-        return {range.first + (range.last - range.first) / 2, shift};
+        while (width >> shift > kLastCell - kFirstCell - 4 ||
+               close_enough<Format>({range.first, range.first + (2 << shift) - 1}))
+            ++shift;
+        const auto half = static_cast<std::int8_t>((width >> shift) / 2 + 1);
+        return {range.first + width / 2, shift, {{static_cast<std::int8_t>(-half), 0, half}}};
     }
 
     static KeyRange keys_of(const Search& search, Grid grid) {
@@ -295,17 +359,17 @@ class Image {
 
     // The median's value: its rank, and what the first pass counted on the first grid. Where that grid missed
     // it or is too coarse, the image is read again, with a grid over what is left.
-    float find(std::int64_t rank, Grid grid, const std::int64_t* counted) const {
+    float find(std::int64_t rank, Grid grid, const std::int64_t* counted, Ahead& ahead) const {
         std::int64_t below[kSteps];
         std::copy_n(counted, kSteps, below);
         while (true) {
             Search search(rank, count_);
-            search.learn(kFirstSteps, below);
+            search.learn(grid.steps, below);
             KeyRange keys = keys_of(search, grid);
             while (!close_enough<Format>(keys) && search.high() - search.low() > 1) {
                 const Steps steps = search.next();
                 std::fill_n(below, kSteps, 0);
-                count_cells(steps, below);
+                count_cells(steps, below, ahead);
                 search.learn(steps, below);
                 keys = keys_of(search, grid);
             }
@@ -319,44 +383,44 @@ class Image {
     const Bits* x_;
     std::int64_t count_;
     std::int8_t* cells_;
+    std::int32_t* largest_;  // of each block: its largest key
     const Scanner<Format>& scanner_;
 };
 
-template <typename Format>
-void measure_images(const Activations& in, std::int64_t first, std::int64_t last, std::int64_t k,
-                    const Magnitudes& out, std::int8_t* cells, Instructions instructions) {
-    const Scanner<Format> chosen = scanner<Format>(instructions);
-    const auto* x = static_cast<const typename Format::Bits*>(in.x);
-    for (std::int64_t i = first; i < last; ++i)
-        Image<Format>(x + i * in.image_stride, in.values_per_image, cells, chosen)
-            .measure(k, out.values + i * k, out.index + i * k, out.median[i], out.mean_square[i],
-                     out.nonfinite[i]);
-}
-
-// Splits the images between threads; the caller is one of them.
+// Threads, the caller one of them, take image after image.
 template <typename Format>
 void measure(const Activations& in, std::int64_t k, const Magnitudes& out, std::int8_t* scratch, int threads,
              Instructions instructions) {
+    const Scanner<Format> chosen = scanner<Format>(instructions);
+    const auto* x = static_cast<const typename Format::Bits*>(in.x);
+    std::atomic<std::int64_t> untaken{0};
+    const auto measure_some = [&](std::int64_t part) {
+        std::int8_t* own = scratch + part * scratch_size(in.values_per_image, 1);
+        const auto image = [&](std::int64_t i) {
+            return Image<Format>(x + i * in.image_stride, in.values_per_image, own, chosen);
+        };
+        // An image is taken before the one before it is measured, which asks for it.
+        for (std::int64_t i = untaken++; i < in.images;) {
+            const std::int64_t next = untaken++;
+            const Image<Format> coming = image(std::min(next, in.images - 1));
+            image(i).measure(k, out.values + i * k, out.index + i * k, out.median[i], out.mean_square[i],
+                             out.nonfinite[i], next < in.images ? &coming : nullptr);
+            i = next;
+        }
+    };
     const std::int64_t bytes =
         in.images * in.values_per_image * static_cast<std::int64_t>(sizeof(typename Format::Bits));
-    const std::int64_t parts = std::max<std::int64_t>(
-        1, std::min({in.images, bytes / kBytesPerThread, std::int64_t{threads}, std::int64_t{kMostThreads}}));
-    const auto measure_part = [&](std::int64_t part, std::int64_t first, std::int64_t last) {
-        measure_images<Format>(in, first, last, k, out, scratch + part * scratch_size(in.values_per_image, 1),
-                               instructions);
-    };
+    const std::int64_t parts =
+        std::min({in.images, bytes / kBytesPerThread, std::int64_t{threads}, std::int64_t{kMostThreads}});
     std::thread helpers[kMostThreads];
-    std::int64_t first = 0;
     for (std::int64_t part = 1; part < parts; ++part) {
-        const std::int64_t last = in.images * part / parts;
         try {
-            helpers[part] = std::thread(measure_part, part, first, last);
+            helpers[part] = std::thread(measure_some, part);
         } catch (const std::system_error&) {
-            break;  // no more threads to be had: the caller does the rest
+            break;  // no more threads to be had: the others do the rest
         }
-        first = last;
     }
-    measure_part(0, first, in.images);
+    measure_some(0);
     for (std::thread& helper : helpers)
         if (helper.joinable()) helper.join();
 }
@@ -374,7 +438,9 @@ Instructions best_instructions() noexcept {
 }
 
 std::int64_t scratch_size(std::int64_t values_per_image, int threads) noexcept {
-    return (values_per_image + kBlock) * std::min(threads, kMostThreads);
+    const std::int64_t cells = cells_size(values_per_image);
+    return (cells + cells / kBlock * static_cast<std::int64_t>(sizeof(std::int32_t))) *
+           std::min(threads, kMostThreads);
 }
 
 Status magnitudes_cpu(const Activations& activations, std::int64_t k, const Magnitudes& out,

@@ -10,24 +10,25 @@
 namespace activemark {
 
 constexpr int kBlock = 256;  // values whose largest key and sum of squares are told apart
-constexpr int kBlocks = 8;   // most blocks of one call
+constexpr int kBlocks = 31;  // most blocks of one call
 constexpr int kSteps = 3;
 
 // How many bytes ahead memory is asked for; left to itself it stops at the end of each page.
 constexpr int kPrefetch = 4096;
+
+struct Steps {
+    std::int8_t cells[kSteps];
+};
 
 // What is near the median, in cells of 2^shift keys: a key's cell is (key - origin) >> shift, and what does
 // not fit into a byte goes to the first or the last cell. Bytes can be counted again at little cost.
 struct Grid {
     std::int32_t origin;
     int shift;
+    Steps steps;  // the first to be counted
 };
 constexpr int kFirstCell = -128;
 constexpr int kLastCell = 127;
-
-struct Steps {
-    std::int8_t cells[kSteps];
-};
 
 struct Scan {
     std::int32_t below[kSteps];     // how many values are in cells before each step
@@ -39,8 +40,7 @@ struct Scan {
 template <typename Format>
 struct Scanner {
     // Reads x and writes its cells, in any order.
-    void (*measure)(const typename Format::Bits* x, int blocks, Grid grid, Steps steps, std::int8_t* cells,
-                    Scan& scan);
+    void (*measure)(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan);
     // Reads cells; fills in `below` only.
     void (*count)(const std::int8_t* cells, int blocks, Steps steps, Scan& scan);
 };
