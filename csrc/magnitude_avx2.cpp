@@ -34,8 +34,10 @@ struct Wide {
     static __m256i all(std::int32_t value) { return _mm256_set1_epi32(value); }
     static __m256i larger(__m256i a, __m256i b) { return _mm256_max_epi32(a, b); }
     static std::int32_t largest(__m256i lanes) { return largest_of(lanes); }
+    template <bool kShifted>
     static __m256i cells(__m256i key, __m256i origin, __m128i shift) {
-        return _mm256_srav_epi32(_mm256_sub_epi32(key, origin), _mm256_broadcastd_epi32(shift));
+        const __m256i distance = _mm256_sub_epi32(key, origin);
+        return kShifted ? _mm256_srav_epi32(distance, _mm256_broadcastd_epi32(shift)) : distance;
     }
     static __m256i pack(const __m256i (&cells)[4]) {
         return _mm256_packs_epi16(_mm256_packs_epi32(cells[0], cells[1]),
@@ -51,8 +53,10 @@ struct Narrow {
         const __m256i even = _mm256_and_si256(lanes, _mm256_set1_epi32(0xffff));
         return largest_of(_mm256_max_epi32(even, _mm256_srli_epi32(lanes, 16)));
     }
+    template <bool kShifted>
     static __m256i cells(__m256i key, __m256i origin, __m128i shift) {
-        return _mm256_sra_epi16(_mm256_sub_epi16(key, origin), shift);
+        const __m256i distance = _mm256_sub_epi16(key, origin);
+        return kShifted ? _mm256_sra_epi16(distance, shift) : distance;
     }
     static __m256i pack(const __m256i (&cells)[2]) { return _mm256_packs_epi16(cells[0], cells[1]); }
 };
@@ -96,15 +100,15 @@ class Below {
     __m256i counts_[kSteps] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
 };
 
-template <typename Format, typename Lanes>
-void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
+template <typename Format, typename Lanes, bool kShifted>
+void scan_blocks(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
     constexpr int kRegisters = 32 / Lanes::kLanes;
     const __m256i mask = Lanes::all(Format::kMask), origin = Lanes::all(grid.origin);
     const __m128i shift = _mm_cvtsi32_si128(grid.shift);
     Below below(grid.steps);
+    Squares squares;
     for (int block = 0; block < blocks; ++block) {
         __m256i largest = _mm256_setzero_si256();
-        Squares squares;
         for (int i = 0; i < kBlock; i += 32, cells += 32) {
             __m256i wide[kRegisters];
             for (int part = 0; part < kRegisters; ++part, x += Lanes::kLanes) {
@@ -112,16 +116,26 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t*
                 const __m256i key = _mm256_and_si256(load(x), mask);
                 largest = Lanes::larger(largest, key);
                 squares.add(key, part, Format());
-                wide[part] = Lanes::cells(key, origin, shift);
+                wide[part] = Lanes::template cells<kShifted>(key, origin, shift);
             }
             const __m256i packed = Lanes::pack(wide);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells), packed);
             below.add(packed);
         }
         scan.largest[block] = Lanes::largest(largest);
-        scan.squares[block] = squares.total();
     }
+    scan.squares = squares.total();
     below.store(scan.below);
+}
+
+// A grid of bfloat16 has single keys for cells, as a rule.
+template <typename Format, typename Lanes>
+void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
+    if (grid.shift == 0) {
+        scan_blocks<Format, Lanes, false>(x, blocks, grid, cells, scan);
+    } else {
+        scan_blocks<Format, Lanes, true>(x, blocks, grid, cells, scan);
+    }
 }
 
 void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan) {

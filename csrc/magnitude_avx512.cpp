@@ -38,7 +38,9 @@ struct Squares {
 
     void add(__m512i bits, Float32) {
         const __m512 value = _mm512_castsi512_ps(bits);
-        first = _mm512_fmadd_ps(value, value, first);
+        const __m512 longer = _mm512_fmadd_ps(value, value, first);
+        first = second;  // by turns: one sum would make each addition wait for the last
+        second = longer;
     }
     void add(__m512i bits, Float16) {
         add(_mm512_cvtph_ps(_mm512_castsi512_si256(bits)),
@@ -69,9 +71,9 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t*
     const __m512i mask = Lanes::all(Format::kMask), origin = Lanes::all(grid.origin);
     const __m128i shift = _mm_cvtsi32_si128(grid.shift);
     std::int8_t* next = cells;
+    Squares squares;
     for (int block = 0; block < blocks; ++block) {
         __m512i largest = _mm512_setzero_si512();
-        Squares squares;
         for (int i = 0; i < kBlock; i += Lanes::kLanes, x += Lanes::kLanes, next += Lanes::kLanes) {
             _mm_prefetch(reinterpret_cast<const char*>(x) + kPrefetch, _MM_HINT_T0);
             const __m512i bits = _mm512_loadu_si512(x);
@@ -81,8 +83,8 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t*
             Lanes::store_cells(next, key, origin, shift);
         }
         scan.largest[block] = Lanes::largest(largest);
-        scan.squares[block] = _mm512_reduce_add_ps(_mm512_add_ps(squares.first, squares.second));
     }
+    scan.squares = _mm512_reduce_add_ps(_mm512_add_ps(squares.first, squares.second));
     count(cells, blocks, grid.steps, scan);  // they are in the first cache still
 }
 

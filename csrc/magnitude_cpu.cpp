@@ -44,18 +44,17 @@ void count_portable(const std::int8_t* cells, int blocks, Steps steps, Scan& sca
 
 template <typename Format>
 void measure_portable(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
+    scan.squares = 0;
     for (int block = 0; block < blocks; ++block) {
         std::int32_t largest = 0;
-        float squares = 0;
         for (int i = block * kBlock; i < (block + 1) * kBlock; ++i) {
             const std::int32_t key = key_of<Format>(x[i]);
-            const float value = value_of(key, Format());
+            const double value = value_of(key, Format());
             largest = std::max(largest, key);
-            squares += value * value;
+            scan.squares += value * value;
             cells[i] = cell_of(key, grid);
         }
         scan.largest[block] = largest;
-        scan.squares[block] = squares;
     }
     count_portable(cells, blocks, grid.steps, scan);
 }
@@ -196,9 +195,13 @@ class Image {
         double squares = 0;
         const Grid grid = grid_over(sampled_range());
         std::int64_t below[kSteps] = {};
-        fill_cells(grid, below, [&](std::int64_t block, std::int32_t largest, float block_squares) {
-            largest_[block] = largest;
-            if (largest < Format::kBig) squares += static_cast<double>(block_squares);
+        fill_cells(grid, below, [&](std::int64_t first, int blocks, const Scan& scan) {
+            if (*std::max_element(scan.largest, scan.largest + blocks) < Format::kBig) {
+                squares += scan.squares;
+                std::copy_n(scan.largest, blocks, largest_ + first);
+            } else {
+                std::fill_n(largest_ + first, blocks, kValueByValue);
+            }
         });
 
         if (next) next->ask_for_sample();
@@ -219,10 +222,10 @@ class Image {
         };
         for (std::int64_t block = 0; block < blocks; ++block) {
             if (largest_[block] <= top.threshold()) continue;
-            if (largest_[block] < Format::kBig) {
-                offer_block(block * kBlock, top);
-            } else {
+            if (largest_[block] == kValueByValue) {
                 take_values(block * kBlock, (block + 1) * kBlock);
+            } else {
+                offer_block(block * kBlock, top);
             }
         }
         take_values(blocks * kBlock, count_);
@@ -239,6 +242,9 @@ class Image {
     }
 
  private:
+    // A block that may hold NaN, infinities or squares that overflow.
+    static constexpr std::int32_t kValueByValue = Format::kMask;
+
     Ahead start() const {
         return Ahead(x_, std::min(count_ * static_cast<std::int64_t>(sizeof(Bits)), kAhead));
     }
@@ -260,7 +266,7 @@ class Image {
         const std::int64_t blocks = count_ / kBlock;
         if (blocks < k) return 0;
         std::partial_sort_copy(largest_, largest_ + blocks, room, room + k, std::greater<>());
-        return room[0] < Format::kBig ? static_cast<std::int32_t>(room[k - 1]) : 0;
+        return room[0] == kValueByValue ? 0 : static_cast<std::int32_t>(room[k - 1]);
     }
 
     // Offers what is larger than the threshold; most parts of a block hold nothing of the kind.
@@ -275,7 +281,8 @@ class Image {
         }
     }
 
-    // Writes all cells, counts those before the grid's steps, and hands every block's statistics to `take`.
+    // Writes all cells, counts those before the grid's steps, and hands what was found in some blocks to
+    // `take`.
     template <typename Take>
     void fill_cells(Grid grid, std::int64_t* below, Take take) const {
         Scan scan;
@@ -284,8 +291,7 @@ class Image {
             const int blocks = static_cast<int>(std::min<std::int64_t>((count_ - start) / kBlock, kBlocks));
             scanner_.measure(x_ + start, blocks, grid, cells_ + start, scan);
             for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
-            for (int block = 0; block < blocks; ++block)
-                take(start / kBlock + block, scan.largest[block], scan.squares[block]);
+            take(start / kBlock, blocks, scan);
             start += blocks * kBlock;
         }
         if (start == count_) return;
@@ -376,14 +382,14 @@ class Image {
             if (close_enough<Format>(keys)) return middle_of<Format>(keys);
             grid = grid_over(keys);
             std::fill_n(below, kSteps, 0);
-            fill_cells(grid, below, [](std::int64_t, std::int32_t, float) {});
+            fill_cells(grid, below, [](std::int64_t, int, const Scan&) {});
         }
     }
 
     const Bits* x_;
     std::int64_t count_;
     std::int8_t* cells_;
-    std::int32_t* largest_;  // of each block: its largest key
+    std::int32_t* largest_;  // of each block: its largest key, or kValueByValue
     const Scanner<Format>& scanner_;
 };
 

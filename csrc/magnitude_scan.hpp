@@ -9,8 +9,8 @@
 
 namespace activemark {
 
-constexpr int kBlock = 256;  // values whose largest key and sum of squares are told apart
-constexpr int kBlocks = 31;  // most blocks of one call
+constexpr int kBlock = 256;  // values whose largest key is told apart
+constexpr int kBlocks = 16;  // most blocks of one call
 constexpr int kSteps = 3;
 
 // How many bytes ahead memory is asked for; left to itself it stops at the end of each page.
@@ -33,7 +33,7 @@ constexpr int kLastCell = 127;
 struct Scan {
     std::int32_t below[kSteps];     // how many values are in cells before each step
     std::int32_t largest[kBlocks];  // of each block: its largest key
-    float squares[kBlocks];         // and sum of squares, of no use where the largest key is kBig or more
+    double squares;                 // their sum; of no use where a key is kBig or more
 };
 
 // Both work on `blocks` (1 ... kBlocks) blocks of kBlock values each.

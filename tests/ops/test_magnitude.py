@@ -147,6 +147,18 @@ def test_hard_input(name: str, dtype: torch.dtype, instructions: str) -> None:
     assert_agrees(compiled(instructions)(x, 7), reference(x, 7), dtype)
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("value", [2.0**62, INF, NAN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_blocks_are_wild(dtype: torch.dtype, value: float, instructions: str) -> None:
+    x = random_activations(1, 65, 256)
+    x[0, ::13, 100] = value
+    x[0, 7, 3] = 2.0**63
+    x = x.to(dtype)
+    for k in (1, 3, 9):
+        assert_agrees(compiled(instructions)(x, k), reference(x, k), dtype)
+
+
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES)
 def test_every_16_bit_value_has_its_key(dtype: torch.dtype) -> None:
     everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
