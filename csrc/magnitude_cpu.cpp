@@ -27,11 +27,6 @@ constexpr int kThreeErrors = 34;  // ranks
 // The cells of an image fill whole blocks.
 std::int64_t cells_size(std::int64_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
 
-// How much of the next image is asked for while the cells of this one are counted: in all, and for each
-// kBlocks blocks, about what memory gives in that time.
-constexpr std::int64_t kAhead = 192 << 10;
-constexpr int kAheadOfCount = 4 << 10;
-
 std::int8_t cell_of(std::int32_t key, Grid grid) {
     return static_cast<std::int8_t>(std::clamp((key - grid.origin) >> grid.shift, kFirstCell, kLastCell));
 }
@@ -160,21 +155,6 @@ class Search {
     bool spread_ = false;
 };
 
-// The start of what is read next, asked from memory bit by bit while the processor works on what it has.
-class Ahead {
- public:
-    explicit Ahead(const void* at, std::int64_t size) : at_(static_cast<const char*>(at)), end_(at_ + size) {}
-
-    void ask(int size) {
-        for (; size > 0 && at_ < end_; size -= kLine, at_ += kLine) __builtin_prefetch(at_, 0, 2);
-    }
-
- private:
-    static constexpr int kLine = 64;
-    const char* at_;
-    const char* end_;
-};
-
 // One image's values, and room for their cells.
 template <typename Format>
 class Image {
@@ -237,18 +217,14 @@ class Image {
         std::fill(index + found, index + k, -1);
         const std::int64_t finite = count_ - nonfinite;
         mean_square = static_cast<float>(squares / static_cast<double>(finite));
-        Ahead ahead = next ? next->start() : Ahead(nullptr, 0);
-        median = finite > 0 ? find((finite - 1) / 2, grid, below, ahead) : kNaN;
+        median = finite > 0 ? find((finite - 1) / 2, grid, below) : kNaN;
     }
 
  private:
     // A block that may hold NaN, infinities or squares that overflow.
     static constexpr std::int32_t kValueByValue = Format::kMask;
 
-    Ahead start() const {
-        return Ahead(x_, std::min(count_ * static_cast<std::int64_t>(sizeof(Bits)), kAhead));
-    }
-
+    // The sample is scattered: left until it is read, every place of it would be waited for.
     void ask_for_sample() const {
         if (count_ < kSample) return;
         for (int place = 0; place < kPlaces; ++place) __builtin_prefetch(at_place(place));
@@ -302,12 +278,11 @@ class Image {
         for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
     }
 
-    void count_cells(Steps steps, std::int64_t* below, Ahead& ahead) const {
+    void count_cells(Steps steps, std::int64_t* below) const {
         Scan scan;
         const std::int64_t all = (count_ + kBlock - 1) / kBlock;
         for (std::int64_t block = 0; block < all; block += kBlocks) {
             const int blocks = static_cast<int>(std::min<std::int64_t>(all - block, kBlocks));
-            ahead.ask(kAheadOfCount);
             scanner_.count(cells_ + block * kBlock, blocks, steps, scan);
             for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
         }
@@ -326,7 +301,8 @@ class Image {
                     static_cast<std::int16_t>(key_of<Format>(at[i]) >> kDropped);
         }
         const std::int32_t first = of_rank(sample, kSample / 2 - kThreeErrors) << kDropped;
-        const std::int32_t last = ((of_rank(sample, kSample / 2 + kThreeErrors) + 1) << kDropped) - 1;
+        const std::int32_t last =
+            (of_rank(sample, kSample / 2 + kThreeErrors) << kDropped) | ((1 << kDropped) - 1);
         return {std::min(first, Format::kInfinity - 1), std::min(last, Format::kInfinity - 1)};
     }
 
@@ -365,7 +341,7 @@ class Image {
 
     // The median's value: its rank, and what the first pass counted on the first grid. Where that grid missed
     // it or is too coarse, the image is read again, with a grid over what is left.
-    float find(std::int64_t rank, Grid grid, const std::int64_t* counted, Ahead& ahead) const {
+    float find(std::int64_t rank, Grid grid, const std::int64_t* counted) const {
         std::int64_t below[kSteps];
         std::copy_n(counted, kSteps, below);
         while (true) {
@@ -375,7 +351,7 @@ class Image {
             while (!close_enough<Format>(keys) && search.high() - search.low() > 1) {
                 const Steps steps = search.next();
                 std::fill_n(below, kSteps, 0);
-                count_cells(steps, below, ahead);
+                count_cells(steps, below);
                 search.learn(steps, below);
                 keys = keys_of(search, grid);
             }
@@ -405,7 +381,7 @@ void measure(const Activations& in, std::int64_t k, const Magnitudes& out, std::
         const auto image = [&](std::int64_t i) {
             return Image<Format>(x + i * in.image_stride, in.values_per_image, own, chosen);
         };
-        // An image is taken before the one before it is measured, which asks for it.
+        // An image is taken before the one before it is measured, which asks for its sample.
         for (std::int64_t i = untaken++; i < in.images;) {
             const std::int64_t next = untaken++;
             const Image<Format> coming = image(std::min(next, in.images - 1));
