@@ -217,8 +217,8 @@ def _moments(
     size, device = linear.in_features, target.device
     matrix = torch.zeros(size, size, device=device)
     cross = torch.zeros(size, codec.bits, device=device)
-    pool = _slot_groups(len(codec.slots), device)
     images, tokens = target.shape[1], streams[0].shape[2]
+    pool = _slot_groups(codec.slots, tokens)
     stride = max(1, images * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.shape[1] * tokens // stride) for stream in streams)
     samples = target.shape[0] * images * len(pool)
@@ -233,9 +233,9 @@ def _moments(
                 after = backbone.run(stream.flatten(0, 1), block, block + 1).view_as(stream)
             k = backbone.batch_first(seen.pop()).reshape(*stream.shape[:3], size)
             _add_gram(matrix, k[0].flatten(0, 1)[::stride].float(), protection / rows)
-            change = pool @ _changed(k, codec.slots)  # (r, b, G, H)
+            change = _changed(k, pool)  # (r, b, G, H)
             part = slice(start, start + stream.shape[1])
-            there = pool @ (_changed(after, codec.slots) @ codec.read_directions[tap].T)
+            there = _changed(after, pool) @ codec.read_directions[tap].T
             missing = share * (target[:, part, None] - there)  # (r, b, G, M)
             flat = change.flatten(0, 2)
             _add_gram(matrix, flat, 1 / samples)
@@ -247,17 +247,19 @@ def _moments(
     return matrix, cross, hidden
 
 
-def _changed(values: Tensor, slots: Tensor) -> Tensor:
-    """(1 + r, b, N, ...) → (r, b, S, ...) float32: what the injections change at the slots."""
-    at_slots = values[:, :, slots].float()
-    return at_slots[1:] - at_slots[:1]
+def _changed(values: Tensor, pool: Tensor) -> Tensor:
+    """(1 + r, b, N, ...) → (r, b, G, ...) float32: what the injections change, mean over groups of slots."""
+    pooled = torch.stack([pool @ part.float() for part in values])
+    return pooled[1:] - pooled[:1]
 
 
-def _slot_groups(slots: int, device: torch.device) -> Tensor:
-    """(G, S): the mean over each of the groups, which hold every G-th slot."""
-    groups = min(GROUPS, slots)
-    member = torch.arange(slots, device=device) % groups == torch.arange(groups, device=device)[:, None]
-    return member / member.sum(dim=1, keepdim=True)
+def _slot_groups(slots: Tensor, tokens: int) -> Tensor:
+    """(G, N): the mean over each of the groups, which hold every G-th slot."""
+    groups = min(GROUPS, len(slots))
+    pool = torch.zeros(groups, tokens, device=slots.device)
+    group = torch.arange(len(slots), device=slots.device) % groups
+    pool[group, slots] = 1.0
+    return pool / pool.sum(dim=1, keepdim=True)
 
 
 def _add_gram(matrix: Tensor, rows: Tensor, weight: float) -> None:

@@ -94,13 +94,19 @@ def plan_engine(
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     changes = len(blocks) * width * hidden * (4 + wide)
     solve = hidden * hidden * (4 + 8 + 8)
-    # Where a block is run: its input, its output, what its MLP makes before and after the nonlinearity.
-    running = batch * (2 * one + 3 * stream)
-    caches = 2 * images * tokens * width * wide + fitted * (stream + one)
+    caches = 2 * images * tokens * width * wide + fitted * stream
     if device.type == "cpu":
         caches += images * 3 * backbone.image_size[0] * backbone.image_size[1] * 4  # the images themselves
-    on_host = device.type == "cuda" and model + changes + max(solve, running) + caches > GPU_RESERVE * free
-    peak = model + changes + max(solve, running) + (0 if on_host else caches)
+
+    def block(kept: int) -> int:
+        """Most bytes in a block's run over all batches and its solve; `kept`: what of each image waits."""
+        # Where a batch is run: its input, its output, what its MLP makes before and after the nonlinearity.
+        batches = [(start, min(batch, fitted - start)) for start in range(0, fitted, batch)]
+        running = [start * kept + size * (2 * one + 3 * stream) for start, size in batches]
+        return max(*running, fitted * kept + solve)
+
+    on_host = device.type == "cuda" and model + changes + block(one) + caches > GPU_RESERVE * free
+    peak = model + changes + (block(0) if on_host else block(one) + caches)
     where = "caches in pinned host memory" if on_host else "caches on the device"
     how = f"{batch} images at a time, {where}, edit eager: it runs a block once, so compiling takes longer"
     return Engine(device, autocast, batch, on_host, peak, how)
