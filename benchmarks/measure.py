@@ -87,7 +87,11 @@ def presentations(model: nn.Module) -> Iterator[list[int]]:
 
 
 class PeakMemory:
-    """Most bytes in use within the block, over those before it: `with PeakMemory(device) as peak`."""
+    """Most bytes in use within the block, over those before it: `with PeakMemory(device) as peak`.
+
+    On a CPU that is resident memory, with what glibc keeps of freed blocks; MALLOC_MMAP_THRESHOLD_=131072 in
+    the environment makes it give back all but small ones.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
