@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -107,14 +108,17 @@ def finetune(
             loss = loss + share * _fair_coin_loss(codec, nothing)
         return loss
 
-    eager, compiled = (backbone, original), (backbone.compiled(), original.compiled())
+    @cache
+    def views(compile: bool) -> tuple[Backbone, Backbone]:
+        """The marked and the unmarked model. Importing what compiles takes seconds: only for who wants it."""
+        return (backbone.compiled(), original.compiled()) if compile else (backbone, original)
 
     def backward(chosen: Tensor, message: Tensor, rows: int, compile: bool) -> Tensor:
         optimizer.zero_grad()
         suffix.zero_grad()  # of weights in half precision, which the optimiser does not know
         total = torch.zeros((), device=device)
         for images, bits in zip(chosen.split(rows), message.split(rows), strict=True):
-            loss = loss_of(*(compiled if compile else eager), images, bits) * (len(images) / BATCH)
+            loss = loss_of(*views(compile), images, bits) * (len(images) / BATCH)
             loss.backward()
             total += loss.detach()
         return total
