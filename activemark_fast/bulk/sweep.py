@@ -97,7 +97,7 @@ class Sweeper:
     its largest suspect so far.
 
     Suspects are not stacked to be run several at a time: on a CPU that took longer (`benchmarks/bulk.py
-    stacking`: 0.6 to 1.0 times as fast, for 2 to 16 models of the demo's size); on a GPU it is unmeasured.
+    stacking`: 0.5 to 1.2 times as fast, mostly below 1, for 2 to 16 demo models); on a GPU it is unmeasured.
     """
 
     def __init__(self, verifier: Verifier, model: nn.Module, max_bytes: int) -> None:
