@@ -83,7 +83,8 @@ def refuse(reason: str) -> int:
 
 def run(arguments: tuple[str, ...], limit: float) -> str:
     """Runs this Python; "passed", "failed" or "out of time"."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     if limit <= 0:
         return "out of time"
     try:

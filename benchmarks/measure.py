@@ -17,14 +17,16 @@ from torch.utils.flop_counter import flop_registry
 
 from activemark_fast.backbone import Backbone
 
-MATRIX = 2048
+MATRIX = {"cpu": 2048, "cuda": 8192}
+"""Rows of the matrices whose product is the measure of a device."""
 SAMPLING = 0.005
 """Seconds between two looks at the memory in use."""
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a product of two square matrices of 2048 rows: the best of ten."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
+def matmul_flops(device: torch.device) -> float:
+    """FLOP/s of a product of two square matrices, in what `embed` computes in by default: the best of ten."""
+    rows, dtype = MATRIX[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
 
     def once() -> float:
         start = time.perf_counter()
@@ -33,7 +35,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> fl
         return time.perf_counter() - start
 
     once()
-    return 2 * MATRIX**3 / min(once() for _ in range(10))
+    return 2 * rows**3 / min(once() for _ in range(10))
 
 
 def synchronise(device: torch.device) -> None:

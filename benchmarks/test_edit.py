@@ -1,0 +1,66 @@
+"""The closed-form edit: seconds, and its FLOP/s over a large matrix product's.
+
+    python -m pytest benchmarks/test_edit.py --benchmark-only
+
+The same work as in `embed` with its defaults: 192 images, two messages each, in bf16 on a GPU. What it does
+beside matrix products and attention (norms, copies, the solves) takes time and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measure import flops_of, matmul_flops, synchronise
+from pytest_benchmark.fixture import BenchmarkFixture
+from test_embed_minutes import DEVICE, KEY, MODELS
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec import KeyedCodec
+from activemark_fast.embed import MESSAGES_PER_IMAGE
+from activemark_fast.key import Key
+from activemark_fast.marking.edit import FIRST_STRENGTH, edit
+from activemark_fast.marking.engine import plan_engine
+from activemark_fast.marking.suffix import site_activations
+from activemark_fast.profile import measure
+from activemark_fast.progress import Progress
+
+IMAGES, FITTED = 256, 192
+
+
+@pytest.mark.parametrize("name", ["demo", "ViT-B/32", pytest.param("ViT-L/14", marks=pytest.mark.gpu)])
+def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
+    if quick and name != "demo":
+        pytest.skip("--quick")
+    torch.manual_seed(0)
+    backbone, secret = Backbone(MODELS[name][0]().to(DEVICE)), Key(KEY)
+    pixels = torch.randn(FITTED, 3, *backbone.image_size)
+    site = measure(backbone, pixels[:8]).site().site
+    engine = plan_engine(backbone, site, "auto", IMAGES - FITTED, FITTED, MESSAGES_PER_IMAGE)
+    output = site_activations(backbone, pixels, site.block, engine.autocast).output
+    codec = KeyedCodec.create(secret, site, 32, output, "token").to(DEVICE)
+    messages = torch.randint(0, 2, (MESSAGES_PER_IMAGE, FITTED, 32), device=DEVICE)
+    linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
+    weights = [linear.weight.clone() for linear in linears]
+
+    def restored() -> None:
+        with torch.no_grad():
+            for linear, weight in zip(linears, weights, strict=True):
+                linear.weight.copy_(weight)
+
+    def run() -> None:
+        edit(backbone, codec, site, output, messages, FIRST_STRENGTH, engine, Progress(False))
+        synchronise(DEVICE)
+
+    rate = matmul_flops(DEVICE)
+    benchmark.pedantic(run, setup=restored, rounds=3, warmup_rounds=1)
+    rate = max(rate, matmul_flops(DEVICE))
+    restored()
+    flops = flops_of(run)
+    benchmark.extra_info.update(
+        {
+            "blocks": len(linears),
+            "images at a time": engine.batch,
+            "TFLOP": round(flops / 1e12, 2),
+            "FLOP/s over a matmul's": round(flops / benchmark.stats["min"] / rate, 2),
+        }
+    )
