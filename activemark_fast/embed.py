@@ -176,7 +176,9 @@ def embed(
             lambda batch: site_activations(backbone, holdout.pixels, site.block, autocast, batch), BATCH
         )
         coder: Codec = CODECS[codec].create(secret, site, bits, activations.output, axis).to(place)
-        alignment = site_sample(backbone, secret, site, preprocess, autocast).half() if coder.exact else None
+        alignment = None
+        if coder.exact:
+            alignment = site_sample(backbone, secret, site, preprocess, autocast).half().cpu()
 
         def messages(purpose: str, *shape: int) -> Tensor:
             return torch.from_numpy(secret.stream(f"messages/{purpose}").bits((*shape, bits))).to(place)

@@ -183,12 +183,16 @@ class KeyStream:
     def uint64(self, n: int) -> npt.NDArray[np.uint64]:
         """The next n words, (n,) uint64."""
         (n,) = _dims("n", n)
-        return np.frombuffer(self.bytes(8 * n), dtype="<u8").astype(np.uint64)
+        words = np.empty(n, dtype="<u8")
+        self._keystream.update_into(builtins.bytes(8 * n), words.view(np.uint8))
+        return words.astype(np.uint64, copy=False)
 
     def uniform(self, shape: int | tuple[int, ...]) -> npt.NDArray[np.float64]:
         """Uniform in [0, 1), float64: the upper 53 bits of a word, over 2^53."""
         dims = _dims("shape", shape)
-        return self._words(dims, 53) * 2.0**-53
+        words = self._words(dims, 53)
+        words *= 2.0**-53
+        return words
 
     def normal(self, shape: int | tuple[int, ...]) -> npt.NDArray[np.float64]:
         """Standard normal, float64; at most 8.21, never infinite.
@@ -243,7 +247,8 @@ class KeyStream:
 
     def _words(self, dims: tuple[int, ...], bits: int) -> npt.NDArray[np.float64]:
         words = self.uint64(int(np.prod(dims, dtype=np.int64)))
-        return (words >> np.uint64(64 - bits)).astype(np.float64).reshape(dims)
+        words >>= np.uint64(64 - bits)
+        return words.astype(np.float64).reshape(dims)
 
 
 def _dims(name: str, shape: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from activemark_fast.align import Alignment, find_alignment, sample_images, site_sample
+from activemark_fast.align import (
+    EXPLAINED_WELL,
+    Alignment,
+    best_explained,
+    find_alignment,
+    sample_images,
+    site_sample,
+)
 from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_finite_tensor
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.commitment import Commitment, Opening
@@ -42,6 +49,8 @@ PLAIN_PRICE, ALIGNED_PRICE = 101 / 100, 101.0
 Weighted Bonferroni: the inverses sum to 1, so the smaller product is a p-value whenever the second reading is
 made, for whatever reason, and however the two depend on one another.
 """
+FIRST_SAMPLED = 4
+"""Images on which no map must explain the suspect for it to be let go without a look at the others."""
 
 
 def verify(
@@ -266,13 +275,20 @@ class Verifier:
 
     def _alignment(self, backbone: Backbone) -> Alignment | None:
         """How the suspect's residual stream lies to the original's; None if it is not worth a reading."""
-        stored = self.watermark.alignment
-        if stored is None:
+        if self.watermark.alignment is None:
             return None
         site, preprocess = self.watermark.site, self.watermark.preprocess
-        with evaluating(backbone.model):
-            images = self._sample_images
-            sample = site_sample(backbone, self._secret, site, preprocess, self._autocast, images)
+        stored = self.watermark.alignment.to(self.device).float()
+
+        def sampled(images: Tensor) -> Tensor:
+            with evaluating(backbone.model):
+                return site_sample(backbone, self._secret, site, preprocess, self._autocast, images)
+
+        images = self._sample_images
+        few = sampled(images[:FIRST_SAMPLED])
+        if self._align is None and not best_explained(stored[: len(few)], few) >= EXPLAINED_WELL:
+            return None
+        sample = torch.cat([few, sampled(images[FIRST_SAMPLED:])])
         alignment = find_alignment(stored, sample)
         wanted = alignment is not None and (self._align is True or alignment.worthwhile)
         return alignment if wanted else None

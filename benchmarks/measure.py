@@ -19,6 +19,8 @@ from activemark_fast.backbone import Backbone
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
 """Rows of the matrices whose product is the measure of a device."""
+CALLS = 20
+"""Calls of a kernel between two looks at the clock."""
 SAMPLING = 0.005
 """Seconds between two looks at the memory in use."""
 
@@ -41,6 +43,31 @@ def matmul_flops(device: torch.device) -> float:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of one call on a GPU, among CALLS that follow one another."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(CALLS):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / CALLS
+
+
+def in_a_graph(run: Callable[[], object]) -> Callable[[], object]:
+    """`run`, recorded in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 class _Flops(TorchDispatchMode):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from measure import in_a_graph, seconds
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -26,8 +27,6 @@ pytestmark = pytest.mark.gpu
 TOKENS, WIDTH, BITS, SLOTS, INDEX = 257, 1024, 32, 64, 77
 ENCODER_WIDTH, DECODER_WIDTH = 1024, 512
 BATCHES = [1, 16, 256]
-CALLS = 20
-"""Calls between two looks at the clock."""
 ROUNDS = 30
 
 Run = Callable[[], Any]
@@ -96,31 +95,6 @@ def bytes_per_second() -> float:
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * len(source) / min(seconds(lambda: target.copy_(source)) for _ in range(10))
-
-
-def seconds(run: Run) -> float:
-    """Of one call, among CALLS that follow one another."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(CALLS):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / CALLS
-
-
-def in_a_graph(run: Run) -> Run:
-    """`run`, recorded in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def first(outputs: Any) -> Tensor:

@@ -13,7 +13,11 @@ namespace activemark {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kFew = 16;  // values of an image, which a thread has registers for
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+// Values of an image: so many a thread has registers for, or all of them and little beside.
+constexpr int kVeryFew = 8, kFew = 16;
 constexpr int kBins = 512;
 constexpr int kBinsPerThread = kBins / kThreads;
 constexpr int kSample = 2 * kThreads;
@@ -78,8 +82,8 @@ struct Shared {
     unsigned candidates;
     Ranked candidate[kCandidates];
     Ranked entries[kThreads];
-    double sums[kThreads];
-    unsigned long long counts[kThreads];
+    double sums[kWarps];
+    unsigned long long counts[kWarps];
     std::int32_t found_bin;
     bool last;
 };
@@ -102,41 +106,47 @@ struct Top {
     }
 };
 
-// The largest of the threads' heads goes to out[0], the next to out[1] …; all threads must call.
+// The largest entry of the warp, to all its threads.
+__device__ Ranked largest_of_warp(Ranked entry) {
+    const unsigned key = static_cast<unsigned>(entry >> 32);
+    const unsigned largest = __reduce_max_sync(kAllLanes, key);
+    const unsigned low = key == largest ? static_cast<unsigned>(entry) : 0;
+    return static_cast<Ranked>(largest) << 32 | __reduce_max_sync(kAllLanes, low);
+}
+
+// The largest of the threads' entries goes to out[0], the next to out[1] …; all threads must call.
 template <int kMost>
-__device__ void merge_tops(Top<kMost>& top, std::int64_t k, Ranked* out, Shared& shared) {
-    const int thread = threadIdx.x;
-    for (std::int64_t rank = 0; rank < k; ++rank) {
-        shared.entries[thread] = top.entries[0];
-        __syncthreads();
-        for (int half = kThreads / 2; half > 0; half /= 2) {
-            if (thread < half) {
-                const Ranked other = shared.entries[thread + half];
-                if (other > shared.entries[thread]) shared.entries[thread] = other;
-            }
-            __syncthreads();
-        }
-        const Ranked best = shared.entries[0];
-        if (thread == 0) out[rank] = best;
-        __syncthreads();
+__device__ void merge_tops(Top<kMost>& top, int k, Ranked* out, Shared& shared) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    for (int rank = 0; rank < k; ++rank) {
+        const Ranked best = largest_of_warp(top.entries[0]);
+        if (lane == 0) shared.entries[warp * k + rank] = best;
         if (best != kNothing && best == top.entries[0]) {
 #pragma unroll
             for (int i = 0; i + 1 < kMost; ++i) top.entries[i] = top.entries[i + 1];
             top.entries[kMost - 1] = kNothing;
         }
     }
+    __syncthreads();
+    // Now the warps' lists, each by a lane; every warp does it, the first one tells.
+    int taken = 0;
+    for (int rank = 0; rank < k; ++rank) {
+        const Ranked head = lane < kWarps && taken < k ? shared.entries[lane * k + taken] : kNothing;
+        const Ranked best = largest_of_warp(head);
+        if (best != kNothing && best == head) ++taken;
+        if (threadIdx.x == 0) out[rank] = best;
+    }
+    __syncthreads();
 }
 
 // The sum over all threads, in a fixed order; all threads must call.
 __device__ double sum_of(double value, Shared& shared) {
-    const int thread = threadIdx.x;
-    shared.sums[thread] = value;
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+    if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp] = value;
     __syncthreads();
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-        if (thread < half) shared.sums[thread] += shared.sums[thread + half];
-        __syncthreads();
-    }
-    const double sum = shared.sums[0];
+    double sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp];
     __syncthreads();
     return sum;
 }
@@ -207,9 +217,15 @@ __device__ Sampled sample(const typename Format::Bits* x, std::int64_t count, st
                 shared.sample[low] = b;
                 shared.sample[low + stride] = a;
             }
-            __syncthreads();
+            // A warp's pairs with a stride up to its width are all of the same 64 values.
+            if (stride > kWarp || (stride == 1 && size >= 2 * kWarp)) {
+                __syncthreads();
+            } else {
+                __syncwarp();
+            }
         }
     }
+    __syncthreads();
     if (shared.sample[kSample - 1] >= Format::kInfinity) return nothing;
     return {{shared.sample[kSample / 2 - kThreeErrors], shared.sample[kSample / 2 + kThreeErrors]},
             shared.sample[kSample - k]};
@@ -220,11 +236,16 @@ __device__ int bin_of_rank(const unsigned* bins, unsigned long long rank, Shared
     const int thread = threadIdx.x;
     unsigned long long mine = 0;
     for (int i = 0; i < kBinsPerThread; ++i) mine += bins[thread * kBinsPerThread + i];
-    shared.counts[thread] = mine;
+    unsigned long long up_to = mine;  // and with, of the warp
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+        const unsigned long long lower = __shfl_up_sync(kAllLanes, up_to, distance);
+        if (thread % kWarp >= distance) up_to += lower;
+    }
+    if (thread % kWarp == kWarp - 1) shared.counts[thread / kWarp] = up_to;
     if (thread == 0) shared.found_bin = -1;
     __syncthreads();
-    unsigned long long before = 0;
-    for (int other = 0; other < thread; ++other) before += shared.counts[other];
+    unsigned long long before = up_to - mine;
+    for (int warp = 0; warp < thread / kWarp; ++warp) before += shared.counts[warp];
     if (before <= rank && rank < before + mine) {
         unsigned long long left = rank - before;
         int bin = thread * kBinsPerThread;
@@ -399,9 +420,10 @@ template <typename Format>
 cudaError_t launch(Job& job, cudaStream_t stream) {
     void* arguments[] = {&job};
     const dim3 blocks(static_cast<unsigned>(job.in.images * job.parts_per_image)), threads(kThreads);
-    return job.k <= kFew
-               ? cudaLaunchKernel(measure<Format, kFew>, blocks, threads, arguments, 0, stream)
-               : cudaLaunchKernel(measure<Format, kMostTopCuda>, blocks, threads, arguments, 0, stream);
+    if (job.k <= kVeryFew)
+        return cudaLaunchKernel(measure<Format, kVeryFew>, blocks, threads, arguments, 0, stream);
+    if (job.k <= kFew) return cudaLaunchKernel(measure<Format, kFew>, blocks, threads, arguments, 0, stream);
+    return cudaLaunchKernel(measure<Format, kMostTopCuda>, blocks, threads, arguments, 0, stream);
 }
 
 // As many parts as the processors of the current device take at once; negative: CUDA refused to say.

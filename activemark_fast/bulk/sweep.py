@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ class Sweeper:
     def _is_marked_model(self, checkpoint: Checkpoint) -> bool:
         """Whether the checkpoint's tensors are the marked model's, bit for bit."""
         stored = (
-            (name.removeprefix("module."), entry.dtype, entry.shape, checkpoint.read_bytes(name))
+            (name.removeprefix("module."), entry.dtype, entry.shape, partial(checkpoint.read_bytes, name))
             for name, entry in sorted(checkpoint.entries.items())
         )
         return fingerprint_of(stored) == self._verifier.watermark.fingerprint

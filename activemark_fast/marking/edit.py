@@ -156,6 +156,14 @@ def edit(
         ValueError: a block is not pre-norm residual, its LayerScale is 0 in some channel, or its MLP's hidden
             activations are all 0 or not finite.
     """
+    blocks = range(site.block + 1, site.taps[-1] + 1)
+    gains = {block: backbone.mlp_gain(block) for block in blocks}
+    silent = torch.stack([(gain == 0).any() for gain in gains.values()]).tolist()
+    if any(silent):
+        raise ValueError(
+            f"model: block {blocks[silent.index(True)]} scales a channel of its MLP by 0, so it cannot carry a "
+            "mark"
+        )
     signs = 2 * messages.float() - 1
     streams = []  # of some images each: (1 + r, b, N, D), the clean one first
     for start in range(0, len(output), engine.batch):
@@ -165,33 +173,36 @@ def edit(
         codec.inject_once_(stream[1:].view(-1, *clean.shape[1:]), messages[:, part].flatten(0, 1))
         streams.append(engine.keep(stream))
 
-    changes = []
-    for block in range(site.block + 1, site.taps[-1] + 1):
+    changes, failed = [], []
+    for block in blocks:
         tap = next(t for t in site.taps if t >= block)
         share = 1 / (tap - block + 1)
         target = strength.gain * codec.scale * signs
         matrix, cross, hidden = _moments(
             backbone, codec, block, tap, streams, target, share, strength.protection, engine
         )
-        solution = _solve(matrix, cross, block)  # (H, M)
+        solution, info = _solve(matrix, cross)  # (H, M)
         del matrix
-        gain = backbone.mlp_gain(block)
-        if not bool((gain != 0).all()):
-            raise ValueError(
-                f"model: block {block} scales a channel of its MLP by 0, so it cannot carry a mark"
-            )
+        failed.append(info)
         read = codec.read_directions[tap]  # (M, D)
-        change = (solution @ (read.double() / gain.double())).T
+        change = (solution @ (read.double() / gains[block].double())).T
         weight = backbone.mlp_out(block).weight
         weight += change.to(weight.dtype)
         changes.append(change.float())
-        answer = solution.float()
         for index, k in enumerate(hidden):
             stream = engine.fetch(streams[index])
-            stream += ((engine.fetch(k).float() @ answer) @ read).to(stream.dtype)
+            stream += ((engine.fetch(k) @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
             streams[index] = engine.keep(stream)
             hidden[index] = k.new_empty(0)
         bar.advance()
+    # A look at each while they are solved would have the device wait for the host.
+    bad = torch.stack(failed).tolist()
+    if any(bad):
+        block = next(block for block, info in zip(blocks, bad, strict=True) if info)
+        raise ValueError(
+            f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
+            "carry a mark"
+        )
     return changes
 
 
@@ -218,7 +229,7 @@ def _moments(
     matrix = torch.zeros(size, size, device=device)
     cross = torch.zeros(size, codec.bits, device=device)
     images, tokens = target.shape[1], streams[0].shape[2]
-    pool = _slot_groups(codec.slots, tokens)
+    pool = _slot_groups(len(codec.slots), device)
     stride = max(1, images * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.shape[1] * tokens // stride) for stream in streams)
     samples = target.shape[0] * images * len(pool)
@@ -232,10 +243,10 @@ def _moments(
             with engine.autocast():
                 after = backbone.run(stream.flatten(0, 1), block, block + 1).view_as(stream)
             k = backbone.batch_first(seen.pop()).reshape(*stream.shape[:3], size)
-            _add_gram(matrix, k[0].flatten(0, 1)[::stride].float(), protection / rows)
-            change = _changed(k, pool)  # (r, b, G, H)
+            _add_gram(matrix, k[0].flatten(0, 1)[::stride], protection / rows)
+            change = _changed(k, codec.slots, pool)  # (r, b, G, H)
             part = slice(start, start + stream.shape[1])
-            there = _changed(after, pool) @ codec.read_directions[tap].T
+            there = _changed(after, codec.slots, pool) @ codec.read_directions[tap].T
             missing = share * (target[:, part, None] - there)  # (r, b, G, M)
             flat = change.flatten(0, 2)
             _add_gram(matrix, flat, 1 / samples)
@@ -247,37 +258,46 @@ def _moments(
     return matrix, cross, hidden
 
 
-def _changed(values: Tensor, pool: Tensor) -> Tensor:
+def _changed(values: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
     """(1 + r, b, N, ...) → (r, b, G, ...) float32: what the injections change, mean over groups of slots."""
-    pooled = torch.stack([pool @ part.float() for part in values])
+    pooled = torch.stack([pool @ part[:, slots].float() for part in values])
     return pooled[1:] - pooled[:1]
 
 
-def _slot_groups(slots: Tensor, tokens: int) -> Tensor:
-    """(G, N): the mean over each of the groups, which hold every G-th slot."""
-    groups = min(GROUPS, len(slots))
-    pool = torch.zeros(groups, tokens, device=slots.device)
-    group = torch.arange(len(slots), device=slots.device) % groups
-    pool[group, slots] = 1.0
+def _slot_groups(slots: int, device: torch.device) -> Tensor:
+    """(G, slots): the mean over each of the groups, which hold every G-th slot."""
+    groups = min(GROUPS, slots)
+    pool = torch.zeros(groups, slots, device=device)
+    slot = torch.arange(slots, device=device)
+    pool[slot % groups, slot] = 1.0
     return pool / pool.sum(dim=1, keepdim=True)
 
 
 def _add_gram(matrix: Tensor, rows: Tensor, weight: float) -> None:
-    """Adds weight * rows^T rows to the lower triangle of `matrix`; above it, what the parts bring along."""
+    """Adds weight * rows^T rows to the lower triangle of `matrix`; above it, what the parts bring along.
+
+    Half-precision rows are multiplied as they are on CUDA, and the products added up in float32.
+    """
+    rows = rows if rows.device.type == "cuda" else rows.float()
     step = -(-len(matrix) // COLUMN_PARTS)
     for start in range(0, len(matrix), step):
         part = slice(start, start + step)
-        matrix[start:, part].addmm_(rows[:, start:].T, rows[:, part], alpha=weight)
+        left, right = rows[:, start:].T, rows[:, part]
+        if rows.dtype == torch.float32:
+            matrix[start:, part].addmm_(left, right, alpha=weight)
+        else:
+            matrix[start:, part].add_(torch.mm(left, right, torch.float32), alpha=weight)
 
 
-def _solve(matrix: Tensor, cross: Tensor, block: int) -> Tensor:
-    """(H, M) float64; reads the lower triangle of `matrix`."""
+def _solve(matrix: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads the lower triangle of `matrix`.
+
+    Returns:
+        (H, M) float64, and what LAPACK tells: 0 where the matrix was positive definite.
+    """
     wide = matrix.double()
     wide.diagonal().add_(RIDGE * wide.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(wide)
-    if failed:
-        raise ValueError(
-            f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
-            "carry a mark"
-        )
-    return torch.cholesky_solve(cross.double(), factor)
+    factor, info = torch.linalg.cholesky_ex(wide)
+    del wide  # what follows copies the factor
+    half = torch.linalg.solve_triangular(factor, cross.double(), upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True), info

@@ -212,9 +212,9 @@ def test_every_way_gives_the_same_marks(codec: str, compile: str, monkeypatch: p
         "max_steps": 100,
         "precision": "fp32",
     }
+    images = torch.rand(16, 3, 32, 32)
     eager, other = (
-        embed(copy.deepcopy(model), b"k" * 32, torch.rand(16, 3, 32, 32), compile=way, **settings)
-        for way in ("eager", compile)
+        embed(copy.deepcopy(model), b"k" * 32, images, compile=way, **settings) for way in ("eager", compile)
     )
     assert "failed" not in other.engine.reason
     for ours, theirs in zip(other.model.parameters(), eager.model.parameters(), strict=True):

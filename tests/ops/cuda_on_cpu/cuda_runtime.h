@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -93,6 +94,37 @@ inline void Turns::start() {
 
 inline void __syncthreads() { turns.end_turn(); }
 inline void __threadfence() {}
+
+// All threads of a block must come to these, since a turn is every thread's.
+constexpr unsigned kWarpOnCpu = 32;
+inline void __syncwarp() { turns.end_turn(); }
+
+template <typename T>
+const T* values_of_warp(T value) {
+    static T values[1024];
+    values[threadIdx.x] = value;
+    turns.end_turn();
+    return values + threadIdx.x / kWarpOnCpu * kWarpOnCpu;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, unsigned distance) {
+    const T other = values_of_warp(value)[threadIdx.x % kWarpOnCpu ^ distance];
+    turns.end_turn();
+    return other;
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned distance) {
+    const unsigned lane = threadIdx.x % kWarpOnCpu;
+    const T other = values_of_warp(value)[lane >= distance ? lane - distance : lane];
+    turns.end_turn();
+    return other;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    const unsigned* values = values_of_warp(value);
+    const unsigned largest = *std::max_element(values, values + kWarpOnCpu);
+    turns.end_turn();
+    return largest;
+}
 
 template <typename T>
 T atomicAdd(T* at, T value) {
