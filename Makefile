@@ -32,11 +32,13 @@ lint: $(INSTALLED)  ## Check style and types.
 	$(BIN)/clang-format --dry-run -Werror csrc/* tests/ops/cuda_on_cpu/*
 	$(BIN)/mypy activemark_fast
 
+# The package is imported from build/sanitize before conftest.py puts the sources first on the path. The sanitizer
+# ends the process where memory is lacking.
 sanitize: $(INSTALLED)  ## Run the tests of the C++ code, built with sanitizers.
 	ACTIVEMARK_SANITIZE=ON ACTIVEMARK_CUDA=off $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(BIN)/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider \
-		-k "not cuda_kernel" $(CURDIR)/tests/ops/test_magnitude.py
+		-p activemark_fast -k "not cuda_kernel and not lack_of_memory" $(CURDIR)/tests/ops/test_magnitude.py $(CURDIR)/tests/test_painting.py
 
 bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks (PYTEST_ARGS=--quick: 10 minutes).
 	$(BIN)/python -m pytest benchmarks --benchmark-only --plot build/embed_minutes.svg $(PYTEST_ARGS)

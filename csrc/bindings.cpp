@@ -1,10 +1,16 @@
 // Python's view of the flat interface: addresses in, exceptions out.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <new>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "magnitude.hpp"
+#include "paint.hpp"
 
 namespace py = pybind11;
 using namespace activemark;
@@ -26,6 +32,19 @@ void raise_unless_ok(Status status) {
     }
 }
 
+void raise_unless_ok(PaintStatus status) {
+    switch (status) {
+        case PaintStatus::ok:
+            return;
+        case PaintStatus::bad_size:
+            throw py::value_error(
+                "height and width must be in 1 ... 2^24, there must be 1 ... 2^31 - 1 discs and at most 32 "
+                "octaves (for clouds at least 1), shifts must be in 0 ... step - 1");
+        case PaintStatus::out_of_memory:
+            throw std::bad_alloc();
+    }
+}
+
 template <typename T>
 T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -36,6 +55,19 @@ Magnitudes outputs(std::uintptr_t values, std::uintptr_t index, std::uintptr_t m
     return {pointer<float>(values), pointer<std::int64_t>(index), pointer<float>(median),
             pointer<float>(mean_square), pointer<std::int64_t>(nonfinite)};
 }
+
+// Octaves come as (lattice, shift_y, shift_x), axes as (mean, spread).
+using OctaveTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+using AxisTuple = std::pair<double, double>;
+
+std::vector<Octave> octaves_of(const std::vector<OctaveTuple>& tuples) {
+    std::vector<Octave> octaves;
+    for (const auto& [lattice, shift_y, shift_x] : tuples)
+        octaves.push_back({pointer<const double>(lattice), shift_y, shift_x});
+    return octaves;
+}
+
+Axis axis_of(AxisTuple axis) { return {axis.first, axis.second}; }
 
 }  // namespace
 
@@ -73,6 +105,39 @@ PYBIND11_MODULE(_native, module) {
         py::arg("image_stride"), py::arg("k"), py::arg("values"), py::arg("index"), py::arg("median"),
         py::arg("mean_square"), py::arg("nonfinite"), py::arg("scratch"), py::arg("threads"),
         py::arg("instructions"));
+
+    module.def(
+        "paint_leaves",
+        [](std::int64_t height, std::int64_t width, std::uintptr_t discs, std::int64_t disc_count,
+           const std::vector<OctaveTuple>& octaves, std::uintptr_t image) {
+            PaintStatus status;
+            {
+                const py::gil_scoped_release release;
+                const std::vector<Octave> texture = octaves_of(octaves);
+                status =
+                    paint_leaves(height, width, pointer<const Disc>(discs), disc_count, texture.data(),
+                                 static_cast<std::int64_t>(texture.size()), pointer<std::uint8_t>(image));
+            }
+            raise_unless_ok(status);
+        },
+        py::kw_only(), py::arg("height"), py::arg("width"), py::arg("discs"), py::arg("disc_count"),
+        py::arg("octaves"), py::arg("image"));
+    module.def(
+        "paint_clouds",
+        [](std::int64_t height, std::int64_t width, const std::vector<OctaveTuple>& octaves, double gain,
+           AxisTuple lightness, AxisTuple yellow, AxisTuple red, std::uintptr_t image) {
+            PaintStatus status;
+            {
+                const py::gil_scoped_release release;
+                const std::vector<Octave> field = octaves_of(octaves);
+                status = paint_clouds(height, width, field.data(), static_cast<std::int64_t>(field.size()),
+                                      gain, axis_of(lightness), axis_of(yellow), axis_of(red),
+                                      pointer<std::uint8_t>(image));
+            }
+            raise_unless_ok(status);
+        },
+        py::kw_only(), py::arg("height"), py::arg("width"), py::arg("octaves"), py::arg("gain"),
+        py::arg("lightness"), py::arg("yellow"), py::arg("red"), py::arg("image"));
 
 #ifdef ACTIVEMARK_CUDA
     module.attr("cuda") = true;

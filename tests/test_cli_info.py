@@ -9,7 +9,7 @@ import torch
 
 import activemark_fast
 from activemark_fast.cli import main
-from activemark_fast.ops.magnitude import native
+from activemark_fast.ops import native
 
 
 def test_as_a_process() -> None:

@@ -48,7 +48,7 @@ def _version(package: str) -> str:
 
 def _compiled() -> dict[str, str]:
     """What computes magnitudes, or why nothing does."""
-    from activemark_fast.ops.magnitude.native import load_native
+    from activemark_fast.ops.native import load_native
 
     try:
         native = load_native()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
-from activemark_fast.ops.magnitude.native import load_native, magnitudes_cpu
+from activemark_fast.ops.magnitude.native import magnitudes_cpu
 from activemark_fast.ops.magnitude.reference import magnitudes_reference
+from activemark_fast.ops.native import load_native
 
 INF, NAN = float("inf"), float("nan")
 COMPILED_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
