@@ -183,9 +183,7 @@ class KeyStream:
     def uint64(self, n: int) -> npt.NDArray[np.uint64]:
         """The next n words, (n,) uint64."""
         (n,) = _dims("n", n)
-        words = np.empty(n, dtype="<u8")
-        self._keystream.update_into(builtins.bytes(8 * n), words.view(np.uint8))
-        return words.astype(np.uint64, copy=False)
+        return np.frombuffer(self.bytes(8 * n), dtype="<u8").astype(np.uint64)
 
     def uniform(self, shape: int | tuple[int, ...]) -> npt.NDArray[np.float64]:
         """Uniform in [0, 1), float64: the upper 53 bits of a word, over 2^53."""

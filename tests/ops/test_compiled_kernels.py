@@ -120,6 +120,11 @@ def test_every_kernel_is_launched(launches: list[Launch]) -> None:
     assert {launch.kernel.fn.__name__ for launch in launches} == written
 
 
+def test_no_argument_is_one_of_the_launchers(launches: list[Launch]) -> None:
+    # torch.compile writes launchers of these arguments and one more.
+    assert not [launch.kernel for launch in launches if "stream" in launch.arguments]
+
+
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_compiled(launches: list[Launch], capability: int, tmp_path: Path) -> None:
     failures = []

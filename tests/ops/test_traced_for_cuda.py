@@ -74,7 +74,7 @@ def test_keyed(cuda: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     assert launches == [("inject_keyed_kernel", {"out"})]
     assert others <= FREE
     launches, _ = traced(lambda x: inject_keyed_(x, directions, scale, words, slots).clone(), stream)
-    assert launches == [("inject_keyed_inplace_kernel", {"stream"})]
+    assert launches == [("inject_keyed_inplace_kernel", {"residual"})]
     launches, others = traced(lambda x: decode_keyed(x, directions, scale, slots, words), tapped)
     assert launches == [("decode_keyed_kernel", DECODED)]
     assert others <= FREE

@@ -33,9 +33,10 @@ def signed_sum(words, image, directions, channel, width, bits, BLOCK_D: tl.const
     return total
 
 
+# No argument of a kernel is called `stream`: the launchers that torch.compile writes have one of that name.
 @triton.jit
 def inject_keyed_kernel(
-    stream,  # (images, tokens, width), of any strides
+    residual,  # (images, tokens, width), of any strides
     out,  # (2 * images, tokens, width), contiguous
     directions,  # (bits, width)
     scale,  # ()
@@ -53,7 +54,7 @@ def inject_keyed_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[b] = stream[b] + v and out[images + b] = stream[b] - v, where v = scale (2m - 1) directions.
+    """out[b] = residual[b] + v and out[images + b] = residual[b] - v, where v = scale (2m - 1) directions.
 
     v is 0 at tokens that are no slots. A program copies `tiles` tiles of BLOCK_T tokens.
     """
@@ -66,7 +67,7 @@ def inject_keyed_kernel(
         token = (tl.program_id(1) * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = (token < tokens)[:, None] & (channel < width)[None, :]
         x = tl.load(
-            stream
+            residual
             + image * image_stride
             + token.to(tl.int64)[:, None] * token_stride
             + channel[None, :] * channel_stride,
@@ -82,7 +83,7 @@ def inject_keyed_kernel(
 
 @triton.jit
 def inject_keyed_inplace_kernel(
-    stream,  # (images, tokens, width), of any strides
+    residual,  # (images, tokens, width), of any strides
     directions,  # (bits, width)
     scale,  # ()
     words,  # (images, ceil(bits / 32)) int32
@@ -97,7 +98,7 @@ def inject_keyed_inplace_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """stream[b, slot] += scale (2m - 1) directions, at every slot."""
+    """residual[b, slot] += scale (2m - 1) directions, at every slot."""
     image = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     added = tl.load(scale).to(tl.float32) * signed_sum(
@@ -107,9 +108,9 @@ def inject_keyed_inplace_kernel(
         place = first + tl.arange(0, BLOCK_T)
         token = tl.load(slots + place, mask=place < slot_count, other=-1)
         inside = ((token >= 0) & (token < tokens))[:, None] & (channel < width)[None, :]
-        at = stream + image * image_stride + token[:, None] * token_stride + channel[None, :] * channel_stride
+        at = residual + image * image_stride + token[:, None] * token_stride + channel[None, :] * channel_stride
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at, (x + added[None, :]).to(stream.dtype.element_ty), mask=inside)
+        tl.store(at, (x + added[None, :]).to(residual.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def encode_kernel(
     hidden,  # (images, units) float32
     weight,  # (length, units)
     bias,  # (length,)
-    stream,  # (images, tokens, width), of any strides; read only where COPY
+    residual,  # (images, tokens, width), of any strides; read only where COPY
     out,  # (images, tokens, width), of any strides
     images,
     tokens,
@@ -138,7 +139,7 @@ def encode_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One channel of out = sigmoid(weight hidden + bias); where COPY, the rest = stream.
+    """One channel of out = sigmoid(weight hidden + bias); where COPY, the rest = residual.
 
     The first programs compute, the others copy. No two write to the same place.
     """
@@ -171,7 +172,7 @@ def encode_kernel(
         others = (row_token != index)[:, None] if DIM == 1 else (channel != index)[None, :]
         copied = (row_image < images)[:, None] & (channel < width)[None, :] & others
         x = tl.load(
-            stream
+            residual
             + (row_image * image_stride + row_token * token_stride)[:, None]
             + channel[None, :] * channel_stride,
             mask=copied,
