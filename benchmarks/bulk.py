@@ -168,7 +168,10 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
         "the disk's GB a second": disk / 1e9,
         "bytes a second over the disk's, after that": read / (ended - ready) / disk,
     }
+    row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
     print(json.dumps(row, indent=1))
+    if args.json is not None:
+        args.json.write_text(json.dumps(row))
 
 
 def kills(args: argparse.Namespace, folder: Path) -> None:
@@ -266,6 +269,7 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "kills", "memory", "stacking"))
     parser.add_argument("--architecture", default="demo")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what speed measures into it, too")
     parser.add_argument("--suspects", type=int)
     parser.add_argument("--loop", type=int, default=6)
     parser.add_argument("--kills", type=int, default=20)

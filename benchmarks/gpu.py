@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py          # or: make gpu
 
-Runs with this Python and its packages and installs nothing: torch, triton, timm, hypothesis, pytest,
-pytest-benchmark, pybind11, cmake and ninja must be there. Writes benchmarks/results/gpu.json and gpu.md, and
-exits with 1 if anything failed, with 2 if there is no GPU.
+Runs with this Python and its packages and installs nothing: torch, triton, timm, cryptography, hypothesis,
+pytest, pytest-benchmark, pytest-xdist, pybind11, cmake and ninja must be there. Writes gpu.json and gpu.md in
+benchmarks/results after each step, and exits with 1 if anything failed, with 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 460
 """Together; what is left of them is the time limit of each step."""
+WORKERS = 8
+"""Processes that run tests side by side."""
+BENCHMARKS = {
+    "first call": ["test_cold_start.py", "-k", "first"],  # before anything else has warmed a cache
+    "edit": ["test_edit.py"],
+    "profile": ["test_magnitude.py", "-k", "gpu"],
+    "kernels": ["test_kernels.py"],
+    "gradient steps": ["test_steps.py", "-k", "graph"],
+}
+BULK = "speed --architecture timm:vit_large_patch14_clip_224 --bf16 --suspects 10 --loop 1"
 COLUMNS = ("kernel", "eager", "compiled", "kernel, graph", "eager, graph", "compiled, graph")
 
 
@@ -45,35 +55,53 @@ def main() -> int:
         begun = time.monotonic()
         outcome = run(arguments, left)
         record["steps"][name] = {"outcome": outcome, "seconds": round(time.monotonic() - begun, 1)}
+        write(record)
         return outcome == "passed"
 
-    with tempfile.TemporaryDirectory() as folder:
-        junit, benchmarked = Path(folder, "tests.xml"), Path(folder, "benchmarks.json")
-        pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu")
-        passed = [
-            step("build", "setup.py", "--quiet", "build_ext", "--inplace"),
-            step("tests", *pytest, f"--junitxml={junit}", *marked("tests")),
-            step(
-                "benchmarks",
-                *pytest,
-                "--benchmark-only",
-                f"--benchmark-json={benchmarked}",
-                *marked("benchmarks"),
-            ),
-        ]
-        if junit.exists():
-            record["tests"] = counts(junit)
-        if benchmarked.exists() and benchmarked.stat().st_size:
-            rows = json.loads(benchmarked.read_text())["benchmarks"]
-            record["benchmarks"] = [
+    def benchmark(name: str) -> None:
+        output = Path(folder, "benchmarks.json")
+        file, *chosen = BENCHMARKS[name]
+        step(
+            name,
+            *pytest,
+            "--benchmark-only",
+            f"--benchmark-json={output}",
+            str(ROOT / "benchmarks" / file),
+            *chosen,
+        )
+        if output.exists() and output.stat().st_size:
+            rows = json.loads(output.read_text())["benchmarks"]
+            record["benchmarks"] += [
                 {"name": row["name"], "seconds": row["stats"]["median"], **row["extra_info"]} for row in rows
             ]
+            write(record)
+            output.unlink()
+
+    with tempfile.TemporaryDirectory() as folder:
+        pytest = ("-m", "pytest", "-p", "no:cacheprovider")
+        if not built():
+            step("build", "setup.py", "--quiet", "build_ext", "--inplace")
+        benchmark("first call")
+        junit = Path(folder, "tests.xml")
+        parallel = ("--numprocesses", str(WORKERS), "--deselect", "tests/ops/test_kernels.py")
+        step("tests", *pytest, "-m", "gpu", f"--junitxml={junit}", *parallel, *tests())
+        if junit.exists():
+            record["tests"] = counts(junit)
+        benchmark("edit")
+        benchmark("profile")
+        bulk = Path(folder, "bulk.json")
+        if step("bulk", "benchmarks/bulk.py", *BULK.split(), "--json", str(bulk)):
+            record["bulk"] = json.loads(bulk.read_text())
+        benchmark("kernels")
+        benchmark("gradient steps")
+    print(table(record))
+    return 0 if all(done["outcome"] == "passed" for done in record["steps"].values()) else 1
+
+
+def write(record: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = table(record)
-    (RESULTS / "gpu.md").write_text(text)
-    print(text)
-    return 0 if all(passed) else 1
+    (RESULTS / "gpu.md").write_text(table(record))
 
 
 def refuse(reason: str) -> int:
@@ -96,9 +124,16 @@ def run(arguments: tuple[str, ...], limit: float) -> str:
     return "passed" if code == 0 else "failed"
 
 
-def marked(folder: str) -> list[str]:
+def built() -> bool:
+    """Whether the extension is there for this Python, and younger than its sources."""
+    modules = list((ROOT / "activemark_fast").glob(f"_native.{sys.implementation.cache_tag}*.so"))
+    sources = [*(ROOT / "csrc").iterdir(), ROOT / "CMakeLists.txt", ROOT / "setup.py"]
+    return bool(modules) and modules[0].stat().st_mtime > max(path.stat().st_mtime for path in sources)
+
+
+def tests() -> list[str]:
     """The files of tests that say they need a GPU: others may import what is not installed here."""
-    files = sorted((ROOT / folder).rglob("test_*.py"))
+    files = [*sorted((ROOT / "tests").rglob("test_*.py")), ROOT / "tests" / "ops" / "kernel_values.py"]
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
@@ -176,6 +211,7 @@ def table(record: dict[str, Any]) -> str:
         lines += [f"  - failed: {name}" for name in tests["failed"]]
     kernels = [row for row in record["benchmarks"] if "op" in row]
     others = [row for row in record["benchmarks"] if "op" not in row]
+    bulk = record.get("bulk", {})
     if kernels:
         lines += [
             "",
@@ -196,6 +232,9 @@ def table(record: dict[str, Any]) -> str:
     for row in others:
         rest = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("name", "seconds"))
         lines.append(f"| {row['name']} | {1e3 * row['seconds']:.3f} | {rest} |")
+    if bulk:
+        lines += ["", f"Bulk verification, `benchmarks/bulk.py {BULK}`:", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in bulk.items()]
     return "\n".join(lines) + "\n"
 
 

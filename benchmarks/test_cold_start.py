@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/test_cold_start.py --benchmark-only
 
-Every round is a process of its own. `embed` is timed from the call to the saved watermark, after the model
-was built, on a GPU if there is one: a ViT-L/14 there, the demo model on a CPU.
+Every round is a process of its own; what Triton compiled in the first is there for the next. `embed` is timed
+from the call to the saved watermark, after the model was built: on a GPU a ViT-L/14, on a CPU the demo model.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def test_import(benchmark: BenchmarkFixture) -> None:
 
 def test_first_embed(benchmark: BenchmarkFixture) -> None:
     rows: list[dict[str, float | str]] = []
-    benchmark.pedantic(lambda: rows.append(json.loads(output(sys.executable, __file__))), rounds=ROUNDS)
-    best = min(rows, key=lambda row: row["seconds of the first call"])
-    benchmark.extra_info.update(best)
+    benchmark.pedantic(lambda: rows.append(json.loads(output(sys.executable, __file__))), rounds=2)
+    benchmark.extra_info.update(rows[-1])
+    benchmark.extra_info["of the first call, in the first process"] = rows[0]["seconds of the first call"]
 
 
 def main() -> None:

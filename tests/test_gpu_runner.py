@@ -37,8 +37,9 @@ def test_without_a_gpu_it_says_so_and_writes_nothing() -> None:
 
 
 def test_every_gpu_test_is_found(runner: ModuleType) -> None:
-    assert {"tests/ops/test_kernels.py", "tests/ops/test_magnitude.py"} <= set(runner.marked("tests"))
-    assert set(runner.marked("benchmarks")) >= {"benchmarks/test_kernels.py", "benchmarks/test_magnitude.py"}
+    assert {"tests/ops/kernel_values.py", "tests/ops/test_magnitude.py"} <= set(runner.tests())
+    for file, *_ in runner.BENCHMARKS.values():
+        assert (ROOT / "benchmarks" / file).exists()
 
 
 COLLECT = """
@@ -52,8 +53,13 @@ sys.exit(pytest.main(["--collect-only", "-m", "gpu", "-p", "no:cacheprovider", *
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks"])
 def test_what_wants_a_gpu_needs_few_packages(runner: ModuleType, folder: str) -> None:
-    command = [sys.executable, "-c", COLLECT, *runner.marked(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    files = {
+        "tests": runner.tests(),
+        "benchmarks": [f"benchmarks/{f}" for f, *_ in runner.BENCHMARKS.values()],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, *files[folder]], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout
     assert "test_kernels.py" in done.stdout
 
@@ -93,6 +99,7 @@ def test_the_table(runner: ModuleType) -> None:
                 {"name": "k", "seconds": 1e-6, "op": "inject_keyed", "batch": 16, "floor": 1.6, **medians},
                 {"name": "test_magnitudes_on_a_gpu", "seconds": 0.0021, "GB/s": 900},
             ],
+            "bulk": {"suspects a minute": 70.5},
         }
     )
     for name in machine:
@@ -104,6 +111,7 @@ def test_the_table(runner: ModuleType) -> None:
     header = next(line for line in text.splitlines() if line.startswith("| op"))
     assert header.count("|") == row.count("|")
     assert "| test_magnitudes_on_a_gpu | 2.100 | GB/s 900 |" in text
+    assert "| suspects a minute | 70.5 |" in text
 
 
 def test_until_it_is_measured_the_table_says_so() -> None:

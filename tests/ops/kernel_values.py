@@ -13,6 +13,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 from activemark_fast.ops.bits import unpack_bits  # noqa: E402
 from activemark_fast.ops.common import KERNEL_DTYPES, Perceptron  # noqa: E402
