@@ -249,7 +249,7 @@ def _moments(
             there = _changed(after, codec.slots, pool) @ codec.read_directions[tap].T
             missing = share * (target[:, part, None] - there)  # (r, b, G, M)
             flat = change.flatten(0, 2)
-            _add_gram(matrix, flat, 1 / samples)
+            _add_gram(matrix, flat.to(k.dtype), 1 / samples)
             cross.addmm_(flat.T, missing.flatten(0, 2), alpha=1 / samples)
             streams[index], start = engine.keep(after.to(stream.dtype)), part.stop
             hidden.append(engine.keep(k))
