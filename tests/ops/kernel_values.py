@@ -27,6 +27,12 @@ from tests.ops.streams import LARGE, SIZES, Arguments, Sizes  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 KEYED = [size for size in SIZES if size.images < 64]
+SPLIT = [
+    Sizes(1, 66, 129, 200, 1, tuple(range(65)), 0),
+    Sizes(2, 72, 1091, 32, 1, tuple(range(5, 72)), 0),
+    Sizes(2, 9, 64, 600, 1, (3, 3, 8), 0),
+]
+"""Images of one part and of many, more slots than a block has, more bits than four warps take."""
 EVERY_KEYED = pytest.mark.parametrize("sizes", KEYED, ids=lambda s: f"{s.images}x{s.width}")
 EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{s.images}x{s.tokens}x{s.width}")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -187,10 +193,34 @@ def test_decode_keyed(sizes: Sizes, dtype: torch.dtype) -> None:
     exact = double(tapped)
     rest = (given.directions, given.scale, given.slots, given.words, 3.0)
     got, want = decode_keyed(tapped, *rest), decode_keyed(exact, *rest)
-    assert launches == ["decode_keyed_kernel"]
+    forward = ["decode_keyed_partial_kernel", "decode_keyed_reduce_kernel"]
+    assert launches == forward
     check_decoded(got, want, given.message, dtype, 3.0)
     check_gradients(got, want, [tapped], [exact], dtype)
-    assert launches == ["decode_keyed_kernel"] + 2 * ["decode_keyed_backward_kernel"]
+    assert launches == forward + 2 * ["decode_keyed_backward_kernel"]
+
+
+@pytest.mark.parametrize("sizes", SPLIT, ids=lambda s: f"{s.images}x{s.width}x{s.bits}x{len(s.slots)}")
+@EVERY_DTYPE
+def test_decode_keyed_in_parts(sizes: Sizes, dtype: torch.dtype) -> None:
+    given = Arguments(sizes, dtype, DEVICE)
+    plus, minus = given.stream(), given.stream()
+    rest = (given.directions, given.scale, given.slots)
+
+    def decode(first: Tensor, second: Tensor, words: Tensor = given.words) -> Decoded:
+        return decode_keyed(torch.cat([first, second]), *rest, words)
+
+    got = decode(plus, minus)
+    want = decode(plus.double(), minus.double())
+    check_decoded(got, want, given.message, dtype, 1.0)
+    assert torch.equal(decode(minus, plus).logits, -got.logits)
+    assert torch.equal(decode(plus, plus).logits, torch.zeros_like(got.logits))
+    for i in range(sizes.images):
+        alone = decode(plus[i : i + 1], minus[i : i + 1], given.words[i : i + 1].clone())
+        assert torch.equal(alone.logits[0], got.logits[i])
+    channels_apart = torch.cat([plus, minus]).transpose(1, 2).contiguous().transpose(1, 2)
+    assert channels_apart.stride(2) == sizes.tokens
+    close(decode_keyed(channels_apart, *rest, given.words).logits, want.logits, dtype)
 
 
 @EVERY_SIZE
@@ -256,8 +286,9 @@ def test_a_logit_of_0_or_nan_is_an_error_and_cancelling_passes_give_exactly_0() 
     assert int(decoded.errors[0]) == given.sizes.bits
 
 
-def test_a_slot_that_is_no_token_is_seen() -> None:
-    given = Arguments(SIZES[1], torch.float32, DEVICE)
+@EVERY_DTYPE
+def test_a_slot_that_is_no_token_is_seen(dtype: torch.dtype) -> None:
+    given = Arguments(SIZES[1], dtype, DEVICE)
     for bad in (-1, given.sizes.tokens, 2**40):
         slots = torch.tensor([1, bad], device=DEVICE)
         decoded = decode_keyed(given.stream(2), given.directions, given.scale, slots, given.words)

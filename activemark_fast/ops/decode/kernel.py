@@ -15,14 +15,30 @@ from activemark_fast.ops.kernels import first_layer, is_slot, second_layer
 BLOCK_T = 32
 BLOCK_D = 128
 """Tokens and channels of a gradient that are written at a time."""
+PART = 64
+"""Channels of an image that a program of `decode_keyed_partial_kernel` reads."""
+
+
+@triton.jit
+def expected_signs(
+    expected,  # (images, words) int32
+    image,  # (BLOCK_B,) int64
+    bit,  # (BLOCK_M,) int32
+    images,
+    bits,
+):
+    """(BLOCK_B, BLOCK_M) float32: 1 where a 1 is expected and -1 where a 0 is."""
+    at = image[:, None] * ((bits + 31) // 32) + (bit // 32)[None, :]
+    word = tl.load(expected + at, mask=(image < images)[:, None] & (bit < bits)[None, :], other=0)
+    return (((word >> (bit % 32)[None, :]) & 1) * 2 - 1).to(tl.float32)
 
 
 @triton.jit
 def judge(
     logits,  # (BLOCK_B, BLOCK_M) float32
+    sign,  # (BLOCK_B, BLOCK_M) float32: `expected_signs`
     image,  # (BLOCK_B,) int64
     bit,  # (BLOCK_M,) int32: 0 ... BLOCK_M - 1
-    expected,  # (images, words) int32
     logits_out,  # (images, bits) float32
     words_out,  # (images, words) int32
     errors_out,  # (images,) int32
@@ -51,8 +67,6 @@ def judge(
         packed,
         mask=known[:, None] & (word < word_count)[None, :],
     )
-    wanted = tl.load(expected + image[:, None] * word_count + (bit // 32)[None, :], mask=inside, other=0)
-    sign = (((wanted >> (bit % 32)[None, :]) & 1) * 2 - 1).to(tl.float32)
     # Neither 0 nor NaN is above 0, so both are errors.
     right = sign * logits > 0
     # Counted in float32: of a sum of booleans, LLVM makes a population count through the stack.
@@ -71,11 +85,59 @@ def judge(
 
 
 @triton.jit
-def decode_keyed_kernel(
+def decode_keyed_partial_kernel(
     tapped,  # (2 * images, tokens, width), of any strides
     directions,  # (bits, width)
-    scale,  # ()
     slots,  # (slot_count,) int64
+    partials,  # out: (images, parts, bits) float32
+    images,
+    tokens,
+    width,
+    bits,
+    slot_count,
+    parts,
+    image_stride,
+    token_stride,
+    channel_stride,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Partials = directions (sum of tapped[b] - tapped[images + b] over the slots), over BLOCK_D channels.
+
+    A program reads these channels of an image. It subtracts the passes before it sums, so equal passes give
+    exactly 0, and passes that are swapped exactly the opposite.
+    """
+    # The parts of an image follow one another: whole rows are read at about the same time.
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    channel = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    bit = tl.arange(0, BLOCK_M)
+    difference = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for start in range(0, slot_count, BLOCK_S):
+        place = start + tl.arange(0, BLOCK_S)
+        token = tl.load(slots + place, mask=place < slot_count, other=0)
+        there = (token >= 0) & (token < tokens)
+        inside = ((place < slot_count) & there)[:, None] & (channel < width)[None, :]
+        at = tapped + token[:, None] * token_stride + channel[None, :] * channel_stride
+        # A slot that is no token must not read as a mark that is not there.
+        nothing = tl.where(there, 0.0, float("nan"))[:, None]
+        plus = tl.load(at + image * image_stride, mask=inside, other=0.0)
+        minus = tl.load(at + (image + images) * image_stride, mask=inside, other=0.0)
+        difference += plus.to(tl.float32) - minus.to(tl.float32) + nothing
+    rows = tl.load(
+        directions + bit[:, None] * width + channel[None, :],
+        mask=(bit < bits)[:, None] & (channel < width)[None, :],
+        other=0.0,
+    )
+    partial = tl.sum(rows.to(tl.float32) * tl.sum(difference, axis=0)[None, :], axis=1)
+    tl.store(partials + (image * parts + part) * bits + bit, partial, mask=bit < bits)
+
+
+@triton.jit
+def decode_keyed_reduce_kernel(
+    partials,  # (images, parts, bits) float32
+    scale,  # ()
     expected,  # (images, words) int32
     logits_out,
     words_out,
@@ -83,57 +145,31 @@ def decode_keyed_kernel(
     loss_out,
     loss_grad_out,
     images,
-    tokens,
-    width,
     bits,
     slot_count,
-    image_stride,
-    token_stride,
-    channel_stride,
+    parts,
     sharpness,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Logits = directions (sum of tapped[b] - sum of tapped[images + b] over the slots) / (2 slots scale).
-
-    A program reads an image. Both sums are taken in the same order, so equal passes give exactly 0, and
-    passes that are swapped exactly the opposite.
-    """
-    image = tl.program_id(0).to(tl.int64)
+    """Logits = sum of the partials / (2 slots scale). A program reads an image."""
+    image = tl.program_id(0) + tl.zeros((1,), tl.int64)
     bit = tl.arange(0, BLOCK_M)
-    products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in range(0, width, BLOCK_D):
-        channel = first + tl.arange(0, BLOCK_D)
-        plus = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-        minus = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-        for start in range(0, slot_count, BLOCK_S):
-            place = start + tl.arange(0, BLOCK_S)
-            token = tl.load(slots + place, mask=place < slot_count, other=0)
-            there = (token >= 0) & (token < tokens)
-            inside = ((place < slot_count) & there)[:, None] & (channel < width)[None, :]
-            at = token[:, None] * token_stride + channel[None, :] * channel_stride
-            # A slot that is no token must not read as a mark that is not there.
-            nothing = tl.where(there, 0.0, float("nan"))[:, None]
-            plus += (
-                tl.load(tapped + image * image_stride + at, mask=inside, other=0.0).to(tl.float32) + nothing
-            )
-            minus += tl.load(tapped + (image + images) * image_stride + at, mask=inside, other=0.0).to(
-                tl.float32
-            )
-        summed = tl.sum(plus, axis=0) - tl.sum(minus, axis=0)
-        rows = tl.load(
-            directions + bit[:, None] * width + channel[None, :],
-            mask=(bit < bits)[:, None] & (channel < width)[None, :],
+    sign = expected_signs(expected, image, bit, images, bits)
+    divisor = 2 * slot_count * tl.load(scale).to(tl.float32)
+    total = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        total += tl.load(
+            partials + (image * parts + part)[:, None] * bits + bit[None, :],
+            mask=(part < parts)[:, None] & (bit < bits)[None, :],
             other=0.0,
         )
-        products += rows.to(tl.float32) * summed[None, :]
-    logits = tl.sum(products, axis=1) / (2 * slot_count * tl.load(scale).to(tl.float32))
     judge(
-        logits[None, :],
-        image + tl.zeros((1,), tl.int64),
+        (tl.sum(total, axis=0) / divisor)[None, :],
+        sign,
+        image,
         bit,
-        expected,
         logits_out,
         words_out,
         errors_out,
@@ -211,11 +247,12 @@ def decode_learned_kernel(
     image = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     bit = tl.arange(0, BLOCK_M)
     logits = second_layer(hidden, weight, bias, image, bit, images, bits, units, BLOCK_B, BLOCK_M, BLOCK_K)
+    sign = expected_signs(expected, image, bit, images, bits)
     judge(
         logits,
+        sign,
         image,
         bit,
-        expected,
         logits_out,
         words_out,
         errors_out,
@@ -237,31 +274,50 @@ def decode_keyed(
     expected: Tensor,
     sharpness: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `op.decode_keyed`."""
+    """See `op.decode_keyed`. Many programs read an image, as a few images must fill a GPU too.
+
+    A second launch adds up what they found. A counter that tells a program that it is the last would need
+    zeroing, which is a launch as well.
+    """
     images, tokens, width = tapped.shape[0] // 2, *tapped.shape[1:]
     bits = directions.shape[0]
     outputs = _outputs(tapped, images, bits)
     if images == 0:
         return outputs
     block_m = _block_of_bits(bits)
-    wrap_triton(decode_keyed_kernel)[(images,)](
+    # Of the width alone: an image's logits are the same in every batch.
+    parts = triton.cdiv(width, PART)
+    partials = torch.empty(images, parts, bits, dtype=torch.float32, device=tapped.device)
+    wrap_triton(decode_keyed_partial_kernel)[(images * parts,)](
         tapped,
         directions.contiguous(),
-        scale,
         slots.contiguous(),
-        expected.contiguous(),
-        *outputs,
+        partials,
         images,
         tokens,
         width,
         bits,
         slots.shape[0],
+        parts,
         *tapped.stride(),
-        sharpness,
         BLOCK_S=64,
-        BLOCK_D=128 if block_m <= 64 else 64,
+        BLOCK_D=PART,
         BLOCK_M=block_m,
-        num_warps=8,
+        num_warps=max(4, block_m // 64),
+    )
+    wrap_triton(decode_keyed_reduce_kernel)[(images,)](
+        partials,
+        scale,
+        expected.contiguous(),
+        *outputs,
+        images,
+        bits,
+        slots.shape[0],
+        parts,
+        sharpness,
+        BLOCK_P=16,
+        BLOCK_M=block_m,
+        num_warps=max(1, block_m // 64),
     )
     return outputs
 
