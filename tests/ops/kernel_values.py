@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 KEYED = [size for size in SIZES if size.images < 64]
 SPLIT = [
     Sizes(1, 66, 129, 200, 1, tuple(range(65)), 0),
-    Sizes(3, 140, 1091, 32, 1, tuple(range(5, 135)), 0),
+    Sizes(2, 72, 1091, 32, 1, tuple(range(5, 72)), 0),
     Sizes(2, 9, 64, 600, 1, (3, 3, 8), 0),
 ]
 """Images of one part and of many, more slots than a block has, more bits than four warps take."""

@@ -103,7 +103,7 @@ def decode_keyed_partial_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Partials = directions (sum of tapped[b] - tapped[images + b] over the slots), over BLOCK_D channels each.
+    """Partials = directions (sum of tapped[b] - tapped[images + b] over the slots), over BLOCK_D channels.
 
     A program reads these channels of an image. It subtracts the passes before it sums, so equal passes give
     exactly 0, and passes that are swapped exactly the opposite.
@@ -122,9 +122,9 @@ def decode_keyed_partial_kernel(
         at = tapped + token[:, None] * token_stride + channel[None, :] * channel_stride
         # A slot that is no token must not read as a mark that is not there.
         nothing = tl.where(there, 0.0, float("nan"))[:, None]
-        plus = tl.load(at + image * image_stride, mask=inside, other=nothing)
+        plus = tl.load(at + image * image_stride, mask=inside, other=0.0)
         minus = tl.load(at + (image + images) * image_stride, mask=inside, other=0.0)
-        difference += plus.to(tl.float32) - minus.to(tl.float32)
+        difference += plus.to(tl.float32) - minus.to(tl.float32) + nothing
     rows = tl.load(
         directions + bit[:, None] * width + channel[None, :],
         mask=(bit < bits)[:, None] & (channel < width)[None, :],
@@ -246,8 +246,8 @@ def decode_learned_kernel(
     """Logits = weight hidden + bias. A program reads BLOCK_B images."""
     image = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     bit = tl.arange(0, BLOCK_M)
-    sign = expected_signs(expected, image, bit, images, bits)
     logits = second_layer(hidden, weight, bias, image, bit, images, bits, units, BLOCK_B, BLOCK_M, BLOCK_K)
+    sign = expected_signs(expected, image, bit, images, bits)
     judge(
         logits,
         sign,
