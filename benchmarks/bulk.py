@@ -127,12 +127,12 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
     some = paths[:: max(1, len(paths) // args.loop)][: args.loop]
     list(verify_many(some[0], watermark, KEY, device=DEVICE))  # imports and warm-up
     forget(folder)
-    started = time.perf_counter()
+    called = time.perf_counter()
     running = verify_many(folder, watermark, KEY, device=DEVICE, journal=folder / "journal.jsonl")
     ready = time.perf_counter()
     results = list(running)
     ended = time.perf_counter()
-    bulk = (ended - started) / len(results)
+    bulk = (ended - called) / len(results)
     good = [r for r in results if r.verdict is not None]
     forget(folder)
     started = time.perf_counter()
@@ -163,7 +163,7 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
         "suspects a minute": 60 / bulk,
         "over a loop of verify (readable suspects only)": loop / (bulk * len(results) / len(good)),
         "over the plain recipe (readable suspects only)": plain / (bulk * len(results) / len(good)),
-        "seconds before the first suspect": ready - started,
+        "seconds before the first suspect": ready - called,
         "GB read": read / 1e9,
         "the disk's GB a second": disk / 1e9,
         "bytes a second over the disk's, after that": read / (ended - ready) / disk,

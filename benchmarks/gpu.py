@@ -92,6 +92,7 @@ def main() -> int:
         bulk = Path(folder, "bulk.json")
         if step("bulk", "benchmarks/bulk.py", *BULK.split(), "--json", str(bulk)):
             record["bulk"] = json.loads(bulk.read_text())
+            write(record)
         benchmark("kernels")
         benchmark("gradient steps")
     print(table(record))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import vit
 from torch import Tensor, nn
 
-from activemark_fast.align import find_alignment, site_sample
+from activemark_fast.align import _procrustes, best_explained, find_alignment, site_sample
 from activemark_fast.attacks import permute_inside, permute_residual, rotate_residual
 from activemark_fast.backbone import Backbone
 from activemark_fast.embed import Embedding, embed
@@ -74,6 +75,40 @@ def test_what_needs_no_alignment() -> None:
     scaled = find_alignment(ours, 100 * ours)
     assert scaled is not None
     assert (scaled.kind, scaled.worthwhile) == ("identity", True)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(0, 3))
+def test_no_map_explains_more_than_the_best(seed: int, scale: float, noise: float) -> None:
+    ours = sample(seed)
+    theirs = scale * (ours @ rotation(seed) + noise * sample(seed + 1))
+    best = best_explained(ours, theirs)
+    assert best <= 1 + 1e-6
+    centred = theirs - theirs.mean(dim=1, keepdim=True)
+    spread = (centred - centred.mean(dim=0)).square().sum()
+    moved = (ours - ours.mean(dim=1, keepdim=True)) @ rotation(seed)
+    factor = (moved * centred).sum() / moved.square().sum()
+    assert best >= 1 - (centred - factor * moved).square().sum() / spread - 1e-4
+
+
+def test_what_the_best_map_explains() -> None:
+    ours = sample()
+    assert best_explained(ours, 3 * ours @ rotation(1)) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(best_explained(ours, torch.full_like(ours, torch.nan)))
+    assert not best_explained(ours, torch.zeros_like(ours)) >= 0
+
+
+@pytest.mark.parametrize("rank", [1, 3, WIDTH])
+def test_the_nearest_orthogonal_matrix(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(WIDTH, rank, generator=generator, dtype=torch.float64) for _ in range(2))
+    products = left @ right.T
+    found = _procrustes(products)
+    assert torch.allclose(found @ found.T, torch.eye(WIDTH, dtype=torch.float64), atol=1e-9)
+    # The largest <Q, products> of all orthogonal Q is the sum of the singular values.
+    assert float((found * products).sum()) == pytest.approx(
+        float(torch.linalg.svdvals(products).sum()), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -201,6 +236,26 @@ def test_the_alignment_never_sees_the_signs_of_the_read_out(
     assert torch.equal(*matrices)
     assert (torch.tensor(seen[0]) * signs.flatten()).tolist() == seen[1]
     assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize(
+    ("explained", "align", "sampled"), [(0.4, None, 4), (0.6, None, 32), (0.4, True, 32)]
+)
+def test_who_is_explained_by_no_map_is_let_go_early(
+    marked: Embedding, monkeypatch: pytest.MonkeyPatch, explained: float, align: bool | None, sampled: int
+) -> None:
+    taken: list[int] = []
+
+    def counted(*arguments: object) -> Tensor:
+        sample = site_sample(*arguments)  # type: ignore[arg-type]
+        taken.append(len(arguments[-1]))  # type: ignore[arg-type]
+        return sample
+
+    module = sys.modules["activemark_fast.verify"]
+    monkeypatch.setattr(module, "best_explained", lambda *_: explained)
+    monkeypatch.setattr(module, "site_sample", counted)
+    verify(vit(5), marked.watermark, KEY, images(), align=align)
+    assert sum(taken) == sampled
 
 
 def test_without_activations_to_align_with(marked: Embedding) -> None:

@@ -93,7 +93,8 @@ def plan_engine(
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     changes = len(blocks) * width * hidden * (4 + wide)
-    solve = hidden * hidden * (4 + 8 + 8)
+    # The matrix, in float64 too, its factor, and what cuSOLVER works in.
+    solve = hidden * hidden * (4 + 8 + 8 + (8 if device.type == "cuda" else 0))
     caches = 2 * images * tokens * width * wide + fitted * stream
     if device.type == "cpu":
         caches += images * 3 * backbone.image_size[0] * backbone.image_size[1] * 4  # the images themselves
