@@ -161,8 +161,8 @@ def edit(
     silent = torch.stack([(gain == 0).any() for gain in gains.values()]).tolist()
     if any(silent):
         raise ValueError(
-            f"model: block {blocks[silent.index(True)]} scales a channel of its MLP by 0, so it cannot carry a "
-            "mark"
+            f"model: block {blocks[silent.index(True)]} scales a channel of its MLP by 0, "
+            "so it cannot carry a mark"
         )
     signs = 2 * messages.float() - 1
     streams = []  # of some images each: (1 + r, b, N, D), the clean one first

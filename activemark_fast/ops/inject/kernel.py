@@ -108,7 +108,12 @@ def inject_keyed_inplace_kernel(
         place = first + tl.arange(0, BLOCK_T)
         token = tl.load(slots + place, mask=place < slot_count, other=-1)
         inside = ((token >= 0) & (token < tokens))[:, None] & (channel < width)[None, :]
-        at = residual + image * image_stride + token[:, None] * token_stride + channel[None, :] * channel_stride
+        at = (
+            residual
+            + image * image_stride
+            + token[:, None] * token_stride
+            + channel[None, :] * channel_stride
+        )
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, (x + added[None, :]).to(residual.dtype.element_ty), mask=inside)
 
