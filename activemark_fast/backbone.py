@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from activemark_fast.triggers import Preprocess
+
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -143,6 +145,11 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """Dtype of the first block's matrices (norms may be kept wider)."""
         return self._first_matrix().dtype
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images become the model's input."""
+        return Preprocess(self.image_size, self.mean, self.std)
 
     def stem(self, images: Tensor) -> Tensor:
         """What enters block 0.

@@ -21,7 +21,7 @@ from activemark_fast.profile import profile
 from activemark_fast.progress import Progress
 from activemark_fast.report.figures import verdicts_figure
 from activemark_fast.runtime import resolve_device
-from activemark_fast.triggers import Preprocess, synthetic_images
+from activemark_fast.triggers import synthetic_images
 from activemark_fast.utility import features
 from activemark_fast.verdict import Decision, Verdict
 from activemark_fast.verify import verify
@@ -145,7 +145,7 @@ def run_demo(
 def _images(model: nn.Module, purpose: str, count: int) -> Tensor:
     """(count, 3, H, W) float32 on the CPU, input of `model`; by turns leaves and clouds."""
     backbone = Backbone(model)
-    preprocess = Preprocess(backbone.image_size, backbone.mean, backbone.std)
+    preprocess = backbone.preprocess
     return preprocess(synthetic_images(_PUBLIC.stream(purpose), count, backbone.image_size))
 
 

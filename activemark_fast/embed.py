@@ -26,7 +26,7 @@ from activemark_fast.marking.suffix import BATCH, SiteActivations, final_feature
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
-from activemark_fast.triggers import Preprocess, holdout_images
+from activemark_fast.triggers import holdout_images
 from activemark_fast.watermark import Watermark, fingerprint
 
 IMAGES = 256
@@ -139,7 +139,7 @@ def embed(
     if compile == "graph" and place.type != "cuda":
         raise ValueError(f"compile: 'graph' needs a CUDA device, got {str(place)!r}")
     autocast = resolve_autocast(precision, place)
-    preprocess = Preprocess(original.image_size, original.mean, original.std)
+    preprocess = original.preprocess
     holdout = holdout_images(images, secret, preprocess, IMAGES)
     saved = resumed = None
     if checkpoint is not None:

@@ -35,7 +35,7 @@ from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Site
-from activemark_fast.triggers import MIN_IMAGES, Preprocess, synthetic_images
+from activemark_fast.triggers import MIN_IMAGES, synthetic_images
 from activemark_fast.verdict import bit_scores, default_tau, sign_flip_p_value
 
 BITS = 32
@@ -125,7 +125,7 @@ def forge(
     place = resolve_device(device, original.device)
     autocast = resolve_autocast(precision, place)
     backbone = Backbone(copy.deepcopy(suspect).eval().requires_grad_(False).to(place))
-    preprocess = Preprocess(backbone.image_size, backbone.mean, backbone.std)
+    preprocess = backbone.preprocess
     key = Key(f"activemark forge: the thief's key, {seed}".encode())
     images = synthetic_images(key.stream("images"), LEARNED_IMAGES + HELD_IMAGES, preprocess.size)
     pixels = preprocess(images).to(place)

@@ -17,7 +17,7 @@ from activemark_fast.ops.magnitude import Magnitudes, magnitudes
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement, Site, SiteError, taps_after
-from activemark_fast.triggers import Preprocess, public_images
+from activemark_fast.triggers import public_images
 
 MOST_IMAGES = 256
 MADE_IMAGES = 32
@@ -331,7 +331,7 @@ def profile(
         raise ValueError(f"k: wanted {TOP} to {most}, the number of values of an image, got {k}")
     place = resolve_device(device, backbone.device)
     autocast = resolve_autocast(precision, place)
-    preprocess = Preprocess(backbone.image_size, backbone.mean, backbone.std)
+    preprocess = backbone.preprocess
     pixels = public_images(images, preprocess, MADE_IMAGES if images is None else MOST_IMAGES)
     if place != backbone.device:
         backbone = Backbone(copy.deepcopy(model).to(place))

@@ -36,7 +36,7 @@ from activemark_fast.codec import KeyedCodec
 from activemark_fast.datasets import synthetic_task
 from activemark_fast.marking.suffix import SiteActivations, read_mark, site_activations
 from activemark_fast.profile import measure
-from activemark_fast.triggers import Preprocess, holdout_images, synthetic_images
+from activemark_fast.triggers import holdout_images, synthetic_images
 from activemark_fast.verdict import bit_scores, sign_flip_p_value
 from activemark_fast.verify import Verifier
 
@@ -111,7 +111,7 @@ def innocents(folder: Path, images: Tensor) -> Iterator[tuple[str, nn.Module, in
     for path in sorted(folder.glob("*.safetensors")):
         model = load_model(path)
         view = Backbone(model)
-        preprocess = Preprocess(view.image_size, view.mean, view.std)
+        preprocess = view.preprocess
         task = synthetic_task(preprocess, 256, 4)
         name = path.stem
         yield name, model, 50
@@ -129,7 +129,7 @@ class Judge:
 
     def __init__(self, suspect: nn.Module, images: Tensor) -> None:
         self.backbone = Backbone(suspect)
-        self.preprocess = Preprocess(self.backbone.image_size, self.backbone.mean, self.backbone.std)
+        self.preprocess = self.backbone.preprocess
         self.pixels = self.preprocess(images)
         with torch.no_grad():
             self.site = measure(self.backbone, self.pixels).site(block=self.backbone.depth // 2 - 1).site
@@ -190,7 +190,7 @@ def power(folder: Path) -> dict[str, list[list[float]]]:
     """p of a marked model, disturbed by noise on its weights: against images and against bits of a tap."""
     model = load_model(sorted(folder.glob("*.safetensors"))[-1])
     view = Backbone(model)
-    preprocess = Preprocess(view.image_size, view.mean, view.std)
+    preprocess = view.preprocess
     count = max(POWER_IMAGES)
     pixels = preprocess(synthetic_images(OWNER.stream("power"), count, view.image_size))
     with warnings.catch_warnings():

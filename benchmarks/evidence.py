@@ -21,7 +21,6 @@ from activemark_fast.attacks import finetune, prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoint import architecture_of, build_model, load_model
 from activemark_fast.datasets import Task, load_task
-from activemark_fast.triggers import Preprocess
 from activemark_fast.utility import features, probe_accuracy
 
 OWNER, OTHER_OWNER = b"evidence: the owner's key, 1", b"evidence: another owner's key"
@@ -32,7 +31,7 @@ PROBE_IMAGES, TEST_IMAGES = 10_000, 4_000
 def load(model: nn.Module, data: Path, train: int, classes: int = 10) -> Task:
     """CIFAR-10 as `model` takes it."""
     view = Backbone(model)
-    return load_task(data, Preprocess(view.image_size, view.mean, view.std), train, TEST_IMAGES, classes)
+    return load_task(data, view.preprocess, train, TEST_IMAGES, classes)
 
 
 def suspects(

@@ -52,7 +52,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         view = Backbone(self.original)
         self.depth, self.size = view.depth, SIZES[self.suite]
-        self.preprocess = Preprocess(view.image_size, view.mean, view.std)
+        self.preprocess = view.preprocess
         self.sources: tuple[Path, Path] = arguments.data, arguments.segmentation
 
     def tasks(self) -> dict[str, Task]:

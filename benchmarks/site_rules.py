@@ -22,7 +22,7 @@ from activemark_fast.attacks import finetune, prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Labelled, load_task
 from activemark_fast.profile import RULES
-from activemark_fast.triggers import Preprocess, public_images
+from activemark_fast.triggers import public_images
 
 KEY = b"site rules: the key of no owner"
 HOLDOUT_IMAGES = 64  # fewer than usual: the experiment marks each model at every block
@@ -49,7 +49,7 @@ def main() -> None:
     for path in sorted(arguments.vfm.glob("*.safetensors")):
         model = load_model(path)
         view = Backbone(model)
-        preprocess = Preprocess(view.image_size, view.mean, view.std)
+        preprocess = view.preprocess
         images = load_task(arguments.data, preprocess, TUNING_IMAGES, 1).train
         holdout = public_images(None, preprocess, HOLDOUT_IMAGES)
         measured = activemark_fast.profile(model)

@@ -21,7 +21,6 @@ from activemark_fast.datasets import Task, synthetic_task
 from activemark_fast.embed import embed
 from activemark_fast.evaluate import Evaluation, Size, evaluate
 from activemark_fast.key import Key
-from activemark_fast.triggers import Preprocess
 from activemark_fast.watermark import Watermark
 
 # So small a model has no room for a mark as strong as `embed` wants it.
@@ -71,7 +70,7 @@ def marked(small: None) -> Marked:
     original = vit(embed_dim=64, depth=5)
     embedding = embed(original, KEY, bits=16, fidelity=0.98, max_steps=0)
     view = Backbone(original)
-    task = synthetic_task(Preprocess(view.image_size, view.mean, view.std), 64, 32)
+    task = synthetic_task(view.preprocess, 64, 32)
     return Marked(embedding.model, original, embedding.watermark, {"similar": task})
 
 

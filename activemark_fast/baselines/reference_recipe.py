@@ -24,7 +24,7 @@ from activemark_fast.marking.suffix import read_mark, site_activations
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess, holdout_images
+from activemark_fast.triggers import holdout_images
 from activemark_fast.verdict import default_tau
 
 IMAGES = 256
@@ -97,7 +97,7 @@ def generate(
     secret = Key.of(key)
     marked, original = (Backbone(copy.deepcopy(model).eval().requires_grad_(False)) for _ in range(2))
     place = original.device
-    preprocess = Preprocess(original.image_size, original.mean, original.std)
+    preprocess = original.preprocess
     pixels = holdout_images(images, secret, preprocess, IMAGES).pixels.to(place, original.dtype)
     site = measure(original, pixels[:PROFILED_IMAGES]).site("reference", block=block).site
     codec = LearnedCodec.create(secret, site, bits, pixels, "token").to(place)

@@ -77,7 +77,6 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
     from activemark_fast.backbone import Backbone
     from activemark_fast.checkpoint import load_model
     from activemark_fast.evaluate import SIZES, evaluate
-    from activemark_fast.triggers import Preprocess
     from activemark_fast.watermark import Watermark
 
     watermark = Watermark.load(args.watermark)
@@ -86,7 +85,7 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
     place = chosen_device(args.device)
     marked, original = (load_model(model, device=place) for model in (args.model, args.original))
     view = Backbone(original)
-    preprocess = Preprocess(view.image_size, view.mean, view.std)
+    preprocess = view.preprocess
     tasks, data = _tasks(args.data, args.segmentation, preprocess, SIZES[args.suite])
     evaluation = evaluate(
         marked,
