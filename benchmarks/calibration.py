@@ -45,7 +45,7 @@ BITS = 32
 OWNER, OTHER = Key(b"calibration: the owner's key"), Key(b"calibration: another owner's key")
 POWER_IMAGES = (4, 8, 16, 32, 64)
 POWER_BITS = (4, 8, 16, 32)
-POWER_NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+POWER_NOISE = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)
 
 
 class Constant(nn.Module):
