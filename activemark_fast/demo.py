@@ -145,8 +145,7 @@ def run_demo(
 def _images(model: nn.Module, purpose: str, count: int) -> Tensor:
     """(count, 3, H, W) float32 on the CPU, input of `model`; by turns leaves and clouds."""
     backbone = Backbone(model)
-    preprocess = backbone.preprocess
-    return preprocess(synthetic_images(_PUBLIC.stream(purpose), count, backbone.image_size))
+    return backbone.preprocess(synthetic_images(_PUBLIC.stream(purpose), count, backbone.image_size))
 
 
 def _finetuned(model: nn.Module, progress: bool) -> nn.Module:

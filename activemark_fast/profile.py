@@ -331,8 +331,7 @@ def profile(
         raise ValueError(f"k: wanted {TOP} to {most}, the number of values of an image, got {k}")
     place = resolve_device(device, backbone.device)
     autocast = resolve_autocast(precision, place)
-    preprocess = backbone.preprocess
-    pixels = public_images(images, preprocess, MADE_IMAGES if images is None else MOST_IMAGES)
+    pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MOST_IMAGES)
     if place != backbone.device:
         backbone = Backbone(copy.deepcopy(model).to(place))
     with evaluating(backbone.encoder), autocast(), Progress(progress) as bar:

@@ -273,12 +273,18 @@ class Verifier:
         images = sample_images(self._secret, self.watermark.site, self.watermark.preprocess)
         return images.to(self.device)
 
+    @cached_property
+    def _original_sample(self) -> Tensor | None:
+        """What the watermark keeps of the original to align with, where it is computed with."""
+        stored = self.watermark.alignment
+        return None if stored is None else stored.to(self.device).float()
+
     def _alignment(self, backbone: Backbone) -> Alignment | None:
         """How the suspect's residual stream lies to the original's; None if it is not worth a reading."""
-        if self.watermark.alignment is None:
+        stored = self._original_sample
+        if stored is None:
             return None
         site, preprocess = self.watermark.site, self.watermark.preprocess
-        stored = self.watermark.alignment.to(self.device).float()
 
         def sampled(images: Tensor) -> Tensor:
             with evaluating(backbone.model):

@@ -190,9 +190,8 @@ def power(folder: Path) -> dict[str, list[list[float]]]:
     """p of a marked model, disturbed by noise on its weights: against images and against bits of a tap."""
     model = load_model(sorted(folder.glob("*.safetensors"))[-1])
     view = Backbone(model)
-    preprocess = view.preprocess
     count = max(POWER_IMAGES)
-    pixels = preprocess(synthetic_images(OWNER.stream("power"), count, view.image_size))
+    pixels = view.preprocess(synthetic_images(OWNER.stream("power"), count, view.image_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         embedding = embed(model, OWNER, pixels, max_steps=0)

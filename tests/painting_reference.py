@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from activemark_fast.key import KeyStream
+from activemark_fast.triggers import _lattices
 
 SMALL_DISCS = (1, 2, 4, 8, 16)
 """Sides, in pixels, of the squares around discs that are painted many at a time."""
@@ -83,23 +84,6 @@ def _clouds(stream: KeyStream, size: tuple[int, int]) -> Array:
     lightness, yellow, red = _pink(lattices, size, gain=1 + smoothness)
     lightness = 85 + 85 * centre + (60 + 60 * contrast) * lightness
     return _rgb(lightness, 30 * (warmth - 0.5) + 15 * yellow, 15 * red)
-
-
-def _lattices(
-    stream: KeyStream, channels: int, size: tuple[int, int], coarsest: int
-) -> list[tuple[int, int, Array]]:
-    """For each octave of `_pink`, from the finest: how far it is shifted down and across, and its values.
-
-    Their steps are 1, 2, 4, … pixels, up to the first power of two not below `coarsest`.
-    """
-    h, w = size
-    lattices = []
-    for octave in range((coarsest - 1).bit_length() + 1):
-        step = 1 << octave
-        shift_y, shift_x = stream.integers(0, step, 2).tolist()
-        shape = (channels, (h - 1 + shift_y) // step + 2, (w - 1 + shift_x) // step + 2)
-        lattices.append((shift_y, shift_x, stream.uniform(shape) - 0.5))
-    return lattices
 
 
 def _pink(lattices: list[tuple[int, int, Array]], size: tuple[int, int], gain: float) -> Array:

@@ -115,8 +115,7 @@ class Classifier(nn.Module):
     def base_images(self, images: object, key: Key, count: int) -> Tensor:
         """(n, 3, H, W) in [0, 1], on the device: up to `count` of `images`, in any form `embed` takes."""
         view = self._backbone
-        preprocess = view.preprocess
-        pixels = holdout_images(images, key, preprocess, max(count, MIN_IMAGES)).pixels[:count]
+        pixels = holdout_images(images, key, view.preprocess, max(count, MIN_IMAGES)).pixels[:count]
         return (pixels.to(view.device) * self._std + self._mean).clamp(0, 1)
 
 

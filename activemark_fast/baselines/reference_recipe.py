@@ -97,8 +97,7 @@ def generate(
     secret = Key.of(key)
     marked, original = (Backbone(copy.deepcopy(model).eval().requires_grad_(False)) for _ in range(2))
     place = original.device
-    preprocess = original.preprocess
-    pixels = holdout_images(images, secret, preprocess, IMAGES).pixels.to(place, original.dtype)
+    pixels = holdout_images(images, secret, original.preprocess, IMAGES).pixels.to(place, original.dtype)
     site = measure(original, pixels[:PROFILED_IMAGES]).site("reference", block=block).site
     codec = LearnedCodec.create(secret, site, bits, pixels, "token").to(place)
     last = codec.taps[-1]

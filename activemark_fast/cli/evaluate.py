@@ -85,8 +85,7 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
     place = chosen_device(args.device)
     marked, original = (load_model(model, device=place) for model in (args.model, args.original))
     view = Backbone(original)
-    preprocess = view.preprocess
-    tasks, data = _tasks(args.data, args.segmentation, preprocess, SIZES[args.suite])
+    tasks, data = _tasks(args.data, args.segmentation, view.preprocess, SIZES[args.suite])
     evaluation = evaluate(
         marked,
         original,
