@@ -31,8 +31,11 @@ from activemark_fast.watermark import Watermark, fingerprint
 
 IMAGES = 256
 PROFILED_IMAGES = 32
-HELD_OUT_EVERY = 4
-"""Every fourth hold-out image is kept from marking, to measure the mark on."""
+EDIT_IMAGES = 160
+"""So many of the hold-out images are enough for an edit; gradient steps from scratch use them all."""
+HELD_OUT_EVERY = 5
+"""Every fifth of them is kept from marking, to measure the mark on. The kinds of images that are made from a
+key take turns by fours: all are on either side."""
 MESSAGES_PER_IMAGE = 2
 
 
@@ -76,7 +79,7 @@ def embed(
     bits: int = 32,
     axis: str = "token",
     block: int | None = None,
-    fidelity: float = 0.996,
+    fidelity: float = 0.997,
     max_steps: int = 1000,
     inplace: bool = False,
     architecture: str | None = None,
@@ -92,7 +95,7 @@ def embed(
         model: a plain ViT (`Backbone` says which). It is not changed, unless `inplace`.
         key: the owner's secret: bytes, a passphrase (str), a key file (Path) or a `Key`.
         images: hold-out images (`holdout_images` says in which forms), up to 256; without any they are made
-            from the key. Verification needs the same ones.
+            from the key. An edit looks at the first 160; verification needs them all.
         codec: "keyed", or "learned" (the paper's encoder and decoder; no exact p-value).
         method: "edit" (closed form, then as many gradient steps as the targets need: none if the edit met
             them) or "finetune" (gradient steps only). By default "edit" for the keyed codec, "finetune" for
@@ -172,8 +175,9 @@ def embed(
             placement = measure(backbone, holdout.pixels[:PROFILED_IMAGES]).site(block=block)
         site = placement.site
         bar.stage("prefix", 1)
+        shown = holdout.pixels[: EDIT_IMAGES if method == "edit" else None]
         activations = halving(
-            lambda batch: site_activations(backbone, holdout.pixels, site.block, autocast, batch), BATCH
+            lambda batch: site_activations(backbone, shown, site.block, autocast, batch), BATCH
         )
         coder: Codec = CODECS[codec].create(secret, site, bits, activations.output, axis).to(place)
         alignment = None
@@ -186,7 +190,9 @@ def embed(
         held = torch.arange(len(activations), device=place) % HELD_OUT_EVERY == 0
         fitted, kept = activations[~held], activations[held]
         del activations
-        engine = plan_engine(backbone, site, precision, len(held), len(fitted), MESSAGES_PER_IMAGE)
+        engine = plan_engine(
+            backbone, site, precision, holdout.pixels, len(fitted), len(kept), MESSAGES_PER_IMAGE
+        )
         fitted = SiteActivations(engine.keep(fitted.source), engine.keep(fitted.output))
         if method == "edit":
             bar.note(f"embed: {engine}")

@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/test_edit.py --benchmark-only
 
-The same work as in `embed` with its defaults: 192 images, two messages each, in bf16 on a GPU. What it does
+The same work as in `embed` with its defaults: 128 images, two messages each, in bf16 on a GPU. What it does
 beside matrix products and attention (norms, copies, the solves) takes time and counts for nothing.
 """
 
@@ -24,7 +24,7 @@ from activemark_fast.marking.suffix import site_activations
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 
-IMAGES, FITTED = 256, 192
+FITTED, HELD = 128, 32
 
 
 @pytest.mark.parametrize("name", ["demo", "ViT-B/32", pytest.param("ViT-L/14", marks=pytest.mark.gpu)])
@@ -35,7 +35,7 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
     backbone, secret = Backbone(MODELS[name][0]().to(DEVICE)), Key(KEY)
     pixels = torch.randn(FITTED, 3, *backbone.image_size)
     site = measure(backbone, pixels[:8]).site().site
-    engine = plan_engine(backbone, site, "auto", IMAGES - FITTED, FITTED, MESSAGES_PER_IMAGE)
+    engine = plan_engine(backbone, site, "auto", pixels, FITTED, HELD, MESSAGES_PER_IMAGE)
     output = site_activations(backbone, pixels, site.block, engine.autocast).output
     codec = KeyedCodec.create(secret, site, 32, output, "token").to(DEVICE)
     messages = torch.randint(0, 2, (MESSAGES_PER_IMAGE, FITTED, 32), device=DEVICE)

@@ -15,7 +15,7 @@ from tiny import vit
 from torch import Tensor, nn
 
 from activemark_fast import embed, load_model, verify
-from activemark_fast.embed import Embedding
+from activemark_fast.embed import EDIT_IMAGES, HELD_OUT_EVERY, Embedding
 from activemark_fast.key import Key
 from activemark_fast.verify import PLAIN_PRICE
 from activemark_fast.watermark import fingerprint
@@ -78,8 +78,8 @@ def test_the_demo_model_with_images_from_the_key() -> None:
     embedding = embed(model, KEY)
     before.check()
     assert embedding.steps == 0
-    assert embedding.fidelity >= 0.996
-    assert embedding.quality.reaches(0.996)
+    assert embedding.fidelity >= 0.997
+    assert embedding.quality.reaches(0.997)
     assert "massive activations emerge" in embedding.site_reason
     assert embedding.watermark.image_source == "key"
     verdict = verify(embedding.model, embedding.watermark, KEY)
@@ -89,6 +89,12 @@ def test_the_demo_model_with_images_from_the_key() -> None:
     innocent = verify(model, embedding.watermark, KEY)
     assert (innocent.decision, innocent.identical) == ("no match", False)
     assert innocent.detection_rate == 0
+
+
+def test_every_kind_of_made_image_is_marked_and_kept() -> None:
+    kept = set(range(0, EDIT_IMAGES, HELD_OUT_EVERY))
+    assert {index % 4 for index in kept} == {0, 1, 2, 3}  # the kinds take turns
+    assert {index % 4 for index in set(range(EDIT_IMAGES)) - kept} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("form", ["none", "tensor", "folder", "iterable"])

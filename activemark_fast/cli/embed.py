@@ -63,9 +63,9 @@ def add_to(commands: Subparsers) -> None:
     embed.add_argument(
         "--fidelity",
         type=float,
-        default=0.996,
+        default=0.997,
         metavar="F",
-        help="lowest mean cosine to the features (0.996)",
+        help="lowest mean cosine to the features (0.997)",
     )
     embed.add_argument("--max-steps", type=int, default=1000, metavar="N", help="most gradient steps (1000)")
     embed.add_argument(

@@ -28,9 +28,10 @@ GROUPS = 8
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
 COLUMN_PARTS = 4
-SCALINGS = 4
-USED_UP = 0.05
-"""How much of the loss of fidelity that is allowed may be left unused."""
+LOOKS = 4
+"""Most strengths whose fidelity is measured."""
+UNUSED = 0.1
+"""How much of the loss of fidelity that is allowed may be left."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def search_edit(
 ) -> tuple[Quality, list[dict[str, float | str]]]:
     """Edits `backbone` in place with the gain that just keeps the fidelity asked for.
 
-    One edit is solved for. The change of the weights is then scaled: what it costs, 1 - cosine, grows with
-    about the square of the gain, so one or two looks at the clean features tell the scale which the fidelity
-    allows. The margin that comes with it hardly depends on the protection between 10 and 30.
+    One edit is solved for. The change of the weights is then scaled: two looks at the clean features, mostly,
+    tell the scale which the fidelity allows. The margin that comes with it hardly depends on the protection
+    between 10 and 30.
 
     Args:
         backbone: the model to mark.
@@ -92,29 +93,50 @@ def search_edit(
         return edit(backbone, codec, site, output, messages, strength, replace(engine, batch=batch), bar)
 
     changes = halving(solved, engine.batch)
-    history: list[dict[str, float | str]] = []
-    allowed = 1 - fidelity
-    bar.stage("edit: strength", SCALINGS)
-    for attempt in range(1, SCALINGS + 1):
-        reached = check.fidelity()
-        history.append({"stage": "edit scale", **asdict(strength), "fidelity": reached})
-        bar.advance(fidelity=reached)
-        lost = 1 - reached if math.isfinite(reached) else math.inf
-        if (1 - USED_UP) * allowed <= lost <= allowed or attempt == SCALINGS:
-            break
-        # It aims at the middle of what will do: a bit less than the fidelity allows.
-        aim = (1 - USED_UP / 2) * allowed / max(lost, 1e-9)
-        gain = min(strength.gain * max(aim, 1e-2) ** 0.5, LARGEST_GAIN)
-        if gain == strength.gain:
-            break
-        strength = replace(strength, gain=gain)
+
+    def scale(gain: float) -> None:
         for linear, weight, change in zip(linears, originals, changes, strict=True):
             scaled = change * (gain / FIRST_STRENGTH.gain)
             linear.weight.copy_(weight + scaled.to(weight.dtype))
+
+    history: list[dict[str, float | str]] = []
+    allowed = 1 - fidelity
+    losses: dict[float, float] = {}  # 1 - fidelity, of each gain that was looked at
+    bar.stage("edit: strength", LOOKS)
+    while True:
+        gain = strength.gain
+        reached = check.fidelity()
+        history.append({"stage": "edit scale", **asdict(strength), "fidelity": reached})
+        bar.advance(fidelity=reached)
+        losses[gain] = 1 - reached if math.isfinite(reached) else math.inf
+        wanted = _next_gain(losses, allowed)
+        if (1 - UNUSED) * allowed <= losses[gain] <= allowed or wanted in losses or len(losses) == LOOKS:
+            break
+        strength = replace(strength, gain=wanted)
+        scale(wanted)
+    kept = [tried for tried, lost in losses.items() if lost <= allowed]
+    if losses[gain] > allowed and kept:
+        strength = replace(strength, gain=max(kept))
+        scale(strength.gain)
+        reached = 1 - losses[strength.gain]
     quality = check(fidelity=reached)
     history.append({"stage": "edit", **asdict(strength), **asdict(quality)})
     bar.advance(margin=quality.margin, fidelity=quality.fidelity, bit_error=quality.bit_error)
     return quality, history
+
+
+def _next_gain(losses: dict[float, float], allowed: float) -> float:
+    """A gain that should lose a bit less than is allowed. The loss grows with about the square of the gain.
+
+    losses: of each gain so far; the last two tell which power.
+    """
+    (gain, lost), *before = reversed(losses.items())
+    power = 2.0
+    if before and 0 < lost < math.inf and 0 < before[0][1] < math.inf:
+        other, less = before[0]
+        power = min(max(math.log(lost / less) / math.log(gain / other), 1.0), 4.0)
+    change = (1 - UNUSED / 2) * allowed / max(lost, 1e-9)
+    return min(gain * max(change, 1e-2) ** (1 / power), LARGEST_GAIN)
 
 
 @torch.no_grad()

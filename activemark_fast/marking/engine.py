@@ -17,7 +17,7 @@ from activemark_fast.site import Site
 
 T = TypeVar("T")
 
-CPU_WORKING_SET = 64 << 20
+CPU_WORKING_SET = 16 << 20
 """Bytes of hidden activations that a block makes at a time on a CPU."""
 GPU_WORKING_SHARE = 0.25
 """The same on a GPU, as a share of the memory that is free."""
@@ -64,7 +64,7 @@ class Engine:
 
 
 def plan_engine(
-    backbone: Backbone, site: Site, precision: str, images: int, fitted: int, messages: int
+    backbone: Backbone, site: Site, precision: str, pixels: Tensor, fitted: int, held: int, messages: int
 ) -> Engine:
     """The engine for an edit, from the sizes of everything it will hold.
 
@@ -72,8 +72,9 @@ def plan_engine(
         backbone: the model to mark, where it is computed.
         site: where the mark goes.
         precision: as in `embed`.
-        images: hold-out images.
-        fitted: those of them the edit is solved on.
+        pixels: all hold-out images, on the CPU.
+        fitted: how many of them the edit is solved on.
+        held: how many of them the mark is measured on.
         messages: messages an image.
     """
     device = backbone.device
@@ -95,9 +96,9 @@ def plan_engine(
     changes = len(blocks) * width * hidden * (4 + wide)
     # The matrix, in float64 too, its factor, and what cuSOLVER works in.
     solve = hidden * hidden * (4 + 8 + 8 + (8 if device.type == "cuda" else 0))
-    caches = 2 * images * tokens * width * wide + fitted * stream
+    caches = 2 * (fitted + held) * tokens * width * wide + fitted * stream
     if device.type == "cpu":
-        caches += images * 3 * backbone.image_size[0] * backbone.image_size[1] * 4  # the images themselves
+        caches += pixels.nbytes
 
     def block(kept: int) -> int:
         """Most bytes in a block's run over all batches and its solve; `kept`: what of each image waits."""

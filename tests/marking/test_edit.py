@@ -22,8 +22,9 @@ from activemark_fast.marking.edit import (
     GROUPS,
     LARGEST_GAIN,
     RIDGE,
-    USED_UP,
+    UNUSED,
     EditStrength,
+    _next_gain,
     edit,
     search_edit,
 )
@@ -264,7 +265,7 @@ def test_search_keeps_the_fidelity_and_its_history(fidelity: float) -> None:
     assert last["fidelity"] == quality.fidelity
     assert last["margin"] == quality.margin
     assert quality.fidelity >= fidelity
-    assert float(last["gain"]) == LARGEST_GAIN or 1 - quality.fidelity >= (1 - USED_UP) * (1 - fidelity)
+    assert float(last["gain"]) == LARGEST_GAIN or 1 - quality.fidelity >= (1 - UNUSED) * (1 - fidelity)
     assert all(0 < float(row["gain"]) <= LARGEST_GAIN for row in history)
     # The model holds the one edit there was, scaled.
     alone = case(timm_vit())
@@ -338,3 +339,42 @@ def test_a_silent_mlp() -> None:
             model.get_parameter(f"blocks.4.mlp.fc1.{layer}").zero_()
     with pytest.raises(ValueError, match=r"^model: the MLP of block 4 is silent"):
         case(model).edit()
+
+
+@pytest.mark.parametrize(
+    ("fidelities", "kept"),
+    [
+        ([0.9997, 0.9, 0.99, 0.96], 2),  # the last look lost too much: the best before it
+        ([0.9, 0.95, 0.96, 0.969], 3),  # none was allowed: the last, the nearest there is
+        ([float("nan"), 0.9, 0.972], 2),
+        ([0.971], 0),
+    ],
+)
+def test_search_ends_at_a_strength_that_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, fidelities: list[float], kept: int
+) -> None:
+    marked = case(timm_vit())
+    check = marked.check()
+    told = iter([*fidelities, *fidelities[-1:] * 4])
+    monkeypatch.setattr(check, "fidelity", lambda: next(told))
+    with Progress(shown=False) as bar:
+        held = (marked.seen.output, marked.messages, check, 0.97, engine(), bar)
+        before = [marked.backbone.mlp_out(block).weight.detach().clone() for block in marked.edited]
+        quality, history = search_edit(marked.backbone, marked.codec, marked.site, *held)
+    gain = float(history[-1]["gain"])
+    assert gain == history[kept]["gain"]
+    assert quality.fidelity == pytest.approx(fidelities[kept])
+    changes = case(timm_vit()).edit(FIRST_STRENGTH.gain, FIRST_STRENGTH.protection)
+    for block, weight, change in zip(marked.edited, before, changes, strict=True):
+        expected = weight + change * (gain / FIRST_STRENGTH.gain)
+        torch.testing.assert_close(marked.backbone.mlp_out(block).weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_next_strength_follows_the_power_that_two_looks_tell() -> None:
+    # lost = 0.01 * gain^3: the square is tried first, then the cube is known.
+    first = _next_gain({0.5: 0.01 * 0.5**3}, 0.005)
+    assert first == pytest.approx(0.5 * (0.95 * 0.005 / (0.01 * 0.5**3)) ** 0.5)
+    second = _next_gain({0.5: 0.01 * 0.5**3, first: 0.01 * first**3}, 0.005)
+    assert 0.01 * second**3 == pytest.approx(0.95 * 0.005)
+    assert _next_gain({0.5: float("inf")}, 0.005) == pytest.approx(0.05)
+    assert _next_gain({0.5: 0.0}, 0.005) == LARGEST_GAIN

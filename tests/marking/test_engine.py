@@ -20,9 +20,10 @@ CPU = torch.device("cpu")
 
 
 def planned(precision: str = "fp32", images: int = 256, fitted: int = 192, messages: int = 2) -> Engine:
+    pixels = torch.empty(images, 3, 32, 32)
     backbone = Backbone(vit())
     site = measure(backbone, torch.randn(4, 3, 32, 32)).site().site
-    return plan_engine(backbone, site, precision, images, fitted, messages)
+    return plan_engine(backbone, site, precision, pixels, fitted, 64, messages)
 
 
 def test_the_plan_grows_with_what_it_has_to_hold() -> None:
