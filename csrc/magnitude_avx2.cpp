@@ -101,7 +101,9 @@ class Below {
 };
 
 template <typename Format, typename Lanes, bool kShifted>
-void scan_blocks(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
+void scan_blocks(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan,
+                 const char* ahead) {
+    constexpr int kAheadPerRegister = kAheadPerValues<typename Format::Bits> * Lanes::kLanes / 64;
     constexpr int kRegisters = 32 / Lanes::kLanes;
     const __m256i mask = Lanes::all(Format::kMask), origin = Lanes::all(grid.origin);
     const __m128i shift = _mm_cvtsi32_si128(grid.shift);
@@ -112,12 +114,13 @@ void scan_blocks(const typename Format::Bits* x, int blocks, Grid grid, std::int
         for (int i = 0; i < kBlock; i += 32, cells += 32) {
             __m256i wide[kRegisters];
             for (int part = 0; part < kRegisters; ++part, x += Lanes::kLanes) {
-                if (part % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(x) + kPrefetch, _MM_HINT_T0);
+                if (part % 2 == 0) _mm_prefetch(ahead + part * kAheadPerRegister, _MM_HINT_T0);
                 const __m256i key = _mm256_and_si256(load(x), mask);
                 largest = Lanes::larger(largest, key);
                 squares.add(key, part, Format());
                 wide[part] = Lanes::template cells<kShifted>(key, origin, shift);
             }
+            ahead += kRegisters * kAheadPerRegister;
             const __m256i packed = Lanes::pack(wide);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells), packed);
             below.add(packed);
@@ -130,17 +133,21 @@ void scan_blocks(const typename Format::Bits* x, int blocks, Grid grid, std::int
 
 // A grid of bfloat16 has single keys for cells, as a rule.
 template <typename Format, typename Lanes>
-void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
+void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan,
+             const char* ahead) {
     if (grid.shift == 0) {
-        scan_blocks<Format, Lanes, false>(x, blocks, grid, cells, scan);
+        scan_blocks<Format, Lanes, false>(x, blocks, grid, cells, scan, ahead);
     } else {
-        scan_blocks<Format, Lanes, true>(x, blocks, grid, cells, scan);
+        scan_blocks<Format, Lanes, true>(x, blocks, grid, cells, scan, ahead);
     }
 }
 
-void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan) {
+void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan, const char* ahead) {
     Below below(steps);
-    for (int i = 0; i < blocks * kBlock; i += 32) below.add(load(cells + i));
+    for (int i = 0; i < blocks * kBlock; i += 128, ahead += 2 * kAhead) {
+        _mm_prefetch(ahead, _MM_HINT_T0);
+        for (int part = 0; part < 128; part += 32) below.add(load(cells + i + part));
+    }
     below.store(scan.below);
 }
 

@@ -56,9 +56,10 @@ struct Squares {
     }
 };
 
-void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan) {
+void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan, const char* ahead) {
     for (int i = 0; i < kSteps; ++i) scan.below[i] = 0;
-    for (int at = 0; at < blocks * kBlock; at += 64) {
+    for (int at = 0; at < blocks * kBlock; at += 64, ahead += kAhead) {
+        _mm_prefetch(ahead, _MM_HINT_T0);
         const __m512i some = _mm512_loadu_si512(cells + at);
         for (int i = 0; i < kSteps; ++i)
             scan.below[i] += static_cast<std::int32_t>(
@@ -67,7 +68,9 @@ void count(const std::int8_t* cells, int blocks, Steps steps, Scan& scan) {
 }
 
 template <typename Format, typename Lanes>
-void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
+void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan,
+             const char* ahead) {
+    constexpr int kAheadPerRegister = kAheadPerValues<typename Format::Bits> * Lanes::kLanes / 64;
     const __m512i mask = Lanes::all(Format::kMask), origin = Lanes::all(grid.origin);
     const __m128i shift = _mm_cvtsi32_si128(grid.shift);
     std::int8_t* next = cells;
@@ -75,7 +78,8 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t*
     for (int block = 0; block < blocks; ++block) {
         __m512i largest = _mm512_setzero_si512();
         for (int i = 0; i < kBlock; i += Lanes::kLanes, x += Lanes::kLanes, next += Lanes::kLanes) {
-            _mm_prefetch(reinterpret_cast<const char*>(x) + kPrefetch, _MM_HINT_T0);
+            _mm_prefetch(ahead, _MM_HINT_T0);
+            ahead += kAheadPerRegister;
             const __m512i bits = _mm512_loadu_si512(x);
             const __m512i key = _mm512_and_si512(bits, mask);
             largest = Lanes::larger(largest, key);
@@ -85,7 +89,8 @@ void measure(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t*
         scan.largest[block] = Lanes::largest(largest);
     }
     scan.squares = _mm512_reduce_add_ps(_mm512_add_ps(squares.first, squares.second));
-    count(cells, blocks, grid.steps, scan);  // they are in the first cache still
+    // They are in the first cache still, and what it asks for is there as well.
+    count(cells, blocks, grid.steps, scan, reinterpret_cast<const char*>(cells));
 }
 
 }  // namespace

@@ -31,14 +31,15 @@ std::int8_t cell_of(std::int32_t key, Grid grid) {
     return static_cast<std::int8_t>(std::clamp((key - grid.origin) >> grid.shift, kFirstCell, kLastCell));
 }
 
-void count_portable(const std::int8_t* cells, int blocks, Steps steps, Scan& scan) {
+void count_portable(const std::int8_t* cells, int blocks, Steps steps, Scan& scan, const char*) {
     std::fill_n(scan.below, kSteps, 0);
     for (int i = 0; i < blocks * kBlock; ++i)
         for (int step = 0; step < kSteps; ++step) scan.below[step] += cells[i] < steps.cells[step];
 }
 
 template <typename Format>
-void measure_portable(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan) {
+void measure_portable(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan,
+                      const char*) {
     scan.squares = 0;
     for (int block = 0; block < blocks; ++block) {
         std::int32_t largest = 0;
@@ -51,7 +52,7 @@ void measure_portable(const typename Format::Bits* x, int blocks, Grid grid, std
         }
         scan.largest[block] = largest;
     }
-    count_portable(cells, blocks, grid.steps, scan);
+    count_portable(cells, blocks, grid.steps, scan, nullptr);
 }
 
 template <typename Format>
@@ -217,7 +218,7 @@ class Image {
         std::fill(index + found, index + k, -1);
         const std::int64_t finite = count_ - nonfinite;
         mean_square = static_cast<float>(squares / static_cast<double>(finite));
-        median = finite > 0 ? find((finite - 1) / 2, grid, below) : kNaN;
+        median = finite > 0 ? find((finite - 1) / 2, grid, below, next) : kNaN;
     }
 
  private:
@@ -265,7 +266,9 @@ class Image {
         std::int64_t start = 0;
         for (; count_ - start >= kBlock;) {
             const int blocks = static_cast<int>(std::min<std::int64_t>((count_ - start) / kBlock, kBlocks));
-            scanner_.measure(x_ + start, blocks, grid, cells_ + start, scan);
+            const char* ahead =
+                reinterpret_cast<const char*>(x_) + count_ / 64 * kAhead + start / 64 * kAheadPerValues<Bits>;
+            scanner_.measure(x_ + start, blocks, grid, cells_ + start, scan, ahead);
             for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
             take(start / kBlock, blocks, scan);
             start += blocks * kBlock;
@@ -274,16 +277,18 @@ class Image {
         // The rest is filled up with cells that come before no step.
         std::fill_n(cells_ + start, kBlock, static_cast<std::int8_t>(kLastCell));
         for (std::int64_t i = start; i < count_; ++i) cells_[i] = cell_of(key_of<Format>(x_[i]), grid);
-        count_portable(cells_ + start, 1, grid.steps, scan);
+        count_portable(cells_ + start, 1, grid.steps, scan, nullptr);
         for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
     }
 
-    void count_cells(Steps steps, std::int64_t* below) const {
+    // `ahead`: what to ask for meanwhile.
+    void count_cells(Steps steps, std::int64_t* below, const char* ahead) const {
         Scan scan;
         const std::int64_t all = (count_ + kBlock - 1) / kBlock;
         for (std::int64_t block = 0; block < all; block += kBlocks) {
             const int blocks = static_cast<int>(std::min<std::int64_t>(all - block, kBlocks));
-            scanner_.count(cells_ + block * kBlock, blocks, steps, scan);
+            scanner_.count(cells_ + block * kBlock, blocks, steps, scan,
+                           ahead + block * kBlock / 64 * kAhead);
             for (int i = 0; i < kSteps; ++i) below[i] += scan.below[i];
         }
     }
@@ -341,8 +346,10 @@ class Image {
 
     // The median's value: its rank, and what the first pass counted on the first grid. Where that grid missed
     // it or is too coarse, the image is read again, with a grid over what is left.
-    float find(std::int64_t rank, Grid grid, const std::int64_t* counted) const {
+    float find(std::int64_t rank, Grid grid, const std::int64_t* counted, const Image* next) const {
         std::int64_t below[kSteps];
+        // Once is enough; where cells are counted again, they are themselves what is asked for.
+        const char* ahead = reinterpret_cast<const char*>(next ? static_cast<const void*>(next->x_) : cells_);
         std::copy_n(counted, kSteps, below);
         while (true) {
             Search search(rank, count_);
@@ -351,7 +358,8 @@ class Image {
             while (!close_enough<Format>(keys) && search.high() - search.low() > 1) {
                 const Steps steps = search.next();
                 std::fill_n(below, kSteps, 0);
-                count_cells(steps, below);
+                count_cells(steps, below, ahead);
+                ahead = reinterpret_cast<const char*>(cells_);
                 search.learn(steps, below);
                 keys = keys_of(search, grid);
             }

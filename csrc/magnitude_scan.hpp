@@ -13,8 +13,12 @@ constexpr int kBlock = 256;  // values whose largest key is told apart
 constexpr int kBlocks = 16;  // most blocks of one call
 constexpr int kSteps = 3;
 
-// How many bytes ahead memory is asked for; left to itself it stops at the end of each page.
-constexpr int kPrefetch = 4096;
+// Memory is never left idle. While an image's cells are counted the beginning of the next one is asked for,
+// kAhead bytes for every 64 cells; while values are read, what follows on that, so much more slowly than they
+// are read that the image's end is reached with its last value.
+constexpr int kAhead = 24;
+template <typename Bits>
+constexpr int kAheadPerValues = 64 * static_cast<int>(sizeof(Bits)) - kAhead;  // bytes for every 64 values
 
 struct Steps {
     std::int8_t cells[kSteps];
@@ -39,10 +43,11 @@ struct Scan {
 // Both work on `blocks` (1 ... kBlocks) blocks of kBlock values each.
 template <typename Format>
 struct Scanner {
-    // Reads x and writes its cells, in any order.
-    void (*measure)(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan);
-    // Reads cells; fills in `below` only.
-    void (*count)(const std::int8_t* cells, int blocks, Steps steps, Scan& scan);
+    // Reads x and writes its cells, in any order. Asks for what lies at `ahead`.
+    void (*measure)(const typename Format::Bits* x, int blocks, Grid grid, std::int8_t* cells, Scan& scan,
+                    const char* ahead);
+    // Reads cells; fills in `below` only. Asks for what lies at `ahead`.
+    void (*count)(const std::int8_t* cells, int blocks, Steps steps, Scan& scan, const char* ahead);
 };
 
 // One for Float32, Float16 and BFloat16, where the processor is an x86.
