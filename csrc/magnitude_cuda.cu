@@ -26,6 +26,8 @@ constexpr int kNeighbours = 8;
 // rest.
 constexpr int kFourErrors = 45;
 constexpr std::int64_t kSmallestPart = 8192;
+// Values of a part that are looked at twice: the first cache holds them.
+constexpr std::int64_t kFirst = 8192;
 constexpr int kCandidates = 2048;      // large values of a part that wait to be ranked
 constexpr int kPartsPerProcessor = 3;  // as many blocks as its registers have room for
 
@@ -296,6 +298,26 @@ __device__ float find(const typename Format::Bits* x, std::int64_t count, Grid g
     }
 }
 
+// A key that at least k values of start ... end - 1 reach: each thread has met one that is as large as the
+// largest it has met. -1 where too few have met any. All threads must call.
+template <typename Format>
+__device__ std::int32_t reached_by_first(const typename Format::Bits* x, std::int64_t start, std::int64_t end,
+                                         int k, Shared& shared) {
+    std::int32_t largest = -1;
+    for_each(x, start, end < start + kFirst ? end : start + kFirst, [&](const auto& loaded, std::int64_t) {
+#pragma unroll
+        for (int i = 0; i < loaded.count; ++i) {
+            const std::int32_t key = key_of<Format>(loaded.values[i]);
+            if (key > largest && key < Format::kInfinity) largest = key;
+        }
+    });
+    Top<1> met;
+    if (largest >= 0) met.insert(ranked(largest, threadIdx.x));
+    merge_tops(met, k, shared.candidate, shared);
+    const Ranked last = shared.candidate[k - 1];
+    return last == kNothing ? -1 : key_of_ranked(last);
+}
+
 template <typename Format, int kMost>
 __global__ void __launch_bounds__(kThreads, kMost <= kFew ? kPartsPerProcessor : 1) measure(Job job) {
     __shared__ Shared shared;
@@ -310,11 +332,19 @@ __global__ void __launch_bounds__(kThreads, kMost <= kFew ? kPartsPerProcessor :
     const Sampled sampled = sample<Format>(x, count, job.k, shared);
     const KeyRange range = sampled.median;
     const Grid grid = grid_over(range);
+    const std::int64_t start = count * part_number / job.parts_per_image;
+    const std::int64_t end = count * (part_number + 1) / job.parts_per_image;
+    // Of some hundred values one is as large as the sample's k-th largest; of some thousand, one as this.
+    std::int32_t reached = sampled.reached;
+    if (count >= kSmallestPart) {
+        const std::int32_t first = reached_by_first<Format>(x, start, end, static_cast<int>(job.k), shared);
+        if (first > reached) reached = first;
+    }
     if (thread == 0) {
         shared.below = 0;
         shared.nonfinite = 0;
         shared.candidates = 0;
-        shared.threshold = sampled.reached;
+        shared.threshold = reached;
     }
     __syncthreads();
 
@@ -322,8 +352,6 @@ __global__ void __launch_bounds__(kThreads, kMost <= kFew ? kPartsPerProcessor :
     float squares = 0;
     double large_squares = 0;
     unsigned long long below = 0, nonfinite = 0;
-    const std::int64_t start = count * part_number / job.parts_per_image;
-    const std::int64_t end = count * (part_number + 1) / job.parts_per_image;
     for_each(x, start, end, [&](const auto& loaded, std::int64_t position) {
         std::int32_t largest = -1;
 #pragma unroll
