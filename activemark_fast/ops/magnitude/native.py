@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from activemark_fast.ops.native import load_native
+
+_kept = threading.local()
+"""Of each thread: the scratch memory of its last call. New memory would fault page by page."""
 
 
 def takes(x: Tensor) -> bool:
@@ -25,7 +29,7 @@ def magnitudes_cpu(
     native = load_native()
     threads = torch.get_num_threads()
     size = native.scratch_size(values_per_image=x.shape[1] * x.shape[2], threads=threads)
-    scratch = torch.empty(size, dtype=torch.int8)
+    scratch = _scratch(size)
     outputs = _outputs(x, k)
     native.magnitudes_cpu(
         **_activations(x, native),
@@ -38,6 +42,13 @@ def magnitudes_cpu(
         else native.best_instructions(),
     )
     return outputs
+
+
+def _scratch(size: int) -> Tensor:
+    kept: Tensor | None = getattr(_kept, "scratch", None)
+    if kept is None or len(kept) < size:
+        kept = _kept.scratch = torch.empty(size, dtype=torch.int8)
+    return kept
 
 
 def has_cuda() -> bool:
