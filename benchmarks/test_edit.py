@@ -16,7 +16,7 @@ from test_embed_minutes import DEVICE, KEY, MODELS
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import KeyedCodec
-from activemark_fast.embed import MESSAGES_PER_IMAGE
+from activemark_fast.embed import EDIT_IMAGES, HELD_OUT_EVERY, MESSAGES_PER_IMAGE
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import FIRST_STRENGTH, edit
 from activemark_fast.marking.engine import plan_engine
@@ -24,7 +24,8 @@ from activemark_fast.marking.suffix import site_activations
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 
-FITTED, HELD = 128, 32
+HELD = EDIT_IMAGES // HELD_OUT_EVERY
+FITTED = EDIT_IMAGES - HELD
 
 
 @pytest.mark.parametrize("name", ["demo", "ViT-B/32", pytest.param("ViT-L/14", marks=pytest.mark.gpu)])

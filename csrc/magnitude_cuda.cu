@@ -334,17 +334,14 @@ __global__ void __launch_bounds__(kThreads, kMost <= kFew ? kPartsPerProcessor :
     const Grid grid = grid_over(range);
     const std::int64_t start = count * part_number / job.parts_per_image;
     const std::int64_t end = count * (part_number + 1) / job.parts_per_image;
-    // Of some hundred values one is as large as the sample's k-th largest; of some thousand, one as this.
-    std::int32_t reached = sampled.reached;
-    if (count >= kSmallestPart) {
-        const std::int32_t first = reached_by_first<Format>(x, start, end, static_cast<int>(job.k), shared);
-        if (first > reached) reached = first;
-    }
+    // One of some hundred values is as large as the sample's k-th largest, one of some thousand as this. Both
+    // are wanted: a part may begin with small values.
+    const std::int32_t first = reached_by_first<Format>(x, start, end, static_cast<int>(job.k), shared);
     if (thread == 0) {
         shared.below = 0;
         shared.nonfinite = 0;
         shared.candidates = 0;
-        shared.threshold = reached;
+        shared.threshold = first > sampled.reached ? first : sampled.reached;
     }
     __syncthreads();
 

@@ -13,9 +13,9 @@ constexpr int kBlock = 256;  // values whose largest key is told apart
 constexpr int kBlocks = 16;  // most blocks of one call
 constexpr int kSteps = 3;
 
-// Memory is never left idle. While an image's cells are counted the beginning of the next one is asked for,
-// kAhead bytes for every 64 cells; while values are read, what follows on that, so much more slowly than they
-// are read that the image's end is reached with its last value.
+// What memory is asked for ahead of time. While an image's cells are counted: the beginning of the next one,
+// kAhead bytes for every 64 cells. While its values are read: what follows on that, so much more slowly than
+// they are read that the image's end is reached with its last value.
 constexpr int kAhead = 24;
 template <typename Bits>
 constexpr int kAheadPerValues = 64 * static_cast<int>(sizeof(Bits)) - kAhead;  // bytes for every 64 values
