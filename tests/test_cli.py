@@ -77,8 +77,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     folder = tmp_path_factory.mktemp("ready")
     torch.manual_seed(0)
     save_model(build_model(ARCHITECTURE), folder / "original.safetensors", ARCHITECTURE)
-    Key.write_new(folder / "key.key")
-    Key.write_new(folder / "other_key.key")
+    Key(bytes(range(32))).write(folder / "key.key")
+    Key(bytes(range(32, 64))).write(folder / "other_key.key")
     outputs = ["--out", folder / "marked.safetensors", "--watermark", folder / "watermark.safetensors"]
     key = ["--key", folder / "key.key"]
     done = process("embed", folder / "original.safetensors", *outputs, *key, *SETTINGS, "--json")

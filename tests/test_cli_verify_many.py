@@ -23,7 +23,8 @@ ARCHITECTURE = "timm:VisionTransformer?" + json.dumps(
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a key, a watermark, and five suspects of which one is broken."""
     folder = tmp_path_factory.mktemp("cli")
-    key = Key.write_new(folder / "owner.key")
+    key = Key(bytes(range(32)))
+    key.write(folder / "owner.key")
     model = build_model(ARCHITECTURE)
     model.load_state_dict(vit(depth=5).state_dict())
     with warnings.catch_warnings():

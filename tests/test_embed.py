@@ -255,7 +255,7 @@ def test_block_bits_and_architecture_as_asked_for() -> None:
 
 
 def test_the_key_in_every_form(tmp_path: Path) -> None:
-    Key.write_new(tmp_path / "owner.key")
+    Key(bytes(range(32))).write(tmp_path / "owner.key")
     written = Key.of(tmp_path / "owner.key")
     embedding = marked(vit(depth=3), images(16), written)
     for form in (written, tmp_path / "owner.key"):

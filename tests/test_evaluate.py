@@ -243,7 +243,8 @@ def test_the_command(
     save_model(marked.model, tmp_path / "marked.safetensors", ARCHITECTURE)
     save_model(marked.original, tmp_path / "original.safetensors", ARCHITECTURE)
     marked.watermark.save(tmp_path / "wm.safetensors")
-    key = Key.write_new(tmp_path / "other.key")
+    key = Key(bytes(range(32)))
+    key.write(tmp_path / "other.key")
     assert key != KEY
 
     def run(*more: object, key_file: str = "owner.key") -> int:

@@ -258,7 +258,8 @@ def test_the_command(
     monkeypatch.setattr(importlib.import_module("activemark_fast.embed"), "IMAGES", 32)
     monkeypatch.chdir(tmp_path)
     original = vit(embed_dim=64, depth=5)
-    key = Key.write_new("owner.key")
+    key = Key(bytes(range(32)))
+    key.write("owner.key")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # whether the targets are reached, the key decides
         embedding = embed(original, key, bits=16, fidelity=0.98, max_steps=0, architecture=ARCHITECTURE)
