@@ -29,7 +29,7 @@ test: $(INSTALLED) $(BUILT)  ## Run the tests (make test PYTEST_ARGS="tests/ops 
 lint: $(INSTALLED)  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/* tests/ops/cuda_on_cpu/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* $(shell find tests/ops/cuda_on_cpu -type f)
 	$(BIN)/mypy activemark_fast
 
 # The package is imported from build/sanitize before conftest.py puts the sources first on the path. The sanitizer

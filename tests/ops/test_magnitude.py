@@ -206,6 +206,19 @@ def test_cuda_kernel_on_hard_input(cuda_on_cpu: Implementation, name: str, dtype
     assert_agrees(cuda_on_cpu(x, 7), reference(x, 7), dtype)
 
 
+@pytest.mark.parametrize("value", [2.0**62, INF, NAN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_kernel_on_a_few_wild_values(
+    cuda_on_cpu: Implementation, dtype: torch.dtype, value: float
+) -> None:
+    x = random_activations(1, 65, 256)
+    x[0, ::13, 100] = value
+    x[0, 7, 3] = 2.0**63
+    x = x.to(dtype)
+    for k in (1, 3, 9):
+        assert_agrees(cuda_on_cpu(x, k), reference(x, k), dtype)
+
+
 def test_cuda_kernel_reads_unaligned_images(cuda_on_cpu: Implementation) -> None:
     x = random_activations(3, 41, 251).to(torch.bfloat16)[:, 1:]
     assert x[1].data_ptr() % 16 != 0

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #define __CUDACC__
@@ -93,11 +94,9 @@ inline void Turns::start() {
 }
 
 inline void __syncthreads() { turns.end_turn(); }
-inline void __threadfence() {}
 
 // All threads of a block must come to these, since a turn is every thread's.
 constexpr unsigned kWarpOnCpu = 32;
-inline void __syncwarp() { turns.end_turn(); }
 
 template <typename T>
 const T* values_of_warp(T value) {
@@ -125,6 +124,48 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
     turns.end_turn();
     return largest;
 }
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+    const unsigned* values = values_of_warp(value);
+    const unsigned sum = std::accumulate(values, values + kWarpOnCpu, 0u);
+    turns.end_turn();
+    return sum;
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+    const bool* values = values_of_warp(value);
+    unsigned lanes = 0;
+    for (unsigned lane = 0; lane < kWarpOnCpu; ++lane) lanes |= static_cast<unsigned>(values[lane]) << lane;
+    turns.end_turn();
+    return lanes;
+}
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
+using std::max;
+using std::min;
+
+inline int __viaddmin_s32_relu(int a, int b, int c) { return max(min(a + b, c), 0); }
+
+// Two 16-bit numbers in a word.
+template <typename Number, typename Operation>
+unsigned of_halves(unsigned a, unsigned b, unsigned c, Operation operation) {
+    unsigned result = 0;
+    for (int shift : {0, 16}) {
+        const int number = operation(static_cast<Number>(a >> shift), static_cast<Number>(b >> shift),
+                                     static_cast<Number>(c >> shift));
+        result |= (static_cast<unsigned>(number) & 0xffffu) << shift;
+    }
+    return result;
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+    return of_halves<std::uint16_t>(a, b, 0, [](int x, int y, int) { return max(x, y); });
+}
+inline unsigned __viaddmin_s16x2_relu(unsigned a, unsigned b, unsigned c) {
+    return of_halves<std::int16_t>(a, b, c, __viaddmin_s32_relu);
+}
 
 template <typename T>
 T atomicAdd(T* at, T value) {
@@ -132,12 +173,6 @@ T atomicAdd(T* at, T value) {
     *at += value;
     return before;
 }
-inline int atomicMax(int* at, int value) {
-    const int before = *at;
-    if (value > before) *at = value;
-    return before;
-}
-
 template <typename Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 blocks, dim3 threads, void** arguments,
                              std::size_t, cudaStream_t) {
