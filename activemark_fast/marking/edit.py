@@ -15,7 +15,7 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import KeyedCodec
-from activemark_fast.marking.engine import Engine, halving
+from activemark_fast.marking.engine import GROUPS, Engine, halving
 from activemark_fast.marking.quality import Quality, QualityCheck
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
@@ -23,8 +23,6 @@ from activemark_fast.site import Site
 RIDGE = 1e-2
 """Identity term of the solve, over the mean diagonal of its matrix."""
 LARGEST_GAIN = 2.0
-GROUPS = 8
-"""The slots are averaged in this many groups before they enter the solve: a reading averages them all."""
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
 COLUMN_PARTS = 4
@@ -216,6 +214,7 @@ def edit(
             stream += ((engine.fetch(k) @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
             streams[index] = engine.keep(stream)
             hidden[index] = k.new_empty(0)
+        del k, stream  # the next block runs without them
         bar.advance()
     # A look at each while they are solved would have the device wait for the host.
     bad = torch.stack(failed).tolist()

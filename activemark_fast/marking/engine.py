@@ -22,6 +22,8 @@ CPU_WORKING_SET = 16 << 20
 GPU_WORKING_SHARE = 0.25
 """The same on a GPU, as a share of the memory that is free."""
 MOST_IMAGES, FEWEST_IMAGES = 128, 4
+GROUPS = 8
+"""The slots are averaged in this many groups before they enter the solve: a reading averages them all."""
 GPU_RESERVE = 0.9
 """Share of a GPU's free memory that is counted on."""
 
@@ -94,17 +96,21 @@ def plan_engine(
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     changes = len(blocks) * width * hidden * (4 + wide)
-    # The matrix, in float64 too, its factor, and what cuSOLVER works in.
-    solve = hidden * hidden * (4 + 8 + 8 + (8 if device.type == "cuda" else 0))
+    matrix = 4 * hidden * hidden
+    solve = matrix + 2 * 8 * hidden * hidden  # in float64 too, and its factor
     caches = 2 * (fitted + held) * tokens * width * wide + fitted * stream
     if device.type == "cpu":
         caches += pixels.nbytes
 
     def block(kept: int) -> int:
         """Most bytes in a block's run over all batches and its solve; `kept`: what of each image waits."""
-        # Where a batch is run: its input, its output, what its MLP makes before and after the nonlinearity.
+        # While a batch is run: its input, its output, what its MLP makes before and after the nonlinearity.
+        # Then: input and output, what the MLP made, and means of its slots, of one after the other.
+        pooled = copies * GROUPS * hidden * 4
+        each = tokens * hidden * (narrow + 4)
+        most = max(2 * one + 3 * stream, one + 2 * stream + pooled + max(pooled, each))
         batches = [(start, min(batch, fitted - start)) for start in range(0, fitted, batch)]
-        running = [start * kept + size * (2 * one + 3 * stream) for start, size in batches]
+        running = [matrix + start * kept + size * most for start, size in batches]
         return max(*running, fitted * kept + solve)
 
     on_host = device.type == "cuda" and model + changes + block(one) + caches > GPU_RESERVE * free

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +63,28 @@ def test_memory_is_stated_before_and_kept_to(capsys: pytest.CaptureFixture[str])
     assert f"embed: {embedding.engine}" in told
     # The watermark, whose making follows on the marking, is not part of it.
     assert told.index("embed: ") < told.rindex("edit")
+
+
+@pytest.mark.parametrize(
+    ("precision", "working_set"), [("fp32", module.CPU_WORKING_SET), ("fp32", 1 << 40), ("bf16", 1 << 40)]
+)
+def test_peak_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, working_set: int
+) -> None:
+    monkeypatch.setattr(module, "CPU_WORKING_SET", working_set)
+    model = vit(embed_dim=256, num_heads=4, depth=8)
+    gc.collect()
+    with (
+        torch.profiler.profile(profile_memory=True) as profiler,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        embedding = embed(model, b"k" * 32, fidelity=0.9, max_steps=0, precision=precision)
+    trace = tmp_path / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
+    assert max(totals) - totals[0] == pytest.approx(embedding.engine.peak_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("room", [1, 3, 5, 64])
