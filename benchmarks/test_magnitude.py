@@ -26,6 +26,11 @@ K = 5
 MEMORY = 256 << 20
 """Bytes: more than the caches hold."""
 ROUNDS = 100
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def name(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
 def topk_and_median(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +78,7 @@ def threads(request: pytest.FixtureRequest):
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("where", ["memory", "cache"])
 def test_magnitudes(benchmark: BenchmarkFixture, dtype: torch.dtype, threads: int, where: str) -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -97,7 +102,7 @@ def test_magnitudes(benchmark: BenchmarkFixture, dtype: torch.dtype, threads: in
         benchmark.extra_info["over read bandwidth"] = round(min(reading) / benchmark.stats["min"], 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
 @pytest.mark.parametrize("other", [magnitudes_reference, topk_and_median], ids=["sort", "topk_and_median"])
 def test_magnitudes_against(benchmark: BenchmarkFixture, other: Callable, dtype: torch.dtype) -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -107,7 +112,7 @@ def test_magnitudes_against(benchmark: BenchmarkFixture, other: Callable, dtype:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_magnitudes_on_a_gpu(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
     x = torch.randn(64, 257, 1024, device="cuda").to(dtype)
     target = torch.empty_like(x)
@@ -115,7 +120,12 @@ def test_magnitudes_on_a_gpu(benchmark: BenchmarkFixture, dtype: torch.dtype) ->
     graphed = in_a_graph(lambda: magnitudes(x, K))  # without the host's part, which runs ahead of the device
     copy = min(seconds(lambda: target.copy_(x)) for _ in range(ROUNDS))
     measured = min(seconds(graphed) for _ in range(ROUNDS))
-    benchmark.pedantic(lambda: seconds(lambda: magnitudes(x, K)), rounds=3)
+
+    def alone() -> None:
+        magnitudes(x, K)
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(alone, rounds=ROUNDS)
     # A copy reads and writes each byte.
     benchmark.extra_info.update(
         {
