@@ -308,8 +308,8 @@ __device__ float find(const typename Format::Bits* x, std::int64_t count, Grid g
                       Shared& shared) {
     while (true) {
         const int bin = bin_of_rank(rank, shared);
-        const std::int32_t first = grid.first + ((bin - 1) << grid.shift);
-        const std::int32_t next = grid.first + (bin << grid.shift);
+        const std::int32_t first = grid.first + (bin - 1) * (1 << grid.shift);
+        const std::int32_t next = grid.first + bin * (1 << grid.shift);
         KeyRange range{first, min(next, Format::kInfinity) - 1};
         if (bin == 0) range = {0, grid.first - 1};
         if (bin == grid.bins + 1) range = {first, Format::kInfinity - 1};
