@@ -29,10 +29,6 @@ ROUNDS = 100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def name(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
 def topk_and_median(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What one would write in PyTorch."""
     magnitude = x.float().flatten(1).abs()
@@ -78,7 +74,7 @@ def threads(request: pytest.FixtureRequest):
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["memory", "cache"])
 def test_magnitudes(benchmark: BenchmarkFixture, dtype: torch.dtype, threads: int, where: str) -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -102,7 +98,7 @@ def test_magnitudes(benchmark: BenchmarkFixture, dtype: torch.dtype, threads: in
         benchmark.extra_info["over read bandwidth"] = round(min(reading) / benchmark.stats["min"], 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("other", [magnitudes_reference, topk_and_median], ids=["sort", "topk_and_median"])
 def test_magnitudes_against(benchmark: BenchmarkFixture, other: Callable, dtype: torch.dtype) -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -112,7 +108,7 @@ def test_magnitudes_against(benchmark: BenchmarkFixture, other: Callable, dtype:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_magnitudes_on_a_gpu(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
     x = torch.randn(64, 257, 1024, device="cuda").to(dtype)
     target = torch.empty_like(x)

@@ -154,11 +154,17 @@ __device__ std::int32_t largest_of(unsigned keys) {
     return max(first, Word<Format>::key(keys, Word<Format>::kValues - 1));
 }
 
-// The sum over the warp, in a fixed order, to all its threads.
-__device__ double sum_of_warp(double value) {
+// Leaves the sum of each warp's values, in a fixed order, for `sum_of_block` after a barrier.
+__device__ void leave_sum(double value, Shared& shared) {
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
         value += __shfl_xor_sync(kAllLanes, value, distance);
-    return value;
+    if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp] = value;
+}
+
+__device__ double sum_of_block(const Shared& shared) {
+    double sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp];
+    return sum;
 }
 
 // Adds a count of each thread to `total` (shared), once a warp.
@@ -328,10 +334,11 @@ __device__ float find(const typename Format::Bits* x, std::int64_t count, Grid g
 
 // The results of an image whose parts are all there. All threads of its last block call.
 template <typename Format>
-__device__ void put_together(const Job& job, unsigned image, Grid grid, Shared& shared) {
+__device__ void put_together(const Job& job, std::int64_t image, const typename Format::Bits* x, Grid grid,
+                             Shared& shared) {
     const int thread = static_cast<int>(threadIdx.x);
-    const Part* parts = job.parts + std::int64_t{image} * job.parts_per_image;
-    const Ranked* tops = job.tops + std::int64_t{image} * job.parts_per_image * job.k;
+    const Part* parts = job.parts + image * job.parts_per_image;
+    const Ranked* tops = job.tops + image * job.parts_per_image * job.k;
     // All that comes from memory is asked for before any of it is used.
     const int entries = job.parts_per_image * job.k;
     const bool has_part = thread < job.parts_per_image;
@@ -363,8 +370,7 @@ __device__ void put_together(const Job& job, unsigned image, Grid grid, Shared& 
     for (int i = thread + kThreads; i < entries; i += kThreads)
         if (tops[i] != kNothing) largest = max(largest, key_of_ranked(tops[i]));
     // The barriers that these need are in `reached`.
-    const double of_parts = sum_of_warp(squares);
-    if (thread % kWarp == 0) shared.sums[thread / kWarp] = of_parts;
+    leave_sum(squares, shared);
     add_counts(nonfinite, &shared.nonfinite);
     const std::int32_t threshold = reached(largest, job.k, shared);
     rank_top(
@@ -387,13 +393,10 @@ __device__ void put_together(const Job& job, unsigned image, Grid grid, Shared& 
     const std::int64_t count = job.in.values_per_image;
     const unsigned finite = static_cast<unsigned>(count) - all_nonfinite;
     float median = nan;
-    const auto* x = static_cast<const typename Format::Bits*>(job.in.x) + image * job.in.image_stride;
     if (finite > 0) median = find<Format>(x, count, grid, (finite - 1) / 2, shared);
     if (thread == 0) {
-        squares = 0;
-        for (int warp = 0; warp < kWarps; ++warp) squares += shared.sums[warp];
         job.out.nonfinite[image] = static_cast<std::int64_t>(all_nonfinite);
-        job.out.mean_square[image] = static_cast<float>(squares / static_cast<double>(finite));
+        job.out.mean_square[image] = static_cast<float>(sum_of_block(shared) / static_cast<double>(finite));
         job.out.median[image] = median;
     }
 }
@@ -405,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, kPartsPerProcessor) measure(Job job)
     constexpr int kWords = 4, kLanes = kWords * Keys::kValues;  // of a load
     __shared__ Shared shared;
     const int thread = static_cast<int>(threadIdx.x);
-    const unsigned image = blockIdx.x / job.parts_per_image;
+    const std::int64_t image = blockIdx.x / job.parts_per_image;
     const unsigned part_number = blockIdx.x % job.parts_per_image;
     const std::int64_t count = job.in.values_per_image;
     const auto* x = static_cast<const Bits*>(job.in.x) + image * job.in.image_stride;
@@ -511,8 +514,7 @@ __global__ void __launch_bounds__(kThreads, kPartsPerProcessor) measure(Job job)
         largest = max(largest, of_chunk);
     }
 
-    const double of_warp = sum_of_warp(all_squares);
-    if (thread % kWarp == 0) shared.sums[thread / kWarp] = of_warp;
+    leave_sum(all_squares, shared);
     add_counts(nonfinite, &shared.nonfinite);
     const std::int32_t threshold = reached(largest, job.k, shared);
     if (largest >= threshold)
@@ -545,9 +547,7 @@ __global__ void __launch_bounds__(kThreads, kPartsPerProcessor) measure(Job job)
     Part& mine = job.parts[blockIdx.x];
     if (thread < job.k) job.tops[std::int64_t{blockIdx.x} * job.k + thread] = shared.top[thread];
     if (thread == 0) {
-        double sum = 0;
-        for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp];
-        mine.squares = sum;
+        mine.squares = sum_of_block(shared);
         mine.nonfinite = shared.nonfinite;
     }
     for (int i = thread; i < kCounts; i += kThreads) mine.counts[i] = shared.counts[i];
@@ -563,7 +563,7 @@ __global__ void __launch_bounds__(kThreads, kPartsPerProcessor) measure(Job job)
     }
     __syncthreads();
     if (!shared.last) return;
-    put_together<Format>(job, image, grid, shared);
+    put_together<Format>(job, image, x, grid, shared);
 }
 
 template <typename Format>

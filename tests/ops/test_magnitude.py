@@ -30,6 +30,13 @@ def random_activations(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def wild_activations(value: float) -> Tensor:
+    x = random_activations(1, 65, 256)
+    x[0, ::13, 100] = value
+    x[0, 7, 3] = 2.0**63
+    return x
+
+
 def reference(x: Tensor, k: int) -> Magnitudes:
     return Magnitudes(*magnitudes_reference(x, k))
 
@@ -152,10 +159,7 @@ def test_hard_input(name: str, dtype: torch.dtype, instructions: str) -> None:
 @pytest.mark.parametrize("value", [2.0**62, INF, NAN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_blocks_are_wild(dtype: torch.dtype, value: float, instructions: str) -> None:
-    x = random_activations(1, 65, 256)
-    x[0, ::13, 100] = value
-    x[0, 7, 3] = 2.0**63
-    x = x.to(dtype)
+    x = wild_activations(value).to(dtype)
     for k in (1, 3, 9):
         assert_agrees(compiled(instructions)(x, k), reference(x, k), dtype)
 
@@ -211,10 +215,7 @@ def test_cuda_kernel_on_hard_input(cuda_on_cpu: Implementation, name: str, dtype
 def test_cuda_kernel_on_a_few_wild_values(
     cuda_on_cpu: Implementation, dtype: torch.dtype, value: float
 ) -> None:
-    x = random_activations(1, 65, 256)
-    x[0, ::13, 100] = value
-    x[0, 7, 3] = 2.0**63
-    x = x.to(dtype)
+    x = wild_activations(value).to(dtype)
     for k in (1, 3, 9):
         assert_agrees(cuda_on_cpu(x, k), reference(x, k), dtype)
 

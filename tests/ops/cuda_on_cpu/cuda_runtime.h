@@ -173,6 +173,7 @@ T atomicAdd(T* at, T value) {
     *at += value;
     return before;
 }
+
 template <typename Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 blocks, dim3 threads, void** arguments,
                              std::size_t, cudaStream_t) {
