@@ -15,7 +15,7 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets", "files", "torch_file"},
+    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs", "torch_file"},
     {"backbone", "checkpoint"},
     {"site", "utility"},
     {"profile"},
