@@ -113,7 +113,7 @@ def _of_kind(backbone: Backbone, index: int, kind: str) -> list[tuple[nn.Linear,
 
 
 def mlp_in(block: nn.Module, last: nn.Linear) -> list[nn.Linear]:
-    """The layers that read the residual stream for the MLP whose last layer is `last`: one, or two if gated."""
+    """The layers that read the residual stream for the MLP that ends in `last`: one, or two if gated."""
     return [
         module
         for name, module in block.named_modules()

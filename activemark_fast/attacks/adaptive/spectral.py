@@ -10,135 +10,97 @@ from torch import Tensor, nn
 from activemark_fast.attacks.adaptive.parts import clean_images, find_matrices, second_moments, victim
 from activemark_fast.datasets import Labelled
 
+METHODS = ("loudest", "energy", "ridge")
 IMAGES = 1000
 FLOOR = 1e-3
 """Least eigenvalue of a second moment, over their mean, where it is inverted."""
 
 
 @torch.no_grad()
-def loudest(
+def spectral(
     model: nn.Module,
     data: Labelled | Tensor,
     seed: int,
     strength: float,
     *,
+    method: str = "loudest",
     matrices: Sequence[str] = ("fc2",),
     images: int = IMAGES,
     first_block: int | None = None,
 ) -> nn.Module:
-    """A copy of `model` without the loudest directions of its matrices.
+    """A copy of `model` whose matrices do no more than what clean images need.
 
-    A mark hides where clean inputs are weak, so it has to be large there. With C the second moment of the
-    clean inputs of W, the left singular vectors U of W C^(-1/2) with the largest values are what W does most
-    on inputs that are not clean: W' = W - U U^T W.
+    A mark hides where clean inputs are weak, so it has to be large there. With C = E[x x^T] of the clean
+    inputs of a matrix W (out, in):
+
+    - "loudest": W' = W - U U^T W, with U the left singular vectors of W C^(-1/2) with the largest values:
+      what W does most on inputs that are not clean.
+    - "energy": W' = W E E^T, with E the fewest eigenvectors of C that hold a share of its trace.
+    - "ridge": W' = W C (C + lambda I)^-1, the ridge regression of W x on x, which forgets what the inputs do
+      not excite.
 
     Args:
         model: a plain ViT.
         data: clean images.
         seed: of the tokens that C is taken from.
-        strength: how many directions.
+        strength: "loudest": how many directions; "energy": the share, 0 to 1; "ridge": lambda over the mean
+            of C's diagonal.
+        method: one of these.
         matrices: which, of `KINDS`.
         images: most images to use.
         first_block: by default a quarter of the depth.
 
     Raises:
-        ValueError: `strength` is below 0, or `matrices` or `first_block` are not as described.
+        ValueError: an argument is not as described, or the model has no such block or matrix.
     """
-    if not strength >= 0:
+    if method not in METHODS:
+        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
+    if method == "loudest" and not strength >= 0:
         raise ValueError(f"strength: wanted 0 or more directions, got {strength}")
-    attacked, backbone, first = victim(model, first_block)
-    found = find_matrices(backbone, matrices, first)
-    moments = second_moments(backbone, clean_images(data, images), [m.linear for m in found], seed)
-    for matrix, moment in zip(found, moments, strict=True):
-        weight = matrix.weight.double()
-        left = torch.linalg.svd(weight @ _power(moment, -0.5), full_matrices=False).U[:, : round(strength)]
-        matrix.weight.copy_(weight - left @ (left.T @ weight))
-    return attacked
-
-
-@torch.no_grad()
-def clean_energy(
-    model: nn.Module,
-    data: Labelled | Tensor,
-    seed: int,
-    strength: float,
-    *,
-    matrices: Sequence[str] = ("fc2",),
-    images: int = IMAGES,
-    first_block: int | None = None,
-) -> nn.Module:
-    """A copy of `model` whose matrices read only the directions that hold a share of the clean energy.
-
-    W' = W E E^T, with E the fewest eigenvectors of the second moment of W's clean inputs that hold it.
-
-    Args:
-        model, data, seed, matrices, images, first_block: see `loudest`.
-        strength: the share, 0 to 1.
-
-    Raises:
-        ValueError: `strength` is not within 0 and 1, or as for `loudest`.
-    """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength: wanted 0 to 1, got {strength}")
-    attacked, backbone, first = victim(model, first_block)
-    found = find_matrices(backbone, matrices, first)
-    moments = second_moments(backbone, clean_images(data, images), [m.linear for m in found], seed)
-    for matrix, moment in zip(found, moments, strict=True):
-        basis = principal(moment, energy=strength)
-        weight = matrix.weight.double()
-        matrix.weight.copy_(weight @ basis @ basis.T)
-    return attacked
-
-
-@torch.no_grad()
-def ridge_refit(
-    model: nn.Module,
-    data: Labelled | Tensor,
-    seed: int,
-    strength: float,
-    *,
-    matrices: Sequence[str] = ("fc2",),
-    images: int = IMAGES,
-    first_block: int | None = None,
-) -> nn.Module:
-    """A copy of `model` whose matrices are fitted anew to what they do on clean inputs.
-
-    Ridge regression of the outputs W x on the inputs x: W' = W C (C + lambda I)^-1, which forgets what the
-    inputs do not excite.
-
-    Args:
-        model, data, seed, matrices, images, first_block: see `loudest`.
-        strength: lambda over the mean of C's diagonal.
-
-    Raises:
-        ValueError: `strength` is not above 0, or as for `loudest`.
-    """
-    if not strength > 0:
+    if method == "energy" and not 0 <= strength <= 1:
+        raise ValueError(f"strength: wanted a share of 0 to 1, got {strength}")
+    if method == "ridge" and not strength > 0:
         raise ValueError(f"strength: wanted more than 0, got {strength}")
     attacked, backbone, first = victim(model, first_block)
     found = find_matrices(backbone, matrices, first)
     moments = second_moments(backbone, clean_images(data, images), [m.linear for m in found], seed)
     for matrix, moment in zip(found, moments, strict=True):
-        matrix.weight.copy_(refit(matrix.weight.double(), moment, strength))
+        weight = matrix.weight.double()
+        if method == "loudest":
+            left = torch.linalg.svd(weight @ _inverse_root(moment), full_matrices=False).U
+            left = left[:, : round(strength)]
+            changed = weight - left @ (left.T @ weight)
+        elif method == "energy":
+            basis = principal(moment, strength)
+            changed = weight @ basis @ basis.T
+        else:
+            changed = refit(weight, moment, moment, strength)
+        matrix.weight.copy_(changed)
     return attacked
 
 
-def refit(weight: Tensor, moment: Tensor, ridge: float) -> Tensor:
-    """(out, in) float64: W C (C + ridge mean(diag C) I)^-1, for a `moment` C (in, in)."""
-    damped = moment.clone()
-    damped.diagonal().add_(ridge * moment.diagonal().mean())
-    return torch.linalg.solve(damped, moment @ weight.T).T
+def refit(weight: Tensor, cross: Tensor, moment: Tensor, ridge: float) -> Tensor:
+    """The ridge regression of W x on z: W E[x z^T] (E[z z^T] + lambda I)^-1, (out, Z) float64.
+
+    Args:
+        weight: (out, in) float64.
+        cross: E[x z^T], (in, Z) float64.
+        moment: E[z z^T], (Z, Z) float64.
+        ridge: lambda over the mean of the moment's diagonal.
+    """
+    damped = moment + ridge * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
+    return torch.linalg.solve(damped, (weight @ cross).T).T
 
 
-def principal(moment: Tensor, *, energy: float) -> Tensor:
-    """(K, r): the fewest eigenvectors of a second moment (K, K) that hold a share of its trace, strongest first."""
+def principal(moment: Tensor, energy: float) -> Tensor:
+    """(K, r): the fewest eigenvectors of a second moment (K, K) that hold a share of its trace."""
     values, vectors = torch.linalg.eigh(moment)
     held = values.clamp_min(0).flip(0).cumsum(0) / values.clamp_min(0).sum()
     count = int((held < energy * (1 - 1e-12)).sum()) + 1
     return vectors.flip(1)[:, :count]
 
 
-def _power(moment: Tensor, exponent: float) -> Tensor:
+def _inverse_root(moment: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     floored = values.clamp_min(FLOOR * float(values.mean()))
-    return (vectors * floored**exponent) @ vectors.T
+    return (vectors * floored**-0.5) @ vectors.T

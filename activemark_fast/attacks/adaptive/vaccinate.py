@@ -131,7 +131,7 @@ def _injection(backbone: Backbone, output: Tensor, within: bool, generator: torc
     if within:
         rows = output.float().flatten(0, 1)
         rows = rows - rows.mean(dim=0)
-        basis = principal((rows.T @ rows).double(), energy=ENERGY).float()
+        basis = principal((rows.T @ rows).double(), ENERGY).float()
     else:
         basis = torch.eye(width, device=output.device)
     size = basis.shape[1]
