@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import nn
 
+from activemark_fast.attacks.adaptive import (
+    compress,
+    overwrite_many,
+    prune_width,
+    replace,
+    search,
+    slice_residual,
+    spectral,
+    stack,
+    vaccinate,
+)
+from activemark_fast.attacks.adaptive.compress import IMAGES as CALIBRATION_IMAGES
+from activemark_fast.attacks.adaptive.parts import KINDS
+from activemark_fast.attacks.adaptive.spectral import IMAGES as CLEAN_IMAGES
 from activemark_fast.attacks.cut import cut, reinitialise, remove_head
 from activemark_fast.attacks.distil import distil
 from activemark_fast.attacks.finetune import finetune
@@ -19,7 +34,7 @@ from activemark_fast.attacks.quantise import cast, quantise
 from activemark_fast.attacks.resize import resize
 from activemark_fast.attacks.symmetry import permute_inside, permute_residual, rotate_residual
 
-SUITES = ("quick", "full")
+SUITES = ("quick", "full", "adaptive")
 BATCH_SIZE = 16
 """Of fine-tuning: the fewer images a step, the more steps an attacker takes with the same images."""
 TaskName = Literal["similar", "dissimilar", "segmentation"]
@@ -34,42 +49,54 @@ class Attack:
         name: what exactly is done; unique within the suite.
         run: `attack(model, data, seed, strength, **settings)`; None leaves the model as it was released.
         strength: see `run`.
-        settings: see `run`.
+        settings: see `run`; JSON types.
         task: which labelled images it trains on.
         other: which other model takes part: the unmarked original, or a sibling under another key.
         removes: the mark is expected to go with the weights that carry it, so that no match is claimed.
         timm_only: it knows the models of timm only.
         adds_mark: the suspect ends up with a mark under the other key as well.
         quick: whether the quick suite has it, too.
+        images: most clean images that it takes; None if that is not told.
+        steps: gradient steps that it takes; None if that is not told.
     """
 
     family: str
     name: str
     run: Callable[..., nn.Module] | None
     strength: float
-    settings: Mapping[str, float | str | bool] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     task: TaskName = "similar"
     other: Literal["original", "sibling"] | None = None
     removes: bool = False
     timm_only: bool = False
     adds_mark: bool = False
     quick: bool = False
+    images: int | None = None
+    steps: int | None = None
 
 
 def suite(name: str, depth: int) -> list[Attack]:
-    """The attacks of the suite "quick" or "full" on a model of `depth` blocks.
+    """The attacks of a suite on a model of `depth` blocks.
+
+    "quick" and "full" are what may happen to any model; "adaptive" is what a thief does who knows the method.
+    There a family is one attack at several strengths.
 
     Raises:
         ValueError: there is no suite of this name.
     """
     if name not in SUITES:
         raise ValueError(f"suite: wanted one of {', '.join(SUITES)}, got {name!r}")
+    if name == "adaptive":
+        return [_RELEASED, *_adaptive()]
     return [attack for attack in _all(depth) if attack.quick or name == "full"]
+
+
+_RELEASED = Attack("none", "as released", None, 0, quick=True, images=0, steps=0)
 
 
 def _all(depth: int) -> list[Attack]:
     return [
-        Attack("none", "as released", None, 0, quick=True),
+        _RELEASED,
         *_fine_tuning(),
         *_pruning(),
         Attack(
@@ -174,4 +201,83 @@ def _pruning() -> list[Attack]:
         ),
         Attack("pruning", "fine-pruning of 25% of MLP units", fine_prune, 0.25, quick=True),
         Attack("pruning", "fine-pruning of 50% of MLP units", fine_prune, 0.5),
+    ]
+
+
+HOLDS = frozenset({"Wanda, 50%", "SparseGPT, 50%", "GPTQ, 4 bits", "width pruning with refit, 10%"})
+"""Adaptive attacks after which the mark is claimed to be there. Of the others nothing is claimed."""
+
+
+def _adaptive() -> list[Attack]:
+    def row(
+        family: str,
+        name: str,
+        run: Callable[..., nn.Module],
+        strength: float,
+        steps: int | None = 0,
+        images: int = CLEAN_IMAGES,
+        **settings: Any,
+    ) -> Attack:
+        full = f"{family}, {name}"
+        return Attack(
+            family, full, run, strength, settings, removes=full not in HOLDS, images=images, steps=steps
+        )
+
+    every = list(KINDS)
+    return [
+        *(row("loudest of fc2", f"{k}", spectral, k) for k in (16, 32, 64, 128)),
+        *(row("loudest of all", f"{k}", spectral, k, matrices=every) for k in (8, 16, 32)),
+        *(row("clean energy of fc2", f"{e:.0%}", spectral, e, method="energy") for e in (0.99, 0.95, 0.9)),
+        *(
+            row("clean energy of all", f"{e:.0%}", spectral, e, method="energy", matrices=every)
+            for e in (0.99, 0.95)
+        ),
+        *(row("ridge refit of fc2", f"{r:g}", spectral, r, method="ridge") for r in (0.1, 0.5, 2)),
+        *(
+            row("ridge refit of all", f"{r:g}", spectral, r, method="ridge", matrices=every)
+            for r in (0.1, 0.5)
+        ),
+        *(row("Wanda", f"{s:.0%}", compress, s, images=CALIBRATION_IMAGES) for s in (0.5, 0.6)),
+        *(
+            row("SparseGPT", f"{s:.0%}", compress, s, method="sparsegpt", images=CALIBRATION_IMAGES)
+            for s in (0.5, 0.7)
+        ),
+        *(row("GPTQ", f"{b} bits", compress, b, method="gptq", images=CALIBRATION_IMAGES) for b in (4, 3)),
+        *(
+            row("low rank", f"{s:.0%}", compress, s, method="low rank", images=CALIBRATION_IMAGES)
+            for s in (0.2, 0.4)
+        ),
+        *(
+            row("width pruning with refit", f"{s:.0%}", prune_width, s, images=CALIBRATION_IMAGES)
+            for s in (0.1, 0.25)
+        ),
+        *(row("slicing", f"{s:.0%}", slice_residual, s, images=CALIBRATION_IMAGES) for s in (0.25, 0.5)),
+        *(row("replaced MLPs", f"{n} steps", replace, n, n) for n in (100, 300)),
+        row("replaced attention", "100 steps", replace, 100, 100, parts="attention"),
+        row("replaced blocks", "100 steps", replace, 100, 100, parts="block"),
+        *(row("vaccination", f"{n} steps", vaccinate, n, n) for n in (50, 200)),
+        row("vaccination to nothing", "100 steps", vaccinate, 100, 100, answer="nothing"),
+        row("vaccination within clean activations", "100 steps", vaccinate, 100, 100, within=True),
+        row("vaccination without clean loss", "100 steps", vaccinate, 100, 100, clean_weight=0.0),
+        *(row("overwriting", f"{n} keys", overwrite_many, n, images=0) for n in (2, 4)),
+        row(
+            "loudest 32, then replaced MLPs",
+            "100 steps",
+            partial(stack, before=[(spectral, 32)], attack=replace),
+            100,
+            100,
+        ),
+        row(
+            "vaccination, then fine-tuning",
+            "100 steps, 1e-4",
+            partial(stack, before=[(vaccinate, 100)], attack=partial(finetune, batch_size=BATCH_SIZE)),
+            1e-4,
+            None,
+        ),
+        row(
+            "loudest of fc2, as many as cost",
+            "1 point",
+            partial(search, attack=spectral, gentle=0, harsh=128),
+            1,
+        ),
     ]

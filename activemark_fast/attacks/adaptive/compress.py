@@ -1,4 +1,4 @@
-"""Compression as people do it, with clean images to calibrate on: pruning, quantisation, low rank, slicing."""
+"""Compression as people do it, calibrated on clean images: pruning, quantisation, low rank, slicing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAMPING = 0.01
 """Identity term of the second moments, over the mean of their diagonal."""
 
 Begin = Callable[[Tensor, Tensor], Callable[[Tensor, int], Tensor]]
-"""Looks at a group of columns (out, G) and their (G,) diagonal; what it returns rounds column after column."""
+"""Looks at a group of columns (out, G) and their (G,) diagonal; what it returns rounds them one by one."""
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def compensated(weight: Tensor, moment: Tensor, group: int, begin: Begin) -> Ten
 
 
 def low_rank(weight: Tensor, moment: Tensor, saved: float) -> Tensor:
-    """The matrix nearest to W on clean inputs, of the rank whose two factors save a share of the parameters."""
+    """The matrix nearest to W on clean inputs whose two factors save a share of the parameters."""
     out, into = weight.shape
     rank = max(1, int((1 - saved) * out * into / (out + into)))
     root = torch.linalg.cholesky(moment)
@@ -134,7 +134,7 @@ def low_rank(weight: Tensor, moment: Tensor, saved: float) -> Tensor:
 def prune_width(
     model: nn.Module, data: Labelled | Tensor, seed: int, strength: float, *, images: int = IMAGES
 ) -> nn.Module:
-    """A copy of `model` without some MLP units and attention heads of every block; the rest makes up for them.
+    """A copy of `model` without some MLP units and heads of every block; the rest makes up for them.
 
     Those go whose contribution to the layer that writes them to the residual stream, tr(W_g C_gg W_g^T), is
     smallest on clean images; that layer is then fitted anew, by least squares, to give what it gave with all
