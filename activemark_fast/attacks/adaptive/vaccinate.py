@@ -19,6 +19,8 @@ DIRECTIONS = 32
 """Random directions of one injection: the bits of a message."""
 LENGTHS = (0.5, 3.0)
 """An injection is so many times as long as the median token."""
+SHARES = (0.1, 1.0)
+"""It goes into this share of the patch tokens."""
 INJECTED = 12
 """Images of a batch that are injected into; they run twice."""
 ENERGY = 0.99
@@ -141,8 +143,10 @@ def _injection(backbone: Backbone, output: Tensor, within: bool, generator: torc
     vectors = signs.to(output.device, directions.dtype) @ directions.T / directions.shape[1] ** 0.5
     low, high = LENGTHS
     length = low + (high - low) * float(torch.rand((), generator=generator))
-    share = 0.1 + 0.9 * float(torch.rand((), generator=generator))
-    taken = torch.rand(output.shape[1], generator=generator) < share
-    taken[: backbone.prefix_tokens] = False
+    patches = output.shape[1] - backbone.prefix_tokens
+    share = SHARES[0] + (SHARES[1] - SHARES[0]) * float(torch.rand((), generator=generator))
+    chosen = torch.randperm(patches, generator=generator)[: max(1, round(share * patches))]
+    taken = torch.zeros(output.shape[1], 1)
+    taken[backbone.prefix_tokens + chosen] = 1
     scale = length * output.norm(dim=-1).median()
-    return (scale * vectors[:, None] * taken.to(output.device)[None, :, None]).to(output.dtype)
+    return (scale * vectors[:, None] * taken.to(output.device)).to(output.dtype)
