@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import activemark_fast
-from activemark_fast.attacks.suite import Attack, suite
+from activemark_fast.attacks.suite import RELEASED, Attack, adaptive_attacks
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoint import architecture_of, load_model, save_model
 from activemark_fast.datasets import Labelled, Task, load_task
@@ -46,10 +46,8 @@ class Bench:
         device = torch.device(arguments.device)
         original = load_model(arguments.model, device=device)
         view = Backbone(original)
-        attacks = suite("adaptive", view.depth)
-        self.attacks = [
-            a for a in attacks if a.run is None or any(fnmatch(a.name, p) for p in arguments.only)
-        ]
+        attacks = [a for a in adaptive_attacks() if a.quick or not arguments.quick]
+        self.attacks = [RELEASED, *(a for a in attacks if any(fnmatch(a.name, p) for p in arguments.only))]
         train, test = arguments.probe
         task = load_task(arguments.data, view.preprocess, arguments.images + train, test)
         # The probe is fitted to images which the thief does not have.
@@ -147,6 +145,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="the thief's")
     parser.add_argument("--probe", type=int, nargs=2, default=(2000, 1000), metavar=("TRAIN", "TEST"))
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of attacks")
+    parser.add_argument("--quick", action="store_true", help="only the strengths of the suite")
     parser.add_argument("--original", action="store_true", help="attack the unmarked original, too")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()

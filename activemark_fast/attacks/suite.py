@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -55,7 +55,7 @@ class Attack:
         removes: the mark is expected to go with the weights that carry it, so that no match is claimed.
         timm_only: it knows the models of timm only.
         adds_mark: the suspect ends up with a mark under the other key as well.
-        quick: whether the quick suite has it, too.
+        quick: whether the quick suite has it, too; of adaptive attacks, whether the suite has it.
         images: most clean images that it takes; None if that is not told.
         steps: gradient steps that it takes; None if that is not told.
     """
@@ -87,16 +87,16 @@ def suite(name: str, depth: int) -> list[Attack]:
     if name not in SUITES:
         raise ValueError(f"suite: wanted one of {', '.join(SUITES)}, got {name!r}")
     if name == "adaptive":
-        return [_RELEASED, *_adaptive()]
+        return [RELEASED, *(attack for attack in adaptive_attacks() if attack.quick)]
     return [attack for attack in _all(depth) if attack.quick or name == "full"]
 
 
-_RELEASED = Attack("none", "as released", None, 0, quick=True, images=0, steps=0)
+RELEASED = Attack("none", "as released", None, 0, quick=True, images=0, steps=0)
 
 
 def _all(depth: int) -> list[Attack]:
     return [
-        _RELEASED,
+        RELEASED,
         *_fine_tuning(),
         *_pruning(),
         Attack(
@@ -208,76 +208,110 @@ HOLDS = frozenset({"Wanda, 50%", "SparseGPT, 50%", "GPTQ, 4 bits", "width prunin
 """Adaptive attacks after which the mark is claimed to be there. Of the others nothing is claimed."""
 
 
-def _adaptive() -> list[Attack]:
-    def row(
+def adaptive_attacks() -> list[Attack]:
+    """What a thief does who knows the method: each attack at several strengths; the suite has some."""
+
+    def curve(
         family: str,
-        name: str,
         run: Callable[..., nn.Module],
-        strength: float,
-        steps: int | None = 0,
+        strengths: Sequence[float],
+        form: str,
+        quick: Sequence[float] = (),
         images: int = CLEAN_IMAGES,
+        steps: int | None = 0,
+        trained: bool = False,
         **settings: Any,
-    ) -> Attack:
-        full = f"{family}, {name}"
-        return Attack(
-            family, full, run, strength, settings, removes=full not in HOLDS, images=images, steps=steps
-        )
+    ) -> list[Attack]:
+        return [
+            Attack(
+                family,
+                name := f"{family}, {_told(strength, form)}",
+                run,
+                strength,
+                settings,
+                removes=name not in HOLDS,
+                quick=strength in quick,
+                images=images,
+                steps=round(strength) if trained else steps,
+            )
+            for strength in strengths
+        ]
 
     every = list(KINDS)
+    calibrated = CALIBRATION_IMAGES
+    tuned = partial(finetune, batch_size=BATCH_SIZE)
     return [
-        *(row("loudest of fc2", f"{k}", spectral, k) for k in (16, 32, 64, 128)),
-        *(row("loudest of all", f"{k}", spectral, k, matrices=every) for k in (8, 16, 32)),
-        *(row("clean energy of fc2", f"{e:.0%}", spectral, e, method="energy") for e in (0.99, 0.95, 0.9)),
-        *(
-            row("clean energy of all", f"{e:.0%}", spectral, e, method="energy", matrices=every)
-            for e in (0.99, 0.95)
+        *curve("loudest of fc2", spectral, (8, 16, 32, 64, 128), "d", (32, 64, 128)),
+        *curve("loudest of all", spectral, (8, 16, 32, 64), "d", (16, 32), matrices=every),
+        *curve("energy of fc2", spectral, (0.99, 0.95, 0.9), ".0%", (0.99, 0.95), method="energy"),
+        *curve("energy of all", spectral, (0.99, 0.95, 0.9), ".0%", (0.95,), method="energy", matrices=every),
+        *curve("ridge refit of fc2", spectral, (0.1, 0.5, 2), "g", (0.5, 2), method="ridge"),
+        *curve("ridge refit of all", spectral, (0.1, 0.5, 2), "g", (0.5,), method="ridge", matrices=every),
+        *curve("Wanda", compress, (0.5, 0.6), ".0%", (0.5,), calibrated),
+        *curve("SparseGPT", compress, (0.5, 0.6, 0.7), ".0%", (0.5,), calibrated, method="sparsegpt"),
+        *curve("GPTQ", compress, (4, 3), "d bits", (4, 3), calibrated, method="gptq"),
+        *curve("low rank", compress, (0.2, 0.3, 0.4), ".0%", (0.3,), calibrated, method="low rank"),
+        *curve("width pruning with refit", prune_width, (0.1, 0.25, 0.5), ".0%", (0.1, 0.25), calibrated),
+        *curve("slicing", slice_residual, (0.25, 0.5), ".0%", (0.25, 0.5), calibrated),
+        *curve("replaced MLPs", replace, (30, 100, 300, 1500), "d steps", (30, 100, 300), trained=True),
+        *curve("replaced attention", replace, (100, 300), "d steps", (100,), trained=True, parts="attention"),
+        *curve("replaced blocks", replace, (100, 300), "d steps", (100,), trained=True, parts="block"),
+        *curve("vaccination", vaccinate, (50, 200), "d steps", (200,), trained=True),
+        *curve(
+            "vaccination to nothing",
+            vaccinate,
+            (100, 200),
+            "d steps",
+            (100,),
+            trained=True,
+            answer="nothing",
         ),
-        *(row("ridge refit of fc2", f"{r:g}", spectral, r, method="ridge") for r in (0.1, 0.5, 2)),
-        *(
-            row("ridge refit of all", f"{r:g}", spectral, r, method="ridge", matrices=every)
-            for r in (0.1, 0.5)
+        *curve(
+            "vaccination within clean activations",
+            vaccinate,
+            (100, 200),
+            "d steps",
+            (100,),
+            trained=True,
+            within=True,
         ),
-        *(row("Wanda", f"{s:.0%}", compress, s, images=CALIBRATION_IMAGES) for s in (0.5, 0.6)),
-        *(
-            row("SparseGPT", f"{s:.0%}", compress, s, method="sparsegpt", images=CALIBRATION_IMAGES)
-            for s in (0.5, 0.7)
+        *curve(
+            "vaccination without clean loss",
+            vaccinate,
+            (100, 200),
+            "d steps",
+            (),
+            trained=True,
+            clean_weight=0.0,
         ),
-        *(row("GPTQ", f"{b} bits", compress, b, method="gptq", images=CALIBRATION_IMAGES) for b in (4, 3)),
-        *(
-            row("low rank", f"{s:.0%}", compress, s, method="low rank", images=CALIBRATION_IMAGES)
-            for s in (0.2, 0.4)
-        ),
-        *(
-            row("width pruning with refit", f"{s:.0%}", prune_width, s, images=CALIBRATION_IMAGES)
-            for s in (0.1, 0.25)
-        ),
-        *(row("slicing", f"{s:.0%}", slice_residual, s, images=CALIBRATION_IMAGES) for s in (0.25, 0.5)),
-        *(row("replaced MLPs", f"{n} steps", replace, n, n) for n in (100, 300)),
-        row("replaced attention", "100 steps", replace, 100, 100, parts="attention"),
-        row("replaced blocks", "100 steps", replace, 100, 100, parts="block"),
-        *(row("vaccination", f"{n} steps", vaccinate, n, n) for n in (50, 200)),
-        row("vaccination to nothing", "100 steps", vaccinate, 100, 100, answer="nothing"),
-        row("vaccination within clean activations", "100 steps", vaccinate, 100, 100, within=True),
-        row("vaccination without clean loss", "100 steps", vaccinate, 100, 100, clean_weight=0.0),
-        *(row("overwriting", f"{n} keys", overwrite_many, n, images=0) for n in (2, 4)),
-        row(
-            "loudest 32, then replaced MLPs",
-            "100 steps",
+        *curve("overwriting", overwrite_many, (4, 16), "d keys", (4,), 0),
+        *curve(
+            "loudest 32 of fc2, then replaced MLPs",
             partial(stack, before=[(spectral, 32)], attack=replace),
-            100,
-            100,
+            (100, 300),
+            "d steps",
+            (100,),
+            trained=True,
         ),
-        row(
-            "vaccination, then fine-tuning",
-            "100 steps, 1e-4",
-            partial(stack, before=[(vaccinate, 100)], attack=partial(finetune, batch_size=BATCH_SIZE)),
-            1e-4,
-            None,
+        *curve(
+            "vaccination in 100 steps, then fine-tuning",
+            partial(stack, before=[(vaccinate, 100)], attack=tuned),
+            (1e-4,),
+            "g",
+            (1e-4,),
+            steps=None,
         ),
-        row(
+        *curve(
             "loudest of fc2, as many as cost",
-            "1 point",
             partial(search, attack=spectral, gentle=0, harsh=128),
-            1,
+            (1, 2),
+            "d of 100 points",
+            (1,),
         ),
     ]
+
+
+def _told(strength: float, form: str) -> str:
+    """A strength in words; `form` is how numbers are formatted, and what follows them."""
+    number, _, unit = form.partition(" ")
+    return f"{strength:{number}} {unit}".rstrip()

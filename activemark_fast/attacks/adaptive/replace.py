@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ PARTS = ("mlp", "attention", "block")
 BATCH = 48
 TOKENS = 1024
 """Tokens of a batch, at most, that an MLP is fitted to at a step."""
+PASSES = 3
+"""Steps on other tokens of the same batch, where MLPs are fitted: the old model's pass costs most."""
 END_LR = 0.3
 """Learning rate of the steps end to end, over that of the fitting."""
 
@@ -52,7 +55,7 @@ def replace(
         parts: "mlp", "attention" (with the matrices that make queries, keys and values) or "block".
         end_share: share of the steps that are taken end to end.
         lr: peak learning rate of the first stage; the second's is 0.3 of it.
-        batch_size: images a step.
+        batch_size: images a step; half as many end to end.
         images: most images to use; by default all.
         first_block: by default a quarter of the depth.
         on_step: called with the loss after every step.
@@ -82,12 +85,15 @@ def replace(
     trained = [p for module in new for p in module.parameters()]
     together = round(strength * end_share)
 
-    def stage(steps: int, rate: float, loss_of: Callable[[Tensor], Tensor]) -> None:
+    def batches(each: int) -> Iterator[Tensor]:
+        while True:
+            chosen = torch.randint(len(pixels), (each,), generator=generator)
+            yield pixels[chosen].to(teacher.device, teacher.dtype)
+
+    def stage(steps: int, rate: float, losses: Iterator[Tensor]) -> None:
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-        for _ in range(steps):
-            chosen = torch.randint(len(pixels), (batch_size,), generator=generator)
-            loss = loss_of(pixels[chosen].to(teacher.device, teacher.dtype))
+        for loss in islice(losses, steps):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -95,25 +101,25 @@ def replace(
             if on_step is not None:
                 on_step(float(loss.detach()))
 
-    def apart(batch: Tensor) -> Tensor:
-        seen = _seen(teacher, old, batch)
-        return torch.stack(
-            [
-                _error(module, *(_some(given, returned, generator) if parts == "mlp" else (given, returned)))
-                for module, (given, returned) in zip(new, seen, strict=True)
-            ]
-        ).mean()
+    def apart() -> Iterator[Tensor]:
+        for batch in batches(batch_size):
+            seen = _seen(teacher, old, batch)
+            for _ in range(PASSES if parts == "mlp" else 1):
+                pairs = [_some(*pair, generator) for pair in seen] if parts == "mlp" else seen
+                errors = [_error(module, *pair) for module, pair in zip(new, pairs, strict=True)]
+                yield torch.stack(errors).mean()
 
-    def end_to_end(batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            start = teacher.run(teacher.stem(batch), 0, first)
-            wanted = teacher.norm(teacher.run(start, first, teacher.depth))
-        found = student.norm(student.run(start, first, student.depth))
-        return 1 - cosine_similarity(found, wanted, dim=-1).mean()
+    def end_to_end() -> Iterator[Tensor]:
+        for batch in batches(max(1, batch_size // 2)):
+            with torch.no_grad():
+                start = teacher.run(teacher.stem(batch), 0, first)
+                wanted = teacher.norm(teacher.run(start, first, teacher.depth))
+            found = student.norm(student.run(start, first, student.depth))
+            yield 1 - cosine_similarity(found, wanted, dim=-1).mean()
 
     with evaluating(attacked), evaluating(teacher.model):
-        stage(round(strength) - together, lr, apart)
-        stage(together, END_LR * lr, end_to_end)
+        stage(round(strength) - together, lr, apart())
+        stage(together, END_LR * lr, end_to_end())
     for name, parameter in attacked.named_parameters():
         parameter.requires_grad_(flags[name])
         parameter.grad = None

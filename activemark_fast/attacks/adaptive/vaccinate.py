@@ -21,7 +21,7 @@ LENGTHS = (0.5, 3.0)
 """An injection is so many times as long as the median token."""
 SHARES = (0.1, 1.0)
 """It goes into this share of the patch tokens."""
-INJECTED = 12
+INJECTED = 8
 """Images of a batch that are injected into; they run twice."""
 ENERGY = 0.99
 """Share of the variance that the subspace of clean activations holds, where injections stay within it."""
@@ -37,7 +37,7 @@ def vaccinate(
     clean_weight: float = 1.0,
     within: bool = False,
     lr: float = 3e-4,
-    batch_size: int = 32,
+    batch_size: int = 16,
     images: int | None = None,
     first_block: int | None = None,
     on_step: Callable[[float], None] | None = None,
