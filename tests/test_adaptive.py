@@ -288,14 +288,14 @@ def test_replacement_learns_what_the_old_parts_did_and_takes_over_no_weight(part
                 if parameter.ndim == 2:
                     parameter.normal_(std=0.1 if "fc2" in name or "proj" in name else 0.3)
     attacked = replace(
-        model, IMAGES, 0, 60, parts=parts, lr=1e-2, batch_size=16, end_share=0.5, on_step=losses.append
+        model, IMAGES, 0, 60, parts=parts, lr=1e-2, batch_size=32, end_share=0.5, on_step=losses.append
     )
     assert len(losses) == 60
     for stage in (losses[:30], losses[30:]):
-        assert sum(stage[-5:]) < 0.8 * sum(stage[:5])
+        assert sum(stage[-8:]) < 0.9 * sum(stage[:8])
     inner = {"mlp": "mlp.", "attention": "attn.", "block": ""}[parts]
     for name, before in state(model).items():
-        after = attacked.get_parameter(name)
+        after = attacked.get_parameter(name).detach()
         if name.startswith("blocks.") and int(name.split(".")[1]) >= FIRST and inner in name:
             if before.ndim == 2:
                 assert abs(float(torch.cosine_similarity(before.flatten(), after.flatten(), dim=0))) < 0.2
@@ -312,7 +312,7 @@ def test_vaccination_lowers_the_answer(answer: str, within: bool) -> None:
             block.get_submodule("mlp.fc1").weight.normal_(std=0.3)  # type: ignore[union-attr, operator]
     settings: dict[str, Any] = {"answer": answer, "within": within, "batch_size": 12}
     vaccinate(model, IMAGES, 0, 60, lr=3e-3, clean_weight=0, on_step=losses.append, **settings)
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     # With the clean loss the features stay closer.
     kept, lost = (
         vaccinate(model, IMAGES, 0, 30, lr=3e-3, clean_weight=weight, **settings) for weight in (10.0, 0.0)
