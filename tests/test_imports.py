@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"ops"},
     {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs", "torch_file"},
     {"backbone", "checkpoint"},
-    {"site", "utility"},
+    {"site", "utility", "freedoms"},
     {"profile"},
     {"codec"},
     {"watermark"},

@@ -15,7 +15,7 @@ from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations
 from activemark_fast.verdict import default_tau
 
 DETECTION_TARGET = 0.99
-MARGIN_TARGET = 2.0
+MARGIN_TARGET = 0.75
 TAIL = 0.05
 """The quantile of the cosines that is looked at beside their mean, …"""
 TAIL_WEIGHT = 0.3
