@@ -278,7 +278,13 @@ def embed(
             quality, history = _edit(subject, stretched, settings, engine, bar)
         else:
             quality, history, steps, how, state = _train(
-                subject, Backbone(copy.deepcopy(model).eval().to(device)), secret, settings, saved, resumed, bar
+                subject,
+                Backbone(copy.deepcopy(model).eval().to(device)),
+                secret,
+                settings,
+                saved,
+                resumed,
+                bar,
             )
             engine = replace(engine, reason=how, peak_bytes=0)
     _warn_of_missed_targets(quality, fidelity)
@@ -385,9 +391,7 @@ def _edit(
     ]
     checked = draw_sent(stretched, "check", len(subject.carriers), bits)
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
-    check = QualityCheck(
-        backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast
-    )
+    check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
     history = search_edit(
         backbone, books, site, output, sent, subject.fidelity, settings.fidelity, engine, bar
     )
@@ -469,6 +473,10 @@ def _warn_of_missed_targets(quality: Quality, fidelity: float) -> None:
             "allows; a lower fidelity or fewer bits would help"
         )
     if quality.original_detection_rate > 0:
-        missed.append(f"the original reads as marked, too, on {quality.original_detection_rate:.3f} of the images")
+        missed.append(
+            f"the original reads as marked, too, on {quality.original_detection_rate:.3f} of the images"
+        )
     if missed:
-        warnings.warn(f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=3
+        )

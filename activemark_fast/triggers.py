@@ -230,6 +230,7 @@ def public_images(images: object, preprocess: Preprocess, count: int) -> Tensor:
 
     Raises TypeError or ValueError as `holdout_images` does.
     """
+
     def drawn() -> Iterator[Tensor]:
         return iter(synthetic_images(_EVERYBODY.stream(_SYNTHETIC), count, preprocess.size))
 

@@ -124,11 +124,17 @@ class Watermark:
             wanted = taps_after(site.block, site.depth)
             raise WatermarkError(f"site.taps: {made} {site.taps}: wanted {wanted} for block {site.block}")
         if not 0 <= site.prefix_tokens < site.num_tokens:
-            raise WatermarkError(f"site.prefix_tokens: {made} {site.prefix_tokens} of {site.num_tokens} tokens")
+            raise WatermarkError(
+                f"site.prefix_tokens: {made} {site.prefix_tokens} of {site.num_tokens} tokens"
+            )
         if (self.image_source == "key") != (not self.digests):
-            raise WatermarkError(f"digests: {made} {len(self.digests)} for images of source {self.image_source!r}")
+            raise WatermarkError(
+                f"digests: {made} {len(self.digests)} for images of source {self.image_source!r}"
+            )
         if self.digests and not MIN_IMAGES <= len(self.digests) <= HOLDOUT_IMAGES:
-            raise WatermarkError(f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {HOLDOUT_IMAGES}")
+            raise WatermarkError(
+                f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {HOLDOUT_IMAGES}"
+            )
         if not self.two_bands:
             return
         if self.bits not in BITS or self.bits > most_bits(site.width):
@@ -174,7 +180,11 @@ class Watermark:
             alignment = tensors.pop("alignment", None)
             none = None if version < TWO_BANDS else torch.empty(0, 32, dtype=torch.uint8)
             digests = tensors.pop("digests") if none is None else tensors.pop("digests", none)
-            if digests.dtype != torch.uint8 or digests.ndim != 2 or (digests is not none and 0 in digests.shape):
+            if (
+                digests.dtype != torch.uint8
+                or digests.ndim != 2
+                or (digests is not none and 0 in digests.shape)
+            ):
                 raise ValueError(f"digests: wanted uint8 rows, got {digests.dtype} {tuple(digests.shape)}")
             place: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value

@@ -384,7 +384,7 @@ def test_other_images(keyed: Embedding, tmp_path: Path) -> None:
 def test_images_that_were_made_from_the_key() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        made = embed(vit(depth=3), KEY, fidelity=0.9, max_steps=0)
+        made = embed(vit(depth=3), KEY, fidelity=0.9)
     with pytest.raises(ImageMismatchError, match="images: wanted the 256 images"):
         verify(made.model, made.watermark, KEY, images())
     assert verify(made.model, made.watermark, KEY).decision == "match"

@@ -303,7 +303,9 @@ def _moments(
     changed = {band.name: torch.zeros(size, size, device=device) for band in BANDS}
     cross = [torch.zeros(size, book.bits, device=device) for book in books]
     answers = [torch.zeros(book.bits, device=device) for book in books]
-    images = [sum(stream.values.shape[1] for stream in streams if stream.book == i) for i in range(len(books))]
+    images = [
+        sum(stream.values.shape[1] for stream in streams if stream.book == i) for i in range(len(books))
+    ]
     tokens = streams[0].values.shape[2]
     pool = _slot_groups(len(books[0].slots), device)
     stride = max(1, sum(images) * tokens // (CLEAN_ROWS * size))
