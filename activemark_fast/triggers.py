@@ -371,7 +371,7 @@ def _octaves(lattices: list[_Lattice]) -> list[tuple[int, int, int]]:
 def _open(
     images: object, drawn: Callable[[], Iterator[Tensor]], count: int, name: str = "images"
 ) -> tuple[str, Iterator[Tensor]]:
-    """The name of the source and its images one by one, each (3, h, w); `drawn` makes those that are not given.
+    """The name of the source and its images one by one, each (3, h, w); `drawn` makes what is not given.
 
     name: of the argument.
     """

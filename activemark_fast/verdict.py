@@ -238,8 +238,8 @@ class Verdict:
         if self.p_value is None:
             return ["  p-value: none. The learned codec is fitted, so no exact test exists for it."]
         lines = [
-            f"  p-value = {self.p_value:.3g} (exact sign-flip test): a model made without this key looks like "
-            "this no more often"
+            f"  p-value = {self.p_value:.3g} (exact sign-flip test): a model made without this key looks "
+            "like this no more often"
         ]
         if self.alternatives:
             factors = ", ".join(f"{name} {count}" for name, count in self.alternatives.items())

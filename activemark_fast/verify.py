@@ -92,8 +92,8 @@ def verify(
         precision: as in `embed`.
 
     Returns:
-        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha` after all that an owner could
-        choose is paid for (`freedoms`); "no match" if it is above
+        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha` after all that an owner
+        could choose is paid for (`freedoms`); "no match" if it is above
         0.001 and the images exclude a mark of `sequential.WEAKEST_MARK`; else, and where the mark has too few
         bits for `alpha`, "inconclusive". Learned codec: "match" if at least half of the images are detected,
         "inconclusive" if the codec also reads the unmarked original; there is no p-value.
@@ -322,7 +322,7 @@ class Verifier:
     def _means(
         self, taps: tuple[int, ...], measured: SiteMeasure | None, alignment: Alignment | None
     ) -> _Means:
-        """What reads a suspect at `taps`, after undoing `alignment`. `measured`: on it, for a mark in bands."""
+        """What reads a suspect at `taps`, after undoing `alignment`. `measured`: on it, for two bands."""
         if measured is None:
             assert self._codec is not None
             codecs: list[Codec] = [copy.copy(self._codec)]
@@ -339,8 +339,8 @@ class Verifier:
                 codec = codec.aligned(alignment.matrix.to(self.device), scale)
             codec.taps = taps
             channels.append(Channel(codec, sent))
-        starts = np.cumsum([0, *counts])
-        return _Means([channels[a:b] for a, b in zip(starts, starts[1:], strict=False)])
+        ends = np.cumsum(counts)
+        return _Means([channels[end - count : end] for count, end in zip(counts, ends, strict=True)])
 
     def _matches(self, p_value: float) -> bool:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""

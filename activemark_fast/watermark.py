@@ -29,8 +29,8 @@ from activemark_fast.site import Site, taps_after
 from activemark_fast.triggers import MIN_IMAGES, Preprocess
 
 FORMAT_VERSION = 3
-"""1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds nothing
-that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
+"""1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds
+nothing that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
 TWO_BANDS = 3
 """The first format of marks in two bands."""
 HOLDOUT_IMAGES = 64
@@ -57,8 +57,8 @@ class Watermark:
         axis: "token" or "channel": what the codec injects at.
         site: where the mark is.
         preprocess: how images become the model's input.
-        digests: one 32-byte keyed digest for each hold-out image, in order; none for images made from the key,
-            but in older formats.
+        digests: one 32-byte keyed digest for each hold-out image, in order; none for images made from the
+            key, but in older formats.
         image_source: "key" (made from the key), "tensor", "folder" or "iterable".
         state: the codec's tensors (`Codec.state`).
         fingerprint: `fingerprint` of the marked model.
