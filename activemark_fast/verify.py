@@ -467,6 +467,11 @@ class Verifier:
                 f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the "
                 f"marked model {size} as {site.num_tokens}"
             )
+        if backbone.prefix_tokens != site.prefix_tokens:
+            return (
+                f"the suspect has {backbone.prefix_tokens} tokens before its patches, the marked model "
+                f"{site.prefix_tokens}"
+            )
         return None
 
     def inconclusive(self, reason: str) -> Verdict:
