@@ -79,7 +79,7 @@ def verify(
         suspect: a plain ViT with loaded weights.
         watermark: what `embed` returned, or `Watermark.load`.
         key: the key it was made with, in any form `embed` takes.
-        images: the hold-out images of the embedding; None if they were made from the key.
+        images: the hold-out images of the embedding; None, and nothing else, if they were made from the key.
         alpha: p-value at or below which a keyed mark is a match; above 0, at most 0.001.
         tau: most wrong bits of an image that counts as detected; by default what one fair-coin message in
             10,000 stays within (5 of 32 bits).
@@ -219,6 +219,8 @@ class Verifier:
                 f"images: wanted the {len(watermark.digests)} images of the embedding "
                 f"({watermark.image_source}), got none"
             )
+        if images is not None and watermark.image_source == "key":
+            raise ImageMismatchError("images: wanted none, for this mark's are made from the key, got some")
         known = known_normalisation(watermark.preprocess)
         self._normalisation_chosen = known is None and watermark.two_bands
         self._preprocess = known if known is not None and watermark.two_bands else watermark.preprocess
@@ -464,6 +466,11 @@ class Verifier:
             return (
                 f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the "
                 f"marked model {size} as {site.num_tokens}"
+            )
+        if backbone.prefix_tokens != site.prefix_tokens:
+            return (
+                f"the suspect has {backbone.prefix_tokens} tokens before its patches, the marked model "
+                f"{site.prefix_tokens}"
             )
         return None
 
