@@ -101,7 +101,6 @@ class Watermark:
 
     def check(self, key: Key) -> None:
         """Raises WatermarkError unless the watermark was made with `key`, and says what `embed` could say."""
-        self._check_fields()
         if not hmac.compare_digest(self.mac, key.mac("watermark", self._body())):
             raise WatermarkError("key: wanted the key this watermark was made with, got another one")
 
@@ -112,6 +111,7 @@ class Watermark:
     def restore_codec(self, key: Key) -> Codec:
         """The codec, on the CPU."""
         return CODECS[self.codec].restore(key, self.site, self.bits, self.state, self.axis)
+        self._check_fields()
 
     def _check_fields(self) -> None:
         """Raises WatermarkError for what no `embed` writes: whatever need not be chosen may not be."""
@@ -212,10 +212,6 @@ class Watermark:
             raise WatermarkError(f"{path}: not a watermark: {type(error).__name__} in its content") from error
         if not known:
             raise WatermarkError(f"{path}: not a watermark: no codec is called {watermark.codec!r}")
-        try:
-            watermark._check_fields()
-        except TypeError as error:
-            raise WatermarkError(f"{path}: not a watermark: TypeError in its content") from error
         return watermark
 
     def _header(self) -> dict[str, Any]:
