@@ -394,7 +394,9 @@ def test_images_that_were_made_from_the_key() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         made = embed(vit(depth=3), KEY, fidelity=0.9)
-    with pytest.raises(ImageMismatchError, match="images: wanted none, for this mark's are made from the key"):
+    with pytest.raises(
+        ImageMismatchError, match="images: wanted none, for this mark's are made from the key"
+    ):
         verify(made.model, made.watermark, KEY, images())
     assert verify(made.model, made.watermark, KEY).decision == "match"
 

@@ -56,9 +56,7 @@ def test_a_batch_has_a_bounded_working_set(monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_is_stated_before_and_kept_to(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        embedding = embed(
-            vit(), b"k" * 32, torch.randn(64, 3, 32, 32), fidelity=0.9, progress=True
-        )
+        embedding = embed(vit(), b"k" * 32, torch.randn(64, 3, 32, 32), fidelity=0.9, progress=True)
     told = capsys.readouterr().err
     assert f"embed: {embedding.engine}" in told
     # The watermark, whose making follows on the marking, is not part of it.
