@@ -1,0 +1,284 @@
+"""compare: whether two models descend from one another, by their weights alone. No key, no mark, no images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from activemark_fast.descent.basis import from_the_stem, pair_blocks, refined
+from activemark_fast.descent.exact import chance_of_agreement
+from activemark_fast.descent.matching import (
+    CORRELATED,
+    FEWEST_PAIRS,
+    UNITS,
+    Pairs,
+    Units,
+    head_likeness,
+    match,
+    moved,
+    moved_heads,
+    rank_correlation,
+)
+from activemark_fast.descent.result import Basis, BlockDescent, Descent, State
+from activemark_fast.descent.weights import Block, Source, Weights
+
+TESTS = 4
+"""Two tests (units, heads) in two bases: what the p-value pays for."""
+FIT_BLOCKS = 4
+"""Blocks whose units fit the map to a rotated residual stream, which is then judged by other blocks."""
+ROUNDS = 2
+ALIKE = 0.1
+"""A matrix is the other's, changed, if its units' own partners are more alike than the runners-up by this."""
+NOISE_EDGE = 1.05
+"""A matrix with no singular value above this multiple of the largest of a random matrix is as if never trained."""
+
+
+def compare(a: Source, b: Source) -> Descent:
+    """Tells whether the weights of `a` and `b` have a common origin.
+
+    The MLP units of each pair of blocks are matched by what they read and write, and the attention heads by what
+    they compute; it is counted how many are matched to their own number. If B was trained from a start of its own,
+    its units could have been numbered in any order, so the count is that of a random numbering, whose distribution
+    is known exactly: the p-value. A thief can renumber units for nothing, and rotate the residual stream; so the
+    score looks at whether units that are matched by what they read also write the same. It is no p-value, but
+    neither a renumbering by a thief lowers it nor one by a forger raises it.
+
+    Args:
+        a, b: modules, model strings, or paths of checkpoints or of folders of them; plain ViTs of one width.
+
+    Raises:
+        TypeError: an argument is of another type.
+        CheckpointError: a model cannot be read.
+        ValueError: the models are of different widths.
+    """
+    with ExitStack() as stack, torch.no_grad():
+        first, second = (stack.enter_context(Weights(model)) for model in (a, b))
+        if first.width != second.width:
+            raise ValueError(
+                f"a, b: wanted models of one width, got {first.width} channels in {first.name} and "
+                f"{second.width} in {second.name}"
+            )
+        vectors = [torch.stack([w.block(i).vectors for i in range(w.depth)]) for w in (first, second)]
+        pairs = pair_blocks(*vectors)
+        plain = _judged(first, second, "same", [(i, j, None) for i, j in pairs])
+        if plain.shared:
+            return plain
+        if first.depth == second.depth:
+            pairs = [(i, i) for i in range(first.depth)]
+        known = [(vectors[0][i], vectors[1][j]) for i, j in pairs if first.depth == second.depth]
+        fit = from_the_stem(first.width, first.stem, second.stem, known)
+        basis = fit.matrix()
+        if first.depth != second.depth:
+            pairs = pair_blocks(vectors[0], vectors[1] @ basis)
+        halves = [pairs[0::2][:FIT_BLOCKS], pairs[1::2][:FIT_BLOCKS]]
+
+        def partners(index: int, found: Tensor) -> tuple[Tensor, Tensor]:
+            return _partners(first.block(pairs[index][0]), second.block(pairs[index][1]), found)
+
+        maps = [
+            refined(fit, [pairs.index(pair) for pair in half], partners, ROUNDS) for half in reversed(halves)
+        ]
+        rotated = _judged(
+            first, second, "rotated", [(i, j, maps[place % 2]) for place, (i, j) in enumerate(pairs)]
+        )
+        return max(plain, rotated, key=lambda one: (one.score, -one.p_value))
+
+
+def _judged(
+    first: Weights, second: Weights, basis: Basis, pairs: Sequence[tuple[int, int, Tensor | None]]
+) -> Descent:
+    blocks, units, heads = [], [], []
+    for i, j, matrix in pairs:
+        mine, theirs = first.block(i), second.block(j)
+        block, unit_pairs, head_pairs = _compared(i, j, mine, theirs, matrix)
+        blocks.append(block)
+        units.append(unit_pairs)
+        if head_pairs is not None and first.heads_known and second.heads_known:
+            heads.append(head_pairs)
+    chances = [
+        chance_of_agreement([found.group for found in group], sum(found.agreements for found in group))
+        for group in (units, heads)
+        if group
+    ]
+    stem = {}
+    for name in first.stem.keys() & second.stem.keys():
+        ours, theirs_stem = first.stem[name], second.stem[name]
+        if ours.shape == theirs_stem.shape:
+            aligned = theirs_stem if pairs[0][2] is None else theirs_stem @ pairs[0][2]
+            stem[name] = float((ours * aligned).sum() / (ours.norm() * aligned.norm()).clamp_min(1e-30))
+    return Descent(
+        a=first.name,
+        b=second.name,
+        p_value=min([1.0, *(TESTS * chance for chance in chances)]),
+        basis=basis,
+        depths=(first.depth, second.depth),
+        blocks=tuple(blocks),
+        stem=stem,
+        units=_total(units),
+        heads=_total(heads),
+    )
+
+
+def _total(groups: Sequence[Pairs]) -> tuple[int, int]:
+    return sum(pairs.agreements for pairs in groups), sum(len(pairs.first) for pairs in groups)
+
+
+def _compared(
+    i: int, j: int, mine: Block, theirs: Block, basis: Tensor | None
+) -> tuple[BlockDescent, Pairs, Pairs | None]:
+    a, b = _units(mine, theirs, basis, i)
+    sizes = (a.size, b.size)
+    by_reads, by_writes = a.reads @ b.reads.T if a.reads.shape[1] == b.reads.shape[1] else None, a.writes @ b.writes.T
+    if by_reads is None:
+        by_reads = torch.zeros_like(by_writes)
+    both = _positions(match(by_reads + by_writes, torch.arange(len(a.numbers)), torch.arange(len(b.numbers)), sizes))
+    pairs = Pairs(a.numbers[both[0]], b.numbers[both[1]], b.numbers[both[2]], sizes)
+    scores = [_held_out(by_reads, a.writes, b.writes), _held_out(by_writes, a.reads, b.reads)]
+    alike = {
+        "mlp.fc1": _likeness(by_reads, both),
+        "mlp.fc2": _likeness(by_writes, both),
+    }
+    head_pairs, head_score = None, 0.0
+    ours, others = mine.heads, moved_heads(theirs, basis)
+    if ours is not None and others is not None:
+        generator = torch.Generator().manual_seed(j)
+        order = torch.randperm(len(others[0]), generator=generator)
+        shuffled = tuple(part[order] for part in others)
+        attends, moves = head_likeness(ours[:2], shuffled[:2]), head_likeness(ours[2:], shuffled[2:])
+        found = match(attends + moves, torch.arange(len(attends)), torch.arange(len(order)), attends.shape)
+        where = _positions(found)
+        head_pairs = Pairs(found.first, order[found.second], order[found.runner_up], (len(ours[0]), len(order)))
+        alike |= {"attn.qk": _likeness(attends, where), "attn.ov": _likeness(moves, where)}
+        head_score = _head_score(attends, moves)
+    states: dict[str, State] = {}
+    for name, (value, control) in alike.items():
+        states[name] = "tuned" if value - control >= ALIKE else "replaced"
+    if basis is None:
+        _mark_frozen(states, mine, theirs, pairs, head_pairs)
+    _mark_untrained(states, theirs)
+    return (
+        BlockDescent(
+            a=i,
+            b=j,
+            units=(pairs.agreements, len(pairs.first)),
+            heads=(0, 0) if head_pairs is None else (head_pairs.agreements, len(head_pairs.first)),
+            unit_score=sum(scores) / 2,
+            head_score=head_score,
+            likeness={name: value for name, (value, _) in alike.items()},
+            states=states,
+        ),
+        pairs,
+        head_pairs,
+    )
+
+
+def _units(mine: Block, theirs: Block, basis: Tensor | None, seed: int) -> tuple[Units, Units]:
+    """Some units of A, chosen at random, and all of B, in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(mine.reads), generator=generator)[:UNITS]
+    order = torch.randperm(len(theirs.reads), generator=generator)
+    return Units(mine.reads, mine.writes, chosen), Units(*moved(theirs, basis), order)
+
+
+def _positions(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    return pairs.first, pairs.second, pairs.runner_up
+
+
+def _likeness(likeness: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """Median cosine of the pairs, and of A's with the runners-up."""
+    first, second, runner_up = where
+    if not len(first):
+        return 0.0, 0.0
+    return float(likeness[first, second].median()), float(likeness[first, runner_up].median())
+
+
+def _held_out(likeness: Tensor, ours: Tensor, theirs: Tensor) -> float:
+    """How much more units that were matched by one matrix agree in the other one than with the runners-up."""
+    if ours.shape[1] != theirs.shape[1] or 0 in likeness.shape:
+        return 0.0
+    rows, columns = (torch.arange(size) for size in likeness.shape)
+    first, second, runner_up = (part[:CORRELATED] for part in _positions(match(likeness, rows, columns, (0, 0))))
+    if len(first) < FEWEST_PAIRS:
+        return 0.0
+    own, other = (rank_correlation(ours[first], theirs[which]) for which in (second, runner_up))
+    return float((own - other).median())
+
+
+def _head_score(attends: Tensor, moves: Tensor) -> float:
+    """The same for heads: matched by what they attend to, judged by what they move, and the other way round."""
+    scores = []
+    for known, judged in ((attends, moves), (moves, attends)):
+        rows, columns = (torch.arange(size) for size in known.shape)
+        first, second, runner_up = _positions(match(known, rows, columns, (0, 0)))
+        if len(first) < 2 or known.shape[1] < 2:
+            return 0.0
+        scores.append(float((judged[first, second] - judged[first, runner_up]).median()))
+    return sum(scores) / 2
+
+
+def _partners(mine: Block, theirs: Block, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of A and of B, in their own bases, of units that the map makes each other's nearest."""
+    a, b = _units(mine, theirs, basis, 0)
+    likeness = a.writes @ b.writes.T
+    if a.reads.shape[1] == b.reads.shape[1]:
+        likeness = likeness + a.reads @ b.reads.T
+    found = match(likeness, a.numbers, b.numbers, (0, 0))
+    rows = [
+        torch.cat([block.reads[chosen].flatten(0, 1), block.writes[chosen]])
+        for block, chosen in ((mine, found.first), (theirs, found.second))
+    ]
+    return rows[0], rows[1]
+
+
+def _mark_frozen(
+    states: dict[str, State], mine: Block, theirs: Block, units: Pairs, heads: Pairs | None
+) -> None:
+    """Calls frozen what is the same in the narrower of both formats, whatever the order of units."""
+    for name, axis in (("mlp.fc1", 0), ("mlp.fc2", 1)):
+        a, b = mine.raw[name], theirs.raw[name]
+        if a.shape == b.shape and len(units.first) and _same(a, b, units, axis):
+            states[name] = "frozen"
+    if heads is None or heads.agreements < len(heads.first):
+        return
+    for name, parts in (("attn.qkv", ("attn.qk", "attn.ov")), ("attn.proj", ("attn.ov",))):
+        same = _equal(mine.raw[name], theirs.raw[name]) if mine.raw[name].shape == theirs.raw[name].shape else False
+        for part in parts:
+            if name == "attn.qkv" and same:
+                states[part] = "frozen"
+            elif not same and states[part] == "frozen":
+                states[part] = "tuned"
+
+
+def _same(a: Tensor, b: Tensor, units: Pairs, axis: int) -> bool:
+    return _equal(a.index_select(axis, units.first), b.index_select(axis, units.second))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, or would be if both were rounded to bfloat16 where one of them is."""
+    a, b = a.float(), b.float()
+    if torch.equal(a, b):
+        return True
+    rounded = [x.bfloat16().float() for x in (a, b)]
+    return torch.equal(*rounded) and (torch.equal(a, rounded[0]) or torch.equal(b, rounded[1]))
+
+
+def _mark_untrained(states: dict[str, State], theirs: Block) -> None:
+    """Calls re-initialised what was replaced and has the spectrum of a random matrix."""
+    matrices = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "attn.qk": "attn.qkv", "attn.ov": "attn.proj"}
+    for name, state in states.items():
+        if state == "replaced" and _as_if_random(theirs.raw[matrices[name]].float()):
+            states[name] = "re-initialised"
+
+
+def _as_if_random(matrix: Tensor) -> bool:
+    """Whether its largest singular value is that of independent entries: std (sqrt(rows) + sqrt(columns))."""
+    deviation = matrix.std()
+    vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        vector = matrix.T @ (matrix @ (vector / vector.norm().clamp_min(1e-30)))
+    largest = vector.norm().sqrt()
+    edge = deviation * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)
+    return bool(largest <= NOISE_EDGE * edge)

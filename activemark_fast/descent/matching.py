@@ -1,0 +1,129 @@
+"""Which unit is which, and which head: nearest neighbours that agree, and how alike they are.
+
+Nothing here depends on how the units of B are numbered: they are looked at in a random order, so that ties are
+not broken in favour of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from activemark_fast.descent.weights import Block
+
+UNITS = 1024
+"""So many units of each block of A are matched, at most; against all of B."""
+CORRELATED = 256
+"""So many of the pairs of a block are correlated, at most."""
+FEWEST_PAIRS = 8
+"""Fewer pairs than that make no score."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Units, or heads, of A and of B that are each other's nearest.
+
+    Attributes:
+        first, second: (m,) their numbers in A and in B.
+        runner_up: (m,) the next best in B.
+        sizes: how many there are in A and in B.
+    """
+
+    first: Tensor
+    second: Tensor
+    runner_up: Tensor
+    sizes: tuple[int, int]
+
+    @property
+    def agreements(self) -> int:
+        """How many have the same number in A and B."""
+        return int((self.first == self.second).sum())
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """(m, n) as `chance_of_agreement` wants it: numbers of A that B does not have can never agree."""
+        return int((self.first < self.sizes[1]).sum()), self.sizes[1]
+
+
+def moved(block: Block, basis: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Reads (n, G, D) and writes (n, D) of a block in the basis (D, D) of another model; None: as they are."""
+    if basis is None:
+        return block.reads, block.writes
+    return block.reads @ basis, block.writes @ basis
+
+
+def moved_heads(block: Block, basis: Tensor | None) -> tuple[Tensor, ...] | None:
+    """Queries, keys, values and outputs of a block's heads in another basis."""
+    if block.heads is None or basis is None:
+        return block.heads
+    return tuple(part @ basis for part in block.heads)
+
+
+class Units:
+    """The units of one MLP, ready to be matched.
+
+    Attributes:
+        numbers: (n,) which units these are: none that reads or writes nothing.
+        reads, writes: (n, G D) and (n, D) float32; each channel less its mean and over its deviation, so that no
+            massive channel decides alone, then each unit of length 1.
+    """
+
+    def __init__(self, reads: Tensor, writes: Tensor, order: Tensor) -> None:
+        """order: of the units; those that are left out are not looked at."""
+        alive = (reads.flatten(1).abs().amax(1) > 0) & (writes.abs().amax(1) > 0)
+        self.size = len(reads)
+        self.numbers = order[alive[order]]
+        self.reads = _standard(reads[self.numbers].flatten(1), reads[alive].flatten(1))
+        self.writes = _standard(writes[self.numbers], writes[alive])
+
+
+def match(likeness: Tensor, first: Tensor, second: Tensor, sizes: tuple[int, int]) -> Pairs:
+    """Those of A and B that are each other's nearest.
+
+    Args:
+        likeness: (s, t) how like each of A is to each of B.
+        first, second: (s,) and (t,) their numbers.
+        sizes: how many A and B have, with those that were left out.
+    """
+    if 0 in likeness.shape:
+        none = torch.zeros(0, dtype=torch.long)
+        return Pairs(none, none, none, sizes)
+    best = likeness.argmax(dim=1)
+    mutual = likeness.argmax(dim=0)[best] == torch.arange(len(best))
+    rest = likeness[mutual].scatter(1, best[mutual, None], -torch.inf)
+    return Pairs(first[mutual], second[best[mutual]], second[rest.argmax(dim=1)], sizes)
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """(m,) Spearman's coefficient of each row of two (m, D) tensors."""
+    ranks = [rows.argsort(dim=1).argsort(dim=1).float() for rows in (first, second)]
+    x, y = (rank - rank.mean(dim=1, keepdim=True) for rank in ranks)
+    return (x * y).sum(dim=1) / (x.norm(dim=1) * y.norm(dim=1)).clamp_min(1e-12)
+
+
+def head_likeness(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
+    """(H, H') cosine between the bilinear forms X^T Y of heads; each argument (X, Y), both (H, d, D).
+
+    What can be mixed within a head without changing what it computes, X by a matrix and Y by its inverse, does
+    not change X^T Y.
+    """
+    inner = _form_products(first, second)
+    lengths = [_form_products(part, part).diagonal().clamp_min(1e-30).sqrt() for part in (first, second)]
+    return inner / lengths[0][:, None] / lengths[1]
+
+
+def _form_products(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
+    x, y = (
+        torch.einsum("had,gbd->hgab", mine, theirs) for mine, theirs in zip(first, second, strict=True)
+    )
+    return (x * y).sum(dim=(2, 3))
+
+
+def _standard(rows: Tensor, population: Tensor) -> Tensor:
+    if not len(rows):
+        return rows
+    deviation = population.std(dim=0, correction=0)
+    scaled = (rows - population.mean(dim=0)) / (deviation + 1e-3 * deviation.mean() + 1e-30)
+    return scaled / scaled.norm(dim=1, keepdim=True).clamp_min(1e-30)
