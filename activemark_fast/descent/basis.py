@@ -11,24 +11,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-STRAIGHT = 0.8
-"""Blocks of models of one depth are compared in order, unless another pairing is that much better."""
+ALIKE_VECTORS = 0.5
+"""Blocks are paired out of order only where the vectors of the pairs agree so well (cosine, on average)."""
 
 
 def pair_blocks(first: Tensor, second: Tensor) -> list[tuple[int, int]]:
-    """Which block of B is which of A: in order, none twice; the pairing whose vectors agree best.
+    """Which block of B is which of A: in order, none twice.
+
+    The pairing whose vectors agree best, where they agree well; else the first with the first, and so on.
 
     Args:
         first: (L, 4, D), the vectors of A's blocks.
         second: (L', 4, D), of B's.
     """
-    alike = torch.einsum("avd,bvd->ab", _unit(first), _unit(second)).clamp_min(0).double()
-    best = torch.zeros(len(first) + 1, len(second) + 1, dtype=torch.float64)
+    alike = torch.einsum("avd,bvd->ab", _unit(first), _unit(second)).clamp_min(0) / first.shape[1]
+    best = torch.zeros(len(first) + 1, len(second) + 1)
     for i in range(len(first)):
         for j in range(len(second)):
-            best[i + 1, j + 1] = max(best[i, j + 1], best[i + 1, j], best[i, j] + alike[i, j] + 1e-9)
-    if len(first) == len(second) and alike.diagonal().sum() >= STRAIGHT * best[-1, -1]:
-        return [(index, index) for index in range(len(first))]
+            best[i + 1, j + 1] = max(best[i, j + 1], best[i + 1, j], best[i, j] + alike[i, j])
     pairs = []
     i, j = len(first), len(second)
     while i and j:
@@ -39,7 +39,10 @@ def pair_blocks(first: Tensor, second: Tensor) -> list[tuple[int, int]]:
         else:
             i, j = i - 1, j - 1
             pairs.append((i, j))
-    return pairs[::-1]
+    straight = [(index, index) for index in range(min(len(first), len(second)))]
+    found = float(best[-1, -1])
+    worse = sum(float(alike[pair]) for pair in straight) < found
+    return pairs[::-1] if pairs and worse and found / len(pairs) >= ALIKE_VECTORS else straight
 
 
 class Procrustes:

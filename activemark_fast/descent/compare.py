@@ -17,12 +17,12 @@ from activemark_fast.descent.matching import (
     Pairs,
     Units,
     head_likeness,
-    match,
     moved,
     moved_heads,
+    nearest,
     rank_correlation,
 )
-from activemark_fast.descent.result import Basis, BlockDescent, Descent, State
+from activemark_fast.descent.result import Basis, BlockDescent, Descent, State, Traits
 from activemark_fast.descent.weights import Block, Source, Weights
 
 TESTS = 4
@@ -30,6 +30,7 @@ TESTS = 4
 FIT_BLOCKS = 4
 """Blocks whose units fit the map to a rotated residual stream, which is then judged by other blocks."""
 ROUNDS = 2
+FEWEST_HEADS = 2
 ALIKE = 0.1
 """A matrix is the other's, changed, if its units' own partners are more alike than the runners-up by this."""
 NOISE_EDGE = 1.05
@@ -64,7 +65,7 @@ def compare(a: Source, b: Source) -> Descent:
         vectors = [torch.stack([w.block(i).vectors for i in range(w.depth)]) for w in (first, second)]
         pairs = pair_blocks(*vectors)
         plain = _judged(first, second, "same", [(i, j, None) for i, j in pairs])
-        if plain.shared:
+        if plain.decision == "descent":
             return plain
         if first.depth == second.depth:
             pairs = [(i, i) for i in range(first.depth)]
@@ -91,18 +92,18 @@ def _judged(
     first: Weights, second: Weights, basis: Basis, pairs: Sequence[tuple[int, int, Tensor | None]]
 ) -> Descent:
     blocks, units, heads = [], [], []
+    traits: tuple[list[Traits], list[Traits]] = ([], [])
     for i, j, matrix in pairs:
         mine, theirs = first.block(i), second.block(j)
+        for seen, block_read in zip(traits, (mine, theirs), strict=True):
+            seen.append(_traits(block_read))
         block, unit_pairs, head_pairs = _compared(i, j, mine, theirs, matrix)
         blocks.append(block)
         units.append(unit_pairs)
-        if head_pairs is not None and first.heads_known and second.heads_known:
+        if head_pairs is not None:
             heads.append(head_pairs)
-    chances = [
-        chance_of_agreement([found.group for found in group], sum(found.agreements for found in group))
-        for group in (units, heads)
-        if group
-    ]
+    known = first.heads_known and second.heads_known
+    chances = [_chance(group) for group in ([units, heads] if known else [units]) if group]
     stem = {}
     for name in first.stem.keys() & second.stem.keys():
         ours, theirs_stem = first.stem[name], second.stem[name]
@@ -119,6 +120,38 @@ def _judged(
         stem=stem,
         units=_total(units),
         heads=_total(heads),
+        heads_known=known,
+        traits=(_mean_traits(traits[0]), _mean_traits(traits[1])),
+    )
+
+
+def _traits(block: Block) -> Traits:
+    matrices = [matrix.float() for matrix in block.raw.values()]
+    zeros = sum(int((matrix == 0).sum()) for matrix in matrices) / sum(matrix.numel() for matrix in matrices)
+    narrow = all(torch.equal(matrix, matrix.bfloat16().float()) for matrix in matrices)
+    return Traits(zeros, narrow, sum(_kurtosis(matrix) for matrix in matrices) / len(matrices))
+
+
+def _kurtosis(matrix: Tensor) -> float:
+    squares = (matrix - matrix.mean()).square()
+    return float(squares.square().mean() / squares.mean().square().clamp_min(1e-30)) - 3
+
+
+def _mean_traits(blocks: Sequence[Traits]) -> Traits:
+    count = max(len(blocks), 1)
+    return Traits(
+        sum(block.zeros for block in blocks) / count,
+        all(block.bfloat16 for block in blocks),
+        sum(block.kurtosis for block in blocks) / count,
+    )
+
+
+def _chance(blocks: Sequence[Pairs]) -> float:
+    """Of as many agreements, whichever of the two models it is whose numbers are random."""
+    agreements = sum(pairs.agreements for pairs in blocks)
+    return max(
+        chance_of_agreement(groups, agreements)
+        for groups in zip(*(pairs.groups for pairs in blocks), strict=True)
     )
 
 
@@ -130,49 +163,39 @@ def _compared(
     i: int, j: int, mine: Block, theirs: Block, basis: Tensor | None
 ) -> tuple[BlockDescent, Pairs, Pairs | None]:
     a, b = _units(mine, theirs, basis, i)
-    sizes = (a.size, b.size)
-    by_reads, by_writes = a.reads @ b.reads.T if a.reads.shape[1] == b.reads.shape[1] else None, a.writes @ b.writes.T
-    if by_reads is None:
-        by_reads = torch.zeros_like(by_writes)
-    both = _positions(match(by_reads + by_writes, torch.arange(len(a.numbers)), torch.arange(len(b.numbers)), sizes))
-    pairs = Pairs(a.numbers[both[0]], b.numbers[both[1]], b.numbers[both[2]], sizes)
-    scores = [_held_out(by_reads, a.writes, b.writes), _held_out(by_writes, a.reads, b.reads)]
-    alike = {
-        "mlp.fc1": _likeness(by_reads, both),
-        "mlp.fc2": _likeness(by_writes, both),
-    }
-    head_pairs, head_score = None, 0.0
-    ours, others = mine.heads, moved_heads(theirs, basis)
-    if ours is not None and others is not None:
-        generator = torch.Generator().manual_seed(j)
-        order = torch.randperm(len(others[0]), generator=generator)
+    by_reads, by_writes = _unit_likeness(a, b)
+    where = nearest(by_reads + by_writes)
+    units = Pairs(a.numbers[where[0]], b.numbers[where[1]], a.looked_at, b.size)
+    alike = {"mlp.fc1": _likeness(by_reads, where), "mlp.fc2": _likeness(by_writes, where)}
+    unit_score = (_held_out(by_reads, a.writes, b.writes) + _held_out(by_writes, a.reads, b.reads)) / 2
+    heads, head_score = None, 0.0
+    others = moved_heads(theirs, basis)
+    if mine.heads is not None and others is not None:
+        order = torch.randperm(len(others[0]), generator=torch.Generator().manual_seed(j))
         shuffled = tuple(part[order] for part in others)
-        attends, moves = head_likeness(ours[:2], shuffled[:2]), head_likeness(ours[2:], shuffled[2:])
-        found = match(attends + moves, torch.arange(len(attends)), torch.arange(len(order)), attends.shape)
-        where = _positions(found)
-        head_pairs = Pairs(found.first, order[found.second], order[found.runner_up], (len(ours[0]), len(order)))
+        attends = head_likeness(mine.heads[:2], shuffled[:2])
+        moves = head_likeness(mine.heads[2:], shuffled[2:])
+        where = nearest(attends + moves)
+        heads = Pairs(where[0], order[where[1]], torch.arange(len(attends)), len(order))
         alike |= {"attn.qk": _likeness(attends, where), "attn.ov": _likeness(moves, where)}
         head_score = _head_score(attends, moves)
-    states: dict[str, State] = {}
-    for name, (value, control) in alike.items():
-        states[name] = "tuned" if value - control >= ALIKE else "replaced"
+    states: dict[str, State] = {
+        name: "tuned" if value - control >= ALIKE else "replaced" for name, (value, control) in alike.items()
+    }
     if basis is None:
-        _mark_frozen(states, mine, theirs, pairs, head_pairs)
+        _mark_frozen(states, mine, theirs, units, heads)
     _mark_untrained(states, theirs)
-    return (
-        BlockDescent(
-            a=i,
-            b=j,
-            units=(pairs.agreements, len(pairs.first)),
-            heads=(0, 0) if head_pairs is None else (head_pairs.agreements, len(head_pairs.first)),
-            unit_score=sum(scores) / 2,
-            head_score=head_score,
-            likeness={name: value for name, (value, _) in alike.items()},
-            states=states,
-        ),
-        pairs,
-        head_pairs,
+    block = BlockDescent(
+        a=i,
+        b=j,
+        units=(units.agreements, len(units.first)),
+        heads=(0, 0) if heads is None else (heads.agreements, len(heads.first)),
+        unit_score=unit_score,
+        head_score=head_score,
+        likeness={name: value for name, (value, _) in alike.items()},
+        states=states,
     )
+    return block, units, heads
 
 
 def _units(mine: Block, theirs: Block, basis: Tensor | None, seed: int) -> tuple[Units, Units]:
@@ -183,8 +206,12 @@ def _units(mine: Block, theirs: Block, basis: Tensor | None, seed: int) -> tuple
     return Units(mine.reads, mine.writes, chosen), Units(*moved(theirs, basis), order)
 
 
-def _positions(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    return pairs.first, pairs.second, pairs.runner_up
+def _unit_likeness(a: Units, b: Units) -> tuple[Tensor, Tensor]:
+    """(s, t) cosines of what units read and of what they write; 0 where one MLP is gated and the other is not."""
+    by_writes = a.writes @ b.writes.T
+    if a.reads.shape[1] != b.reads.shape[1]:
+        return torch.zeros_like(by_writes), by_writes
+    return a.reads @ b.reads.T, by_writes
 
 
 def _likeness(likeness: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
@@ -197,11 +224,8 @@ def _likeness(likeness: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> tuple[f
 
 def _held_out(likeness: Tensor, ours: Tensor, theirs: Tensor) -> float:
     """How much more units that were matched by one matrix agree in the other one than with the runners-up."""
-    if ours.shape[1] != theirs.shape[1] or 0 in likeness.shape:
-        return 0.0
-    rows, columns = (torch.arange(size) for size in likeness.shape)
-    first, second, runner_up = (part[:CORRELATED] for part in _positions(match(likeness, rows, columns, (0, 0))))
-    if len(first) < FEWEST_PAIRS:
+    first, second, runner_up = (part[:CORRELATED] for part in nearest(likeness))
+    if len(first) < FEWEST_PAIRS or ours.shape[1] != theirs.shape[1]:
         return 0.0
     own, other = (rank_correlation(ours[first], theirs[which]) for which in (second, runner_up))
     return float((own - other).median())
@@ -211,9 +235,8 @@ def _head_score(attends: Tensor, moves: Tensor) -> float:
     """The same for heads: matched by what they attend to, judged by what they move, and the other way round."""
     scores = []
     for known, judged in ((attends, moves), (moves, attends)):
-        rows, columns = (torch.arange(size) for size in known.shape)
-        first, second, runner_up = _positions(match(known, rows, columns, (0, 0)))
-        if len(first) < 2 or known.shape[1] < 2:
+        first, second, runner_up = nearest(known)
+        if len(first) < FEWEST_HEADS or known.shape[1] < FEWEST_HEADS:
             return 0.0
         scores.append(float((judged[first, second] - judged[first, runner_up]).median()))
     return sum(scores) / 2
@@ -222,13 +245,10 @@ def _head_score(attends: Tensor, moves: Tensor) -> float:
 def _partners(mine: Block, theirs: Block, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of A and of B, in their own bases, of units that the map makes each other's nearest."""
     a, b = _units(mine, theirs, basis, 0)
-    likeness = a.writes @ b.writes.T
-    if a.reads.shape[1] == b.reads.shape[1]:
-        likeness = likeness + a.reads @ b.reads.T
-    found = match(likeness, a.numbers, b.numbers, (0, 0))
+    first, second, _ = nearest(sum(_unit_likeness(a, b)))
     rows = [
         torch.cat([block.reads[chosen].flatten(0, 1), block.writes[chosen]])
-        for block, chosen in ((mine, found.first), (theirs, found.second))
+        for block, chosen in ((mine, a.numbers[first]), (theirs, b.numbers[second]))
     ]
     return rows[0], rows[1]
 
@@ -244,7 +264,11 @@ def _mark_frozen(
     if heads is None or heads.agreements < len(heads.first):
         return
     for name, parts in (("attn.qkv", ("attn.qk", "attn.ov")), ("attn.proj", ("attn.ov",))):
-        same = _equal(mine.raw[name], theirs.raw[name]) if mine.raw[name].shape == theirs.raw[name].shape else False
+        same = (
+            _equal(mine.raw[name], theirs.raw[name])
+            if mine.raw[name].shape == theirs.raw[name].shape
+            else False
+        )
         for part in parts:
             if name == "attn.qkv" and same:
                 states[part] = "frozen"

@@ -68,10 +68,7 @@ def _chances(m: int, n: int, count: int) -> list[int]:
 def _convolved(first: list[int], second: list[int], count: int) -> list[int]:
     length = min(len(first) + len(second) - 1, count)
     return [
-        sum(
-            first[i] * second[k - i]
-            for i in range(max(0, k - len(second) + 1), min(k + 1, len(first)))
-        )
+        sum(first[i] * second[k - i] for i in range(max(0, k - len(second) + 1), min(k + 1, len(first))))
         >> _BITS
         for k in range(length)
     ]

@@ -27,14 +27,14 @@ class Pairs:
 
     Attributes:
         first, second: (m,) their numbers in A and in B.
-        runner_up: (m,) the next best in B.
-        sizes: how many there are in A and in B.
+        looked_at: (s,) the numbers of those of A that were looked at, with the dead ones.
+        size: how many B has; all of them were looked at.
     """
 
     first: Tensor
     second: Tensor
-    runner_up: Tensor
-    sizes: tuple[int, int]
+    looked_at: Tensor
+    size: int
 
     @property
     def agreements(self) -> int:
@@ -42,9 +42,14 @@ class Pairs:
         return int((self.first == self.second).sum())
 
     @property
-    def group(self) -> tuple[int, int]:
-        """(m, n) as `chance_of_agreement` wants it: numbers of A that B does not have can never agree."""
-        return int((self.first < self.sizes[1]).sum()), self.sizes[1]
+    def groups(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(m, n) as `chance_of_agreement` wants it, if B's numbers are random, and if A's are.
+
+        Then the others are as they are, and some may be numbers that these cannot have.
+        """
+        among_b = int((self.first < self.size).sum())
+        among_a = int(torch.isin(self.second, self.looked_at).sum())
+        return (among_b, self.size), (among_a, len(self.looked_at))
 
 
 def moved(block: Block, basis: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -65,7 +70,9 @@ class Units:
     """The units of one MLP, ready to be matched.
 
     Attributes:
-        numbers: (n,) which units these are: none that reads or writes nothing.
+        size: how many there are.
+        looked_at: (s,) the numbers of those that were looked at.
+        numbers: (n,) of these, the ones that read and write something.
         reads, writes: (n, G D) and (n, D) float32; each channel less its mean and over its deviation, so that no
             massive channel decides alone, then each unit of length 1.
     """
@@ -74,26 +81,25 @@ class Units:
         """order: of the units; those that are left out are not looked at."""
         alive = (reads.flatten(1).abs().amax(1) > 0) & (writes.abs().amax(1) > 0)
         self.size = len(reads)
+        self.looked_at = order
         self.numbers = order[alive[order]]
         self.reads = _standard(reads[self.numbers].flatten(1), reads[alive].flatten(1))
         self.writes = _standard(writes[self.numbers], writes[alive])
 
 
-def match(likeness: Tensor, first: Tensor, second: Tensor, sizes: tuple[int, int]) -> Pairs:
-    """Those of A and B that are each other's nearest.
+def nearest(likeness: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of A and B that are each other's nearest, and A's second nearest; three of (m,), positions.
 
     Args:
         likeness: (s, t) how like each of A is to each of B.
-        first, second: (s,) and (t,) their numbers.
-        sizes: how many A and B have, with those that were left out.
     """
     if 0 in likeness.shape:
         none = torch.zeros(0, dtype=torch.long)
-        return Pairs(none, none, none, sizes)
+        return none, none, none
     best = likeness.argmax(dim=1)
-    mutual = likeness.argmax(dim=0)[best] == torch.arange(len(best))
-    rest = likeness[mutual].scatter(1, best[mutual, None], -torch.inf)
-    return Pairs(first[mutual], second[best[mutual]], second[rest.argmax(dim=1)], sizes)
+    first = (likeness.argmax(dim=0)[best] == torch.arange(len(best))).nonzero()[:, 0]
+    second = best[first]
+    return first, second, likeness[first].scatter(1, second[:, None], -torch.inf).argmax(dim=1)
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
@@ -115,9 +121,7 @@ def head_likeness(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tens
 
 
 def _form_products(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
-    x, y = (
-        torch.einsum("had,gbd->hgab", mine, theirs) for mine, theirs in zip(first, second, strict=True)
-    )
+    x, y = (torch.einsum("had,gbd->hgab", mine, theirs) for mine, theirs in zip(first, second, strict=True))
     return (x * y).sum(dim=(2, 3))
 
 

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Basis: TypeAlias = Literal["same", "rotated"]
 State: TypeAlias = Literal["frozen", "tuned", "replaced", "re-initialised"]
+DescentDecision: TypeAlias = Literal["descent", "no descent found", "inconclusive"]
+
+ALPHA = 1e-6
+"""At or below this p-value the numbers of the units are no coincidence."""
+SHARED = 0.35
+"""A block of this score shares weights. `benchmarks/descent.py` measures how far innocents and forgers get."""
+FEWEST_BLOCKS = 3
+"""So many blocks of a model must share weights, at least."""
+SHARE_OF_BLOCKS = 4
+"""One block in so many must."""
+MATRICES = ("attn.qk", "attn.ov", "mlp.fc1", "mlp.fc2")
+"""What the heads attend to (queries and keys), what they move (values and outputs), and the two of the MLP."""
+ASSUMPTION = (
+    "if one of the two was trained from a start of its own, with units and heads that could have come in any order, "
+    "and nobody who saw both has renumbered them since. Whoever holds both files can renumber an innocent model for "
+    "nothing: against them this p-value says nothing, and the score, which no renumbering changes, is what counts"
+)
 
 
 @dataclass(frozen=True)
 class BlockDescent:
+    """How one block of B lies to one of A.
+
+    Attributes:
+        a, b: which blocks, counted from 0.
+        units: (agreements, matched): how many matched MLP units have the same number in both.
+        heads: the same of attention heads.
+        unit_score: how much more units that are matched by one matrix of the MLP agree in the other one than with
+            the runners-up: the median of differences of Spearman's coefficients, of both directions the mean.
+            About 0 between independent models, whatever their units learned, and at most 1.
+        head_score: the same of heads, matched by what they attend to and by what they move; of cosines.
+        likeness: for each of `MATRICES` the median cosine of matched units or heads. Between independent models it
+            is not 0: nearest neighbours are alike.
+        states: what became of each matrix, see `Descent`.
+    """
+
     a: int
     b: int
     units: tuple[int, int]
@@ -22,11 +55,47 @@ class BlockDescent:
 
     @property
     def score(self) -> float:
+        """The better of the two scores."""
         return max(self.unit_score, self.head_score)
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What tells, at times, which of two models came later. Heuristics, and no more.
+
+    Attributes:
+        zeros: share of the weights of the blocks' matrices that are exactly 0.
+        bfloat16: whether all of them can be written as bfloat16.
+        kurtosis: excess kurtosis of the matrices, the mean: outliers grow as a model is trained.
+    """
+
+    zeros: float
+    bfloat16: bool
+    kurtosis: float
+
+
+@dataclass(frozen=True)
 class Descent:
+    """What the weights of two models say about a common origin.
+
+    States of a matrix: "frozen" (the same, or the same rounded to bfloat16), "tuned" (the same units, changed),
+    "replaced" (nothing in common), "re-initialised" (replaced, and random as before any training). A matrix of a
+    rotated model is never called frozen.
+
+    Attributes:
+        a, b: names of the models.
+        p_value: exact, under `ASSUMPTION`: twice over for units and heads, and twice for the two bases. 4e-300 stands
+            for all that is smaller.
+        basis: "rotated" if B's residual stream was rotated or permuted back before it was compared.
+        depths: how many blocks A and B have.
+        blocks: of each pair of blocks.
+        stem: likeness (cosine) of the stem's tensors that have the same shape in both.
+        units, heads: (agreements, matched) in all blocks together. Heads count for the p-value only where
+            `heads_known`.
+        heads_known: whether both models say how many heads they have.
+        traits: of A and of B.
+    """
+
     a: str
     b: str
     p_value: float
@@ -36,12 +105,161 @@ class Descent:
     stem: dict[str, float]
     units: tuple[int, int]
     heads: tuple[int, int]
+    heads_known: bool
+    traits: tuple[Traits, Traits]
 
     @property
     def score(self) -> float:
-        scores = sorted((block.score for block in self.blocks), reverse=True)
-        return scores[max(3, len(scores) // 4) - 1] if len(scores)>=3 else 0.0
+        """The robust score: what the third best block reaches, or the best quarter of the blocks if that is more.
+
+        No p-value. A forger who rotates an innocent model to fit one or two blocks of another does not raise it.
+        0 where fewer than three blocks could be compared.
+        """
+        count = max(FEWEST_BLOCKS, -(-len(self.blocks) // SHARE_OF_BLOCKS))
+        if len(self.blocks) < count:
+            return 0.0
+        return sorted((block.score for block in self.blocks), reverse=True)[count - 1]
 
     @property
-    def shared(self) -> bool:
-        return self.score >= 0.3
+    def decision(self) -> DescentDecision:
+        """ "descent" by the score alone; a p-value that the score does not bear out is inconclusive."""
+        if self.score >= SHARED:
+            return "descent"
+        if self.p_value <= ALPHA or len(self.blocks) < FEWEST_BLOCKS:
+            return "inconclusive"
+        return "no descent found"
+
+    @property
+    def shared(self) -> tuple[BlockDescent, ...]:
+        """The pairs of blocks that share weights."""
+        return tuple(block for block in self.blocks if block.score >= SHARED)
+
+    @property
+    def reason(self) -> str:
+        """What is shown, in one sentence."""
+        agree = f"{self.units[0]} of {self.units[1]} matched units have the same number in both"
+        if self.decision == "descent":
+            how = (
+                "still numbered alike"
+                if self.p_value <= ALPHA
+                else "but numbered anew: the p-value says nothing, somebody moved them"
+            )
+            turned = ", after the residual stream was rotated back" if self.basis == "rotated" else ""
+            return (
+                f"{len(self.shared)} of {len(self.blocks)} pairs of blocks share their units or heads{turned}; these "
+                f"are {how}. So one descends from the other, or both from a common ancestor (a common initialisation "
+                f"is one); which, the weights do not prove"
+            )
+        if len(self.blocks) < FEWEST_BLOCKS:
+            return (
+                f"only {len(self.blocks)} pairs of blocks could be compared, wanted at least {FEWEST_BLOCKS}"
+            )
+        if self.decision == "inconclusive":
+            return (
+                f"{agree}, more than by chance, but what they read and write does not agree as it does in a "
+                f"descendant: somebody renumbered one model to fit the other, or hardly anything is left of a descent"
+            )
+        return (
+            f"{agree}, and what they read and write agrees no more than in independent models. A model that was "
+            f"distilled from another, or trained on until nothing was left, looks like this, too"
+        )
+
+    @property
+    def order(self) -> str:
+        """What heuristics say about which came first; no evidence."""
+        if self.decision != "descent":
+            return ""
+        names = ("A", "B")
+        hints = []
+        zeros = [traits.zeros for traits in self.traits]
+        if max(zeros) > 0.01 and max(zeros) > 2 * min(zeros):
+            later = zeros.index(max(zeros))
+            hints.append(
+                f"{names[later]} was pruned ({max(zeros):.0%} of its weights are 0), so it may be the later"
+            )
+        narrow = [traits.bfloat16 for traits in self.traits]
+        if narrow[0] != narrow[1]:
+            hints.append(
+                f"{names[narrow.index(True)]} is rounded to bfloat16, so it may be the later or a release"
+            )
+        depths = self.depths
+        if depths[0] != depths[1]:
+            hints.append(f"A has {depths[0]} blocks, B {depths[1]}")
+        kurtosis = [traits.kurtosis for traits in self.traits]
+        if abs(kurtosis[0] - kurtosis[1]) > 0.1 * max(map(abs, kurtosis)):
+            more = kurtosis.index(max(kurtosis))
+            hints.append(
+                f"{names[more]} has more outliers (kurtosis {max(kurtosis):.2f}, the other {min(kurtosis):.2f}), so it "
+                "may have been trained for longer"
+            )
+        return "; ".join(hints) or "nothing tells which came first"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return {
+            "a": self.a,
+            "b": self.b,
+            "decision": self.decision,
+            "reason": self.reason,
+            "p_value": self.p_value,
+            "assumption": f"p is exact {ASSUMPTION}",
+            "score": self.score,
+            "score_wanted": SHARED,
+            "basis": self.basis,
+            "depths": list(self.depths),
+            "units": list(self.units),
+            "heads": list(self.heads),
+            "heads_known": self.heads_known,
+            "order_heuristics": self.order,
+            "stem": self.stem,
+            "blocks": [
+                {
+                    "a": block.a,
+                    "b": block.b,
+                    "units": list(block.units),
+                    "heads": list(block.heads),
+                    "unit_score": block.unit_score,
+                    "head_score": block.head_score,
+                    "likeness": block.likeness,
+                    "states": block.states,
+                }
+                for block in self.blocks
+            ],
+        }
+
+    def __str__(self) -> str:
+        bound = "at most " if self.p_value <= 1e-290 else ""
+        heads = f", {self.heads[0]} of {self.heads[1]} heads" if self.heads[1] else ""
+        counted = "" if self.heads_known else " (heads not counted: how many there are is not known)"
+        lines = [
+            f"{self.decision}: {self.reason}",
+            f"  robust score  {self.score:.3f} (descent from {SHARED}; independent models are near 0). No p-value",
+            f"  exact test    p = {bound}{self.p_value:.2g}: {self.units[0]} of {self.units[1]} units{heads} keep their "
+            f"number{counted}",
+            f"                exact {ASSUMPTION}",
+        ]
+        if self.order:
+            lines.append(f"  which first   {self.order} (heuristics, no evidence)")
+        if self.stem:
+            alike = ", ".join(f"{name} {value:.3f}" for name, value in sorted(self.stem.items()))
+            lines.append(f"  stem          {alike} (cosine)")
+        lines.append("")
+        lines.append(
+            f"  {'A':>3} {'B':>3}  {'units alike':>12} {'heads':>7} {'score':>6}  "
+            + "  ".join(f"{name:<20}" for name in MATRICES)
+        )
+        for block in self.blocks:
+            cells = "  ".join(
+                f"{f'{block.states[name]} {block.likeness[name]:.2f}' if name in block.states else '-':<20}"
+                for name in MATRICES
+            )
+            lines.append(
+                f"  {block.a:>3} {block.b:>3}  {_of(block.units):>12} {_of(block.heads):>7} {block.score:>6.2f}  {cells}"
+            )
+        states = Counter(state for block in self.blocks for state in block.states.values())
+        lines.append(f"  matrices: {', '.join(f'{count} {state}' for state, count in states.items())}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _of(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}/{pair[1]}"

@@ -161,7 +161,12 @@ class Weights:
             return None
         channels = out.shape[1]
         count = self._heads or channels // USUAL_HEAD
-        if inside.shape != (3 * channels, self.width) or len(out) != self.width or not count or channels % count:
+        if (
+            inside.shape != (3 * channels, self.width)
+            or len(out) != self.width
+            or not count
+            or channels % count
+        ):
             return None
         q, k, v = _centred(inside.float() * norm).unflatten(0, (3, count, -1))
         return q, k, v, _centred(out.float().T * scale).unflatten(0, (count, -1))
