@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,8 @@ class Index:
         header = json.dumps({"format": _FORMAT, "version": _VERSION, "entries": lines})
         write_whole(path, safetensors.numpy.save(values, metadata={"index": header}), mode=0o644)
 
-    def update(self, paths: Sequence[Path], on_read: Callable[[], None] | None = None) -> Iterator[Entry]:
-        """The entries of some checkpoints, each read if it is not there yet or was changed since.
-
-        Args:
-            paths: files or folders of checkpoints.
-            on_read: called after each that was read.
-        """
+    def update(self, paths: Iterable[Path]) -> Iterator[Entry]:
+        """The entries of some checkpoints, files or folders; each is read if it is new or was changed since."""
         for path in paths:
             name = os.path.abspath(path)
             size, modified = _facts(Path(name))
@@ -189,8 +184,6 @@ class Index:
                 except (OSError, CheckpointError) as error:
                     known = Entry(name, size, modified, None, " ".join(str(error).split())[:300])
                 self.entries[name] = known
-                if on_read is not None:
-                    on_read()
             yield known
 
 
