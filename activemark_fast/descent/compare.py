@@ -21,8 +21,9 @@ from activemark_fast.descent.matching import (
     moved_heads,
     nearest,
     rank_correlation,
+    runners_up,
 )
-from activemark_fast.descent.result import Basis, BlockDescent, Descent, State, Traits
+from activemark_fast.descent.result import DECISIONS, Basis, BlockDescent, Descent, State, Traits
 from activemark_fast.descent.weights import Block, Source, Weights
 
 TESTS = 4
@@ -85,7 +86,7 @@ def compare(a: Source, b: Source) -> Descent:
         rotated = _judged(
             first, second, "rotated", [(i, j, maps[place % 2]) for place, (i, j) in enumerate(pairs)]
         )
-        return max(plain, rotated, key=lambda one: (one.score, -one.p_value))
+        return min(plain, rotated, key=lambda one: DECISIONS.index(one.decision))
 
 
 def _judged(
@@ -164,21 +165,32 @@ def _compared(
 ) -> tuple[BlockDescent, Pairs, Pairs | None]:
     a, b = _units(mine, theirs, basis, i)
     by_reads, by_writes = _unit_likeness(a, b)
-    where = nearest(by_reads + by_writes)
-    units = Pairs(a.numbers[where[0]], b.numbers[where[1]], a.looked_at, b.size)
-    alike = {"mlp.fc1": _likeness(by_reads, where), "mlp.fc2": _likeness(by_writes, where)}
-    unit_score = (_held_out(by_reads, a.writes, b.writes) + _held_out(by_writes, a.reads, b.reads)) / 2
+    both = by_reads + by_writes
+    first, second = nearest(both)
+    units = Pairs(a.numbers[first], b.numbers[second], a.looked_at, b.size)
+    first, second = first[:CORRELATED], second[:CORRELATED]
+    kinship = (b.reads[second] @ b.reads.T + b.writes[second] @ b.writes.T) / 2
+    control = runners_up(both[first], kinship)
+    alike = {
+        "mlp.fc1": _likeness(by_reads, first, second, control),
+        "mlp.fc2": _likeness(by_writes, first, second, control),
+    }
+    unit_score = _unit_score(a, b, first, second, control)
     heads, head_score = None, 0.0
     others = moved_heads(theirs, basis)
     if mine.heads is not None and others is not None:
         order = torch.randperm(len(others[0]), generator=torch.Generator().manual_seed(j))
         shuffled = tuple(part[order] for part in others)
-        attends = head_likeness(mine.heads[:2], shuffled[:2])
-        moves = head_likeness(mine.heads[2:], shuffled[2:])
-        where = nearest(attends + moves)
-        heads = Pairs(where[0], order[where[1]], torch.arange(len(attends)), len(order))
-        alike |= {"attn.qk": _likeness(attends, where), "attn.ov": _likeness(moves, where)}
-        head_score = _head_score(attends, moves)
+        attends, moves = (head_likeness(mine.heads[k : k + 2], shuffled[k : k + 2]) for k in (0, 2))
+        first, second = nearest(attends + moves)
+        heads = Pairs(first, order[second], torch.arange(len(attends)), len(order))
+        kin = sum(head_likeness(shuffled[k : k + 2], shuffled[k : k + 2]) for k in (0, 2))
+        control = runners_up((attends + moves)[first], kin[second] / 2)
+        alike["attn.qk"] = _likeness(attends, first, second, control)
+        alike["attn.ov"] = _likeness(moves, first, second, control)
+        if len(first) >= FEWEST_HEADS:
+            mean = (attends + moves) / 2
+            head_score = float((mean[first, second] - mean[first, control]).median())
     states: dict[str, State] = {
         name: "tuned" if value - control >= ALIKE else "replaced" for name, (value, control) in alike.items()
     }
@@ -214,38 +226,32 @@ def _unit_likeness(a: Units, b: Units) -> tuple[Tensor, Tensor]:
     return a.reads @ b.reads.T, by_writes
 
 
-def _likeness(likeness: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+def _likeness(likeness: Tensor, first: Tensor, second: Tensor, control: Tensor) -> tuple[float, float]:
     """Median cosine of the pairs, and of A's with the runners-up."""
-    first, second, runner_up = where
     if not len(first):
         return 0.0, 0.0
-    return float(likeness[first, second].median()), float(likeness[first, runner_up].median())
+    return float(likeness[first, second].median()), float(likeness[first, control].median())
 
 
-def _held_out(likeness: Tensor, ours: Tensor, theirs: Tensor) -> float:
-    """How much more units that were matched by one matrix agree in the other one than with the runners-up."""
-    first, second, runner_up = (part[:CORRELATED] for part in nearest(likeness))
-    if len(first) < FEWEST_PAIRS or ours.shape[1] != theirs.shape[1]:
+def _unit_score(a: Units, b: Units, first: Tensor, second: Tensor, control: Tensor) -> float:
+    """How much better the ranks of what units read and write agree with their partners' than with runners-up'."""
+    if len(first) < FEWEST_PAIRS:
         return 0.0
-    own, other = (rank_correlation(ours[first], theirs[which]) for which in (second, runner_up))
-    return float((own - other).median())
-
-
-def _head_score(attends: Tensor, moves: Tensor) -> float:
-    """The same for heads: matched by what they attend to, judged by what they move, and the other way round."""
-    scores = []
-    for known, judged in ((attends, moves), (moves, attends)):
-        first, second, runner_up = nearest(known)
-        if len(first) < FEWEST_HEADS or known.shape[1] < FEWEST_HEADS:
-            return 0.0
-        scores.append(float((judged[first, second] - judged[first, runner_up]).median()))
-    return sum(scores) / 2
+    parts = [(a.writes, b.writes)]
+    if a.reads.shape[1] == b.reads.shape[1]:
+        parts.append((a.reads, b.reads))
+    gained = [
+        rank_correlation(ours[first], theirs[second]) - rank_correlation(ours[first], theirs[control])
+        for ours, theirs in parts
+    ]
+    return float(torch.stack(gained).mean(dim=0).median())
 
 
 def _partners(mine: Block, theirs: Block, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of A and of B, in their own bases, of units that the map makes each other's nearest."""
     a, b = _units(mine, theirs, basis, 0)
-    first, second, _ = nearest(sum(_unit_likeness(a, b)))
+    by_reads, by_writes = _unit_likeness(a, b)
+    first, second = nearest(by_reads + by_writes)
     rows = [
         torch.cat([block.reads[chosen].flatten(0, 1), block.writes[chosen]])
         for block, chosen in ((mine, a.numbers[first]), (theirs, b.numbers[second]))
@@ -256,37 +262,33 @@ def _partners(mine: Block, theirs: Block, basis: Tensor) -> tuple[Tensor, Tensor
 def _mark_frozen(
     states: dict[str, State], mine: Block, theirs: Block, units: Pairs, heads: Pairs | None
 ) -> None:
-    """Calls frozen what is the same in the narrower of both formats, whatever the order of units."""
-    for name, axis in (("mlp.fc1", 0), ("mlp.fc2", 1)):
-        a, b = mine.raw[name], theirs.raw[name]
-        if a.shape == b.shape and len(units.first) and _same(a, b, units, axis):
-            states[name] = "frozen"
-    if heads is None or heads.agreements < len(heads.first):
+    """Calls frozen what is the same, whatever the order of units and heads."""
+    if len(units.first) == len(units.looked_at):
+        for name, axis in (("mlp.fc1", 0), ("mlp.fc2", 1)):
+            a, b = mine.raw[name], theirs.raw[name]
+            if a.shape == b.shape and _equal(
+                a.index_select(axis, units.first), b.index_select(axis, units.second)
+            ):
+                states[name] = "frozen"
+    if heads is None or len(heads.first) < len(heads.looked_at) or heads.agreements < len(heads.first):
         return
-    for name, parts in (("attn.qkv", ("attn.qk", "attn.ov")), ("attn.proj", ("attn.ov",))):
-        same = (
-            _equal(mine.raw[name], theirs.raw[name])
-            if mine.raw[name].shape == theirs.raw[name].shape
-            else False
-        )
-        for part in parts:
-            if name == "attn.qkv" and same:
-                states[part] = "frozen"
-            elif not same and states[part] == "frozen":
-                states[part] = "tuned"
-
-
-def _same(a: Tensor, b: Tensor, units: Pairs, axis: int) -> bool:
-    return _equal(a.index_select(axis, units.first), b.index_select(axis, units.second))
+    inside, out = (
+        mine.raw[name].shape == theirs.raw[name].shape and _equal(mine.raw[name], theirs.raw[name])
+        for name in ("attn.qkv", "attn.proj")
+    )
+    if inside:
+        states["attn.qk"] = "frozen"
+    if inside and out:
+        states["attn.ov"] = "frozen"
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, or would be if both were rounded to bfloat16 where one of them is."""
+    """Whether two tensors are the same, or would be if both were rounded to bfloat16 as one of them is."""
     a, b = a.float(), b.float()
     if torch.equal(a, b):
         return True
-    rounded = [x.bfloat16().float() for x in (a, b)]
-    return torch.equal(*rounded) and (torch.equal(a, rounded[0]) or torch.equal(b, rounded[1]))
+    first, second = a.bfloat16().float(), b.bfloat16().float()
+    return torch.equal(first, second) and (torch.equal(a, first) or torch.equal(b, second))
 
 
 def _mark_untrained(states: dict[str, State], theirs: Block) -> None:

@@ -18,7 +18,9 @@ UNITS = 1024
 CORRELATED = 256
 """So many of the pairs of a block are correlated, at most."""
 FEWEST_PAIRS = 8
-"""Fewer pairs than that make no score."""
+"""Fewer pairs of units than that make no score."""
+TWIN = 0.5
+"""Units, or heads, of one model whose mean cosine is above this are of one kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +89,29 @@ class Units:
         self.writes = _standard(writes[self.numbers], writes[alive])
 
 
-def nearest(likeness: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of A and B that are each other's nearest, and A's second nearest; three of (m,), positions.
+def nearest(likeness: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of A and B that are each other's nearest; two of (m,), positions.
 
     Args:
         likeness: (s, t) how like each of A is to each of B.
     """
     if 0 in likeness.shape:
-        none = torch.zeros(0, dtype=torch.long)
-        return none, none, none
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     best = likeness.argmax(dim=1)
     first = (likeness.argmax(dim=0)[best] == torch.arange(len(best))).nonzero()[:, 0]
-    second = best[first]
-    return first, second, likeness[first].scatter(1, second[:, None], -torch.inf).argmax(dim=1)
+    return first, best[first]
+
+
+def runners_up(likeness: Tensor, kinship: Tensor) -> Tensor:
+    """(m,) for each of A the nearest of B that is of another kind than its partner.
+
+    A thief can split units, or heads, into twins for nothing: a twin is no runner-up.
+
+    Args:
+        likeness: (m, t) of those of A to all of B.
+        kinship: (m, t) of their partners to all of B.
+    """
+    return likeness.masked_fill(kinship > TWIN, -torch.inf).argmax(dim=1)
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
@@ -128,6 +140,7 @@ def _form_products(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Ten
 def _standard(rows: Tensor, population: Tensor) -> Tensor:
     if not len(rows):
         return rows
-    deviation = population.std(dim=0, correction=0)
-    scaled = (rows - population.mean(dim=0)) / (deviation + 1e-3 * deviation.mean() + 1e-30)
+    middle = population.mean(dim=0)
+    deviation = (population - middle).abs().mean(dim=0)  # one massive weight hardly changes it
+    scaled = (rows - middle) / (deviation + 1e-3 * deviation.mean() + 1e-30)
     return scaled / scaled.norm(dim=1, keepdim=True).clamp_min(1e-30)

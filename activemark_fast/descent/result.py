@@ -8,7 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 Basis: TypeAlias = Literal["same", "rotated"]
 State: TypeAlias = Literal["frozen", "tuned", "replaced", "re-initialised"]
-DescentDecision: TypeAlias = Literal["descent", "no descent found", "inconclusive"]
+DescentDecision: TypeAlias = Literal["descent", "inconclusive", "no descent found"]
+
+DECISIONS: tuple[DescentDecision, ...] = ("descent", "inconclusive", "no descent found")
 
 ALPHA = 1e-6
 """At or below this p-value the numbers of the units are no coincidence."""
@@ -18,6 +20,8 @@ FEWEST_BLOCKS = 3
 """So many blocks of a model must share weights, at least."""
 SHARE_OF_BLOCKS = 4
 """One block in so many must."""
+STEM_SHARED = 0.9
+"""Patch embeddings that are that much alike (cosine), channel by channel, make a result inconclusive."""
 MATRICES = ("attn.qk", "attn.ov", "mlp.fc1", "mlp.fc2")
 """What the heads attend to (queries and keys), what they move (values and outputs), and the two of the MLP."""
 ASSUMPTION = (
@@ -125,7 +129,7 @@ class Descent:
         """ "descent" by the score alone; a p-value that the score does not bear out is inconclusive."""
         if self.score >= SHARED:
             return "descent"
-        if self.p_value <= ALPHA or len(self.blocks) < FEWEST_BLOCKS:
+        if self.p_value <= ALPHA or len(self.blocks) < FEWEST_BLOCKS or self._stem_shared:
             return "inconclusive"
         return "no descent found"
 
@@ -133,6 +137,10 @@ class Descent:
     def shared(self) -> tuple[BlockDescent, ...]:
         """The pairs of blocks that share weights."""
         return tuple(block for block in self.blocks if block.score >= SHARED)
+
+    @property
+    def _stem_shared(self) -> bool:
+        return self.basis == "same" and self.stem.get("patch.weight", 0.0) >= STEM_SHARED
 
     @property
     def reason(self) -> str:
@@ -153,6 +161,11 @@ class Descent:
         if len(self.blocks) < FEWEST_BLOCKS:
             return (
                 f"only {len(self.blocks)} pairs of blocks could be compared, wanted at least {FEWEST_BLOCKS}"
+            )
+        if self._stem_shared and self.p_value > ALPHA:
+            return (
+                "the patch embeddings are the same or nearly so, but no block shares its units or heads: all blocks "
+                "were replaced, or somebody moved one model's channels to fit the other's"
             )
         if self.decision == "inconclusive":
             return (
