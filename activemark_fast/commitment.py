@@ -5,9 +5,9 @@ is released. Whoever is later given a key and a watermark can check that they ar
 matters because much can be chosen afterwards by somebody who already holds the suspect: learned codecs,
 hold-out images, statistics to align with. What was fixed before the suspect existed was not chosen to fit it.
 
-A model can be committed to by its sketch (`activemark_fast.descent`), with or without a mark: whoever later says
-that a suspect descends from it can show that it was there first. A forger can fine-tune the *suspect* and call the
-result the original.
+A model can be committed to by its sketch (`activemark_fast.descent`), with or without a mark: whoever later
+says that a suspect descends from it can show that it was there first. A forger can fine-tune the *suspect*
+and call the result the original.
 
 One commitment can hold several claims, for marks that were made with different sub-keys (`Key.subkey`): the
 expert in one dispute is given one sub-key and its watermark, and learns nothing about the others.

@@ -1,12 +1,12 @@
 """Whether `compare` means what it says: independent pairs, descendants, and models made to deceive it.
 
-    python benchmarks/descent.py --data cifar10.npz --segmentation camvid.npz --work FOLDER --out docs/descent.md
+    python benchmarks/descent.py --data cifar10.npz --segmentation camvid.npz --work FOLDER --out FILE.md
 
-- *Independent*: 33 small ViTs (timm's and torchvision's constructors) are trained a little on CIFAR-10, each from
-  a seed of its own, in another order of the data, by other optimisers and for other times; all 528 pairs. Pairs
-  share models, but under the assumption (each model's units could be numbered in any order) any two of the
-  p-values are independent: given one model, the numberings of two others are. So the share of small ones has the
-  mean and the standard error that 528 separate pairs would have.
+- *Independent*: 33 small ViTs (timm's and torchvision's constructors) are trained a little on CIFAR-10, each
+  from a seed of its own, in another order of the data, by other optimisers, for other times; all 528 pairs.
+  Pairs share models, but under the assumption (each model's units could be numbered in any order) any two of
+  the p-values are independent: given one model, the numberings of two others are. So the share of small ones
+  has the mean and the standard error that 528 separate pairs would have.
 - *Same initialisation*: pairs from one seed whose data came in another order. They are relatives.
 - *Descendants*: the demo model through every attack of the full suite (merges with a stranger in place of the
   original, which would be no change).
@@ -252,9 +252,10 @@ def scaled(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def wider(model: nn.Module, decoys: bool) -> nn.Module:
-    """Every MLP twice as wide: each unit split into two (or, as decoys, random units that write next to nothing).
+    """Every MLP twice as wide: each unit split into two, or as many decoys that write next to nothing.
 
-    Decoys read what the units of the model read, and write something else: who matches by one matrix falls for it.
+    Decoys read what the units of the model read, and write something else: who matches by one matrix falls
+    for it.
     """
     moved: Any = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
@@ -290,7 +291,7 @@ def with_idle_blocks(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def renumbered(innocent: nn.Module, victim: nn.Module) -> nn.Module:
-    """An innocent model whose units were numbered anew, so that they have the numbers of the victim's most alike."""
+    """An innocent model whose units were numbered anew: each has the number of the victim's most alike."""
     moved: Any = copy.deepcopy(innocent)
     with Weights(innocent) as mine, Weights(victim) as theirs:
         for index, block in enumerate(moved.blocks):
@@ -484,8 +485,10 @@ def page(found: dict[str, Any], command: str) -> str:
         "# Descent without a mark: what was measured",
         "",
         f"Written by `{command}` on {datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, torch "
-        f"{torch.__version__}. What each row is: `benchmarks/descent.py`. The p-value is exact if nobody who saw both",
-        f"models has renumbered one of them; the score is no p-value, and a descent is claimed from {SHARED}.",
+        f"{torch.__version__}. What each row is: `benchmarks/descent.py`. The p-value is exact if nobody who "
+        f"saw both",
+        f"models has renumbered one of them; the score is no p-value, and a descent is claimed from "
+        f"{SHARED}.",
         "",
         "## Independent pairs",
         "",
@@ -526,17 +529,20 @@ def page(found: dict[str, Any], command: str) -> str:
                 sketch = f"{row['sketch']:.2f}" if "sketch" in row else ""
                 bound = "≤ " if row["p"] < 1e-290 else ""
                 lines.append(
-                    f"| {name.removeprefix(prefix)} | {row['decision']} | {row['score']:.3f} | {row['shared']} of "
+                    f"| {name.removeprefix(prefix)} | {row['decision']} | {row['score']:.3f} | "
+                    f"{row['shared']} of "
                     f"{row['blocks']} | {bound}{row['p']:.2g} | {row['basis']} | {sketch} |"
                 )
         lines.append("")
     lines += [
         "## Cost",
         "",
-        "Two ViT-L/14 (random weights, float32 files) on two threads, from the start of the process, on a machine "
+        "Two ViT-L/14 (random weights, float32 files) on two threads, from the start of the process, on a "
+        "machine "
         "that does other work, too: "
         + "; ".join(f"{case} {row['seconds']:.0f} s" for case, row in large.items())
-        + f"; at most {max(row['peak_gb_so_far'] for row in large.values()):.2f} GB of memory. {sketches['sketches']:,} "
+        + f"; at most {max(row['peak_gb_so_far'] for row in large.values()):.2f} GB of memory. "
+        f"{sketches['sketches']:,} "
         f"sketches of such a model, {sketches['bytes_each'] / 1000:.1f} kB each, are ranked in "
         f"{sketches['seconds']:.2f} s.",
         "",
@@ -575,7 +581,9 @@ def main() -> None:
         results.measure(f"descendant: {name}", run)
     results.measure("cost", lambda: cost(arguments.work))
     results.measure("ranking", ranking)
-    command = "python benchmarks/descent.py --data cifar10.npz --segmentation camvid.npz --work FOLDER --out docs/descent.md"
+    command = (
+        "python benchmarks/descent.py --data FILE --segmentation FILE --work FOLDER --out docs/descent.md"
+    )
     arguments.out.write_text(page(results.rows, command))
 
 

@@ -36,8 +36,8 @@ def add_to(commands: Subparsers) -> None:
         action="append",
         default=[],
         metavar="MODEL",
-        help="a model to be released, marked or not: its sketch is committed to, which `activemark open --model` "
-        "makes again; repeatable",
+        help="a model to be released, marked or not: its sketch is committed to, which `activemark open "
+        "--model` makes again; repeatable",
     )
     add_key(commit)
     commit.add_argument(
@@ -45,8 +45,8 @@ def add_to(commands: Subparsers) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="of a sub-key (activemark key derive) that some of the watermarks were made with, and that the models "
-        "can be opened with, too; repeatable",
+        help="of a sub-key (activemark key derive) that some of the watermarks were made with, and that the "
+        "models can be opened with, too; repeatable",
     )
     commit.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the commitment, to be published"

@@ -35,17 +35,20 @@ def add_to(commands: Subparsers) -> None:
         "compare",
         _compare,
         "tell whether two models have a common origin, by their weights alone: no mark, no key, no images",
-        epilog="Exit codes: 0 descent, 1 no descent found, 2 error, 3 inconclusive; with --against, of the best.",
+        epilog="Exit codes: 0 descent, 1 no descent found, 2 error, 3 inconclusive; with --against, "
+        "of the best.",
     )
     compare.add_argument("a", metavar="A", help=f"a checkpoint file or folder, or {MODEL_HELP}")
     compare.add_argument("b", metavar="B", nargs="?", help="another")
-    compare.add_argument("--out", type=Path, metavar="FILE.png", help="draw which blocks and matrices descend")
+    compare.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="draw which blocks and matrices descend"
+    )
     compare.add_argument(
         "--against",
         action="append",
         metavar="PATH",
-        help="instead of B: a folder, searched to the bottom, a file or a glob of candidates; they are ranked by "
-        f"sketches, and the best {OPENED} compared in full; may be given repeatedly",
+        help="instead of B: a folder, searched to the bottom, a file or a glob of candidates; they are "
+        f"ranked by sketches, and the best {OPENED} compared in full; may be given repeatedly",
     )
     compare.add_argument(
         "--index",
@@ -139,7 +142,9 @@ def _table(rows: list[dict[str, Any]], unread: dict[str, str]) -> str:
         full = "decision" in row
         score, p_value = (f"{row['score']:.2f}", f"{row['p_value']:.1g}") if full else ("-", "-")
         verdict = row["decision"] if full else "not opened"
-        lines.append(f"{row['likeness']:>6.2f}  {score:>5}  {p_value:>8}  {verdict}: {_printable(row['path'])}")
+        lines.append(
+            f"{row['likeness']:>6.2f}  {score:>5}  {p_value:>8}  {verdict}: {_printable(row['path'])}"
+        )
     if len(rows) > SHOWN:
         lines.append(f"and {len(rows) - SHOWN} more, less alike")
     lines += [f"not read: {_printable(name)}: {why}" for name, why in list(unread.items())[:SHOWN]]

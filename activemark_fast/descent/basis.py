@@ -1,7 +1,7 @@
 """What a thief can do to the whole: blocks put in or cut out, the residual stream permuted or rotated.
 
-Both are looked for by means of what does not depend on the order of units and heads: the stem, biases, and means
-over units. So whatever is found, the units of B are still numbered as they were.
+Both are looked for by means of what does not depend on the order of units and heads: the stem, biases, and
+means over units. So whatever is found, the units of B are still numbered as they were.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def from_the_stem(
 
     Args:
         width: D.
-        first, second: the stems of A and B.
+        first: the stem of A.
+        second: of B.
         vectors: of pairs of blocks, each (4, D).
     """
     fit = Procrustes(width)

@@ -1,4 +1,4 @@
-"""compare: whether two models descend from one another, by their weights alone. No key, no mark, no images."""
+"""compare: whether two models have a common origin, by their weights alone. No key, no mark, no images."""
 
 from __future__ import annotations
 
@@ -35,21 +35,24 @@ FEWEST_HEADS = 2
 ALIKE = 0.1
 """A matrix is the other's, changed, if its units' own partners are more alike than the runners-up by this."""
 NOISE_EDGE = 1.05
-"""A matrix with no singular value above this multiple of the largest of a random matrix is as if never trained."""
+"""A matrix whose largest singular value is at most this multiple of a random one's is as if never trained."""
 
 
 def compare(a: Source, b: Source) -> Descent:
     """Tells whether the weights of `a` and `b` have a common origin.
 
-    The MLP units of each pair of blocks are matched by what they read and write, and the attention heads by what
-    they compute; it is counted how many are matched to their own number. If B was trained from a start of its own,
-    its units could have been numbered in any order, so the count is that of a random numbering, whose distribution
-    is known exactly: the p-value. A thief can renumber units for nothing, and rotate the residual stream; so the
-    score looks at whether units that are matched by what they read also write the same. It is no p-value, but
-    neither a renumbering by a thief lowers it nor one by a forger raises it.
+    The MLP units of each pair of blocks are matched by what they read and write, and the attention heads by
+    what they compute; it is counted how many are matched to their own number. If B was trained from a start
+    of its own, its units could have been numbered in any order, so the count is that of a random numbering,
+    whose distribution is known exactly: the p-value (see `ASSUMPTION`). A thief can renumber units for
+    nothing, and rotate the residual stream; so the score says how much more a unit agrees with its partner
+    than with the next best of another kind, whatever their numbers, and if nothing is found as the models
+    are, B is looked at again with its residual stream rotated back. The score is no p-value, but neither a
+    renumbering by a thief lowers it nor one by a forger raises it.
 
     Args:
-        a, b: modules, model strings, or paths of checkpoints or of folders of them; plain ViTs of one width.
+        a: a plain ViT: a module, a model string, or the path of a checkpoint, a file or a folder.
+        b: another of the same width.
 
     Raises:
         TypeError: an argument is of another type.
@@ -184,8 +187,8 @@ def _compared(
         attends, moves = (head_likeness(mine.heads[k : k + 2], shuffled[k : k + 2]) for k in (0, 2))
         first, second = nearest(attends + moves)
         heads = Pairs(first, order[second], torch.arange(len(attends)), len(order))
-        kin = sum(head_likeness(shuffled[k : k + 2], shuffled[k : k + 2]) for k in (0, 2))
-        control = runners_up((attends + moves)[first], kin[second] / 2)
+        kin_q, kin_v = (head_likeness(shuffled[k : k + 2], shuffled[k : k + 2]) for k in (0, 2))
+        control = runners_up((attends + moves)[first], (kin_q + kin_v)[second] / 2)
         alike["attn.qk"] = _likeness(attends, first, second, control)
         alike["attn.ov"] = _likeness(moves, first, second, control)
         if len(first) >= FEWEST_HEADS:
@@ -219,7 +222,7 @@ def _units(mine: Block, theirs: Block, basis: Tensor | None, seed: int) -> tuple
 
 
 def _unit_likeness(a: Units, b: Units) -> tuple[Tensor, Tensor]:
-    """(s, t) cosines of what units read and of what they write; 0 where one MLP is gated and the other is not."""
+    """(s, t) cosines of what units read and of what they write; 0 where only one MLP is gated."""
     by_writes = a.writes @ b.writes.T
     if a.reads.shape[1] != b.reads.shape[1]:
         return torch.zeros_like(by_writes), by_writes
@@ -234,7 +237,7 @@ def _likeness(likeness: Tensor, first: Tensor, second: Tensor, control: Tensor) 
 
 
 def _unit_score(a: Units, b: Units, first: Tensor, second: Tensor, control: Tensor) -> float:
-    """How much better the ranks of what units read and write agree with their partners' than with runners-up'."""
+    """How much better the ranks of what units read and write agree with partners' than with runners-up'."""
     if len(first) < FEWEST_PAIRS:
         return 0.0
     parts = [(a.writes, b.writes)]

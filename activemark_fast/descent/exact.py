@@ -14,13 +14,13 @@ _ONE = 1 << _BITS
 def chance_of_agreement(groups: Sequence[tuple[int, int]], count: int) -> float:
     """P(at least `count` agreements) where things are numbered at random.
 
-    In each group, m different labels out of 0 … n - 1 are paired with m things, which are numbered by n labels in
-    an order that is drawn uniformly, independently for each group; an agreement is a thing whose number is the
-    label it is paired with. For m = n these are the fixed points of a random permutation.
+    In each group, m different labels out of 0 … n - 1 are paired with m things, which are numbered by n
+    labels in an order that is drawn uniformly, independently for each group; an agreement is a thing whose
+    number is the label it is paired with. For m = n these are the fixed points of a random permutation.
 
-    For one group E[C(X, j)] = C(m, j) (n - j)! / n!, and by inclusion and exclusion P(X = k) is the sum over i of
-    (-1)^i C(k + i, k) E[C(X, k + i)]; groups are convolved. All in integers of 2,048 binary places: what they
-    round off is far below `SMALLEST`.
+    For one group E[C(X, j)] = C(m, j) (n - j)! / n!, and by inclusion and exclusion P(X = k) is the sum over
+    i of (-1)^i C(k + i, k) E[C(X, k + i)]; groups are convolved. All in integers of 2,048 binary places: what
+    they round off is far below `SMALLEST`.
 
     Args:
         groups: (m, n) of every group, 0 <= m <= n.

@@ -1,7 +1,7 @@
 """Which unit is which, and which head: nearest neighbours that agree, and how alike they are.
 
-Nothing here depends on how the units of B are numbered: they are looked at in a random order, so that ties are
-not broken in favour of a number.
+Nothing here depends on how the units of B are numbered: they are looked at in a random order, so that ties
+are not broken in favour of a number.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Pairs:
 
 
 def moved(block: Block, basis: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Reads (n, G, D) and writes (n, D) of a block in the basis (D, D) of another model; None: as they are."""
+    """Reads (n, G, D) and writes (n, D) of a block, taken by `basis` (D, D) to another model's."""
     if basis is None:
         return block.reads, block.writes
     return block.reads @ basis, block.writes @ basis
@@ -75,8 +75,8 @@ class Units:
         size: how many there are.
         looked_at: (s,) the numbers of those that were looked at.
         numbers: (n,) of these, the ones that read and write something.
-        reads, writes: (n, G D) and (n, D) float32; each channel less its mean and over its deviation, so that no
-            massive channel decides alone, then each unit of length 1.
+        reads, writes: (n, G D) and (n, D) float32; each channel less its mean and over its deviation, so that
+            no massive channel decides alone, then each unit of length 1.
     """
 
     def __init__(self, reads: Tensor, writes: Tensor, order: Tensor) -> None:
@@ -124,8 +124,8 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
 def head_likeness(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
     """(H, H') cosine between the bilinear forms X^T Y of heads; each argument (X, Y), both (H, d, D).
 
-    What can be mixed within a head without changing what it computes, X by a matrix and Y by its inverse, does
-    not change X^T Y.
+    What can be mixed within a head without changing what it computes, X by a matrix and Y by its inverse,
+    does not change X^T Y.
     """
     inner = _form_products(first, second)
     lengths = [_form_products(part, part).diagonal().clamp_min(1e-30).sqrt() for part in (first, second)]

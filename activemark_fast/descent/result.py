@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -15,19 +16,24 @@ DECISIONS: tuple[DescentDecision, ...] = ("descent", "inconclusive", "no descent
 ALPHA = 1e-6
 """At or below this p-value the numbers of the units are no coincidence."""
 SHARED = 0.35
-"""A block of this score shares weights. `benchmarks/descent.py` measures how far innocents and forgers get."""
+"""A block of this score shares weights; `benchmarks/descent.py` has how far innocents and forgers get."""
 FEWEST_BLOCKS = 3
-"""So many blocks of a model must share weights, at least."""
+"""So many blocks must share weights, at least."""
 SHARE_OF_BLOCKS = 4
 """One block in so many must."""
 STEM_SHARED = 0.9
 """Patch embeddings that are that much alike (cosine), channel by channel, make a result inconclusive."""
 MATRICES = ("attn.qk", "attn.ov", "mlp.fc1", "mlp.fc2")
-"""What the heads attend to (queries and keys), what they move (values and outputs), and the two of the MLP."""
+"""What heads attend to (queries and keys), what they move (values and outputs), and the two of the MLP."""
 ASSUMPTION = (
-    "if one of the two was trained from a start of its own, with units and heads that could have come in any order, "
-    "and nobody who saw both has renumbered them since. Whoever holds both files can renumber an innocent model for "
-    "nothing: against them this p-value says nothing, and the score, which no renumbering changes, is what counts"
+    "if one of the two was trained from a start of its own, its units and heads in an order that could have "
+    "been any other, and nobody who had both has renumbered either since. Whoever holds both files can "
+    "renumber "
+    "an innocent model and make this p as small as they like: against them it says nothing. A renumbering "
+    "does "
+    "not change the score; but whoever makes A after they saw B can train B on and call it A, and against "
+    "them "
+    "only a commitment to A (activemark commit --model) helps that is older than B"
 )
 
 
@@ -39,12 +45,12 @@ class BlockDescent:
         a, b: which blocks, counted from 0.
         units: (agreements, matched): how many matched MLP units have the same number in both.
         heads: the same of attention heads.
-        unit_score: how much more units that are matched by one matrix of the MLP agree in the other one than with
-            the runners-up: the median of differences of Spearman's coefficients, of both directions the mean.
-            About 0 between independent models, whatever their units learned, and at most 1.
-        head_score: the same of heads, matched by what they attend to and by what they move; of cosines.
-        likeness: for each of `MATRICES` the median cosine of matched units or heads. Between independent models it
-            is not 0: nearest neighbours are alike.
+        unit_score: how much better what units read and write agrees (Spearman's coefficient) with their
+            partners than with the next best of another kind, median. About 0 between independent models, at
+            most 1.
+        head_score: the same of heads, by the cosines of what they attend to and move.
+        likeness: for each of `MATRICES` the median cosine of matched units or heads. Between independent
+            models it is not 0: nearest neighbours are alike.
         states: what became of each matrix, see `Descent`.
     """
 
@@ -82,14 +88,14 @@ class Traits:
 class Descent:
     """What the weights of two models say about a common origin.
 
-    States of a matrix: "frozen" (the same, or the same rounded to bfloat16), "tuned" (the same units, changed),
-    "replaced" (nothing in common), "re-initialised" (replaced, and random as before any training). A matrix of a
-    rotated model is never called frozen.
+    States of a matrix: "frozen" (the same, or the same rounded to bfloat16), "tuned" (the same units,
+    changed), "replaced" (nothing in common), "re-initialised" (replaced, and random as before any training).
+    A matrix of a rotated model is never called frozen.
 
     Attributes:
         a, b: names of the models.
-        p_value: exact, under `ASSUMPTION`: twice over for units and heads, and twice for the two bases. 4e-300 stands
-            for all that is smaller.
+        p_value: exact under `ASSUMPTION`, with a factor of 4 for two tests (units, heads) in two bases.
+            4e-300 stands for all that is smaller.
         basis: "rotated" if B's residual stream was rotated or permuted back before it was compared.
         depths: how many blocks A and B have.
         blocks: of each pair of blocks.
@@ -114,10 +120,10 @@ class Descent:
 
     @property
     def score(self) -> float:
-        """The robust score: what the third best block reaches, or the best quarter of the blocks if that is more.
+        """The robust score: what the best quarter of the blocks reaches, but at least three; 0 of fewer.
 
-        No p-value. A forger who rotates an innocent model to fit one or two blocks of another does not raise it.
-        0 where fewer than three blocks could be compared.
+        No p-value. A forger who rotates an innocent model to fit one or two blocks of another does not raise
+        it.
         """
         count = max(FEWEST_BLOCKS, -(-len(self.blocks) // SHARE_OF_BLOCKS))
         if len(self.blocks) < count:
@@ -126,7 +132,7 @@ class Descent:
 
     @property
     def decision(self) -> DescentDecision:
-        """ "descent" by the score alone; a p-value that the score does not bear out is inconclusive."""
+        """Descent by the score alone; a p-value that the score does not bear out is inconclusive."""
         if self.score >= SHARED:
             return "descent"
         if self.p_value <= ALPHA or len(self.blocks) < FEWEST_BLOCKS or self._stem_shared:
@@ -144,37 +150,35 @@ class Descent:
 
     @property
     def reason(self) -> str:
-        """What is shown, in one sentence."""
+        """What is shown, in one sentence or two."""
         agree = f"{self.units[0]} of {self.units[1]} matched units have the same number in both"
         if self.decision == "descent":
-            how = (
-                "still numbered alike"
-                if self.p_value <= ALPHA
-                else "but numbered anew: the p-value says nothing, somebody moved them"
-            )
+            numbered = self.p_value <= ALPHA
+            how = "still numbered alike" if numbered else "but numbered anew, so the p-value says nothing"
             turned = ", after the residual stream was rotated back" if self.basis == "rotated" else ""
             return (
-                f"{len(self.shared)} of {len(self.blocks)} pairs of blocks share their units or heads{turned}; these "
-                f"are {how}. So one descends from the other, or both from a common ancestor (a common initialisation "
-                f"is one); which, the weights do not prove"
+                f"{len(self.shared)} of {len(self.blocks)} pairs of blocks share their units or "
+                f"heads{turned}; "
+                f"these are {how}. So one descends from the other, or both from a common ancestor (a common "
+                f"initialisation is one); which, the weights do not prove"
             )
         if len(self.blocks) < FEWEST_BLOCKS:
-            return (
-                f"only {len(self.blocks)} pairs of blocks could be compared, wanted at least {FEWEST_BLOCKS}"
-            )
+            return f"{len(self.blocks)} pairs of blocks could be compared, wanted at least {FEWEST_BLOCKS}"
         if self._stem_shared and self.p_value > ALPHA:
             return (
-                "the patch embeddings are the same or nearly so, but no block shares its units or heads: all blocks "
+                "the patch embeddings are the same or nearly so, but too few blocks share units or heads: "
+                "blocks "
                 "were replaced, or somebody moved one model's channels to fit the other's"
             )
         if self.decision == "inconclusive":
             return (
-                f"{agree}, more than by chance, but what they read and write does not agree as it does in a "
-                f"descendant: somebody renumbered one model to fit the other, or hardly anything is left of a descent"
+                f"{agree}, or of the heads, more than by chance; but what they read and write does not agree "
+                f"as "
+                f"in a descendant: one model was renumbered to fit the other, or little is left of a descent"
             )
         return (
-            f"{agree}, and what they read and write agrees no more than in independent models. A model that was "
-            f"distilled from another, or trained on until nothing was left, looks like this, too"
+            f"{agree}, and what they read and write agrees no more than in independent models. A model that "
+            f"was distilled from another, or trained on until nothing was left, looks like this, too"
         )
 
     @property
@@ -182,28 +186,22 @@ class Descent:
         """What heuristics say about which came first; no evidence."""
         if self.decision != "descent":
             return ""
-        names = ("A", "B")
+        a, b = self.traits
         hints = []
-        zeros = [traits.zeros for traits in self.traits]
-        if max(zeros) > 0.01 and max(zeros) > 2 * min(zeros):
-            later = zeros.index(max(zeros))
+        if max(a.zeros, b.zeros) > 0.01 and max(a.zeros, b.zeros) > 2 * min(a.zeros, b.zeros):
+            name, share = ("A", a.zeros) if a.zeros > b.zeros else ("B", b.zeros)
+            hints.append(f"{name} was pruned ({share:.0%} of its weights are 0), so it may be the later")
+        if a.bfloat16 != b.bfloat16:
+            name = "A" if a.bfloat16 else "B"
+            hints.append(f"{name} is rounded to bfloat16, so it may be the later, or the released one")
+        if self.depths[0] != self.depths[1]:
+            hints.append(f"A has {self.depths[0]} blocks, B {self.depths[1]}")
+        if abs(a.kurtosis - b.kurtosis) > 0.1 * max(abs(a.kurtosis), abs(b.kurtosis)):
+            name = "A" if a.kurtosis > b.kurtosis else "B"
             hints.append(
-                f"{names[later]} was pruned ({max(zeros):.0%} of its weights are 0), so it may be the later"
-            )
-        narrow = [traits.bfloat16 for traits in self.traits]
-        if narrow[0] != narrow[1]:
-            hints.append(
-                f"{names[narrow.index(True)]} is rounded to bfloat16, so it may be the later or a release"
-            )
-        depths = self.depths
-        if depths[0] != depths[1]:
-            hints.append(f"A has {depths[0]} blocks, B {depths[1]}")
-        kurtosis = [traits.kurtosis for traits in self.traits]
-        if abs(kurtosis[0] - kurtosis[1]) > 0.1 * max(map(abs, kurtosis)):
-            more = kurtosis.index(max(kurtosis))
-            hints.append(
-                f"{names[more]} has more outliers (kurtosis {max(kurtosis):.2f}, the other {min(kurtosis):.2f}), so it "
-                "may have been trained for longer"
+                f"{name} has more outliers (excess kurtosis {a.kurtosis:.2f} and {b.kurtosis:.2f}), so it "
+                f"may have "
+                "been trained for longer"
             )
         return "; ".join(hints) or "nothing tells which came first"
 
@@ -246,10 +244,12 @@ class Descent:
         counted = "" if self.heads_known else " (heads not counted: how many there are is not known)"
         lines = [
             f"{self.decision}: {self.reason}",
-            f"  robust score  {self.score:.3f} (descent from {SHARED}; independent models are near 0). No p-value",
-            f"  exact test    p = {bound}{self.p_value:.2g}: {self.units[0]} of {self.units[1]} units{heads} keep their "
-            f"number{counted}",
-            f"                exact {ASSUMPTION}",
+            f"  robust score  {self.score:.3f} (descent from {SHARED}; independent models near 0). No "
+            f"p-value",
+            f"  exact test    p = {bound}{self.p_value:.2g}: {self.units[0]} of {self.units[1]} units{heads} "
+            f"keep "
+            f"their number{counted}",
+            *textwrap.wrap(f"exact {ASSUMPTION}", 100, initial_indent=" " * 16, subsequent_indent=" " * 16),
         ]
         if self.order:
             lines.append(f"  which first   {self.order} (heuristics, no evidence)")
@@ -267,7 +267,9 @@ class Descent:
                 for name in MATRICES
             )
             lines.append(
-                f"  {block.a:>3} {block.b:>3}  {_of(block.units):>12} {_of(block.heads):>7} {block.score:>6.2f}  {cells}"
+                f"  {block.a:>3} {block.b:>3}  {_of(block.units):>12} {_of(block.heads):>7} "
+                f"{block.score:>6.2f}  "
+                f"{cells}"
             )
         states = Counter(state for block in self.blocks for state in block.states.values())
         lines.append(f"  matrices: {', '.join(f'{count} {state}' for state, count in states.items())}")

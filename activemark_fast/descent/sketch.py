@@ -1,9 +1,9 @@
 """Sketches: a few kB that tell which of thousands of models are worth opening. A first pass, no evidence.
 
-Of each block, what does not depend on the order of units and heads: for every channel of the residual stream, how
-much the MLP's units read from it and write to it, and the biases. These vectors are projected by random matrices
-that everybody has. A model that was fine-tuned, pruned or renumbered has nearly the same sketch; one whose
-residual stream was permuted or rotated has not, and is found by `compare` only.
+Of each block, what does not depend on the order of units and heads: for every channel of the residual stream,
+how much the MLP's units read from it and write to it, and the biases. These vectors are projected by random
+matrices that everybody has. A model that was fine-tuned, pruned or renumbered has nearly the same sketch; one
+whose residual stream was permuted or rotated has not, and is found by `compare` only.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Sketch:
             return cls(weights.width, scaled.round().clamp(-127, 127).to(torch.int8).numpy())
 
     def likeness(self, other: Sketch) -> float:
-        """-1 to 1: mean correlation of the blocks, in the best of all shifts; 0 for models of different widths.
+        """-1 to 1: mean correlation of the blocks, in the best of all shifts. About 0 for independent models.
 
-        About 0 for independent models.
+        0 for models of different widths.
         """
         return ranked(self, [other])[0]
 
@@ -173,7 +173,7 @@ class Index:
         write_whole(path, safetensors.numpy.save(values, metadata={"index": header}), mode=0o644)
 
     def update(self, paths: Iterable[Path]) -> Iterator[Entry]:
-        """The entries of some checkpoints, files or folders; each is read if it is new or was changed since."""
+        """The entries of checkpoints, files or folders; each is read if it is new or was changed since."""
         for path in paths:
             name = os.path.abspath(path)
             size, modified = _facts(Path(name))
@@ -199,7 +199,9 @@ def _facts(path: Path) -> tuple[int, int]:
 
 def _profile(block: Block) -> Tensor:
     """(4, D) float64, each row of mean 0 and deviation 1 (or 0): logarithms of norms, and biases."""
-    norms = torch.stack([block.reads.double().square().sum(dim=(0, 1)), block.writes.double().square().sum(dim=0)])
+    norms = torch.stack(
+        [block.reads.double().square().sum(dim=(0, 1)), block.writes.double().square().sum(dim=0)]
+    )
     rows = torch.cat([(norms + 1e-30).log(), block.vectors[:2].double()])
     rows = rows - rows.mean(dim=1, keepdim=True)
     return rows / rows.std(dim=1, correction=0, keepdim=True).clamp_min(1e-12)

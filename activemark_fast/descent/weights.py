@@ -1,8 +1,8 @@
 """The weights of a plain ViT, block by block, in a form that what a thief can do for nothing does not change.
 
-Norms and LayerScales are folded into the matrices beside them, and what a layer norm does not see, the mean over
-the channels, is taken off. What is left of an MLP is a list of units, each with what it reads from the residual
-stream and what it writes to it; of an attention layer, a list of heads.
+Norms and LayerScales are folded into the matrices beside them, and what a layer norm does not see, the mean
+over the channels, is taken off. What is left of an MLP is a list of units, each with what it reads from the
+residual stream and what it writes to it; of an attention layer, a list of heads.
 
 This is the only place of `descent` that opens checkpoints.
 """
@@ -33,7 +33,7 @@ Source = nn.Module | str | os.PathLike[str]
 MOST_BYTES = 16_000_000_000
 """Of tensors that are read together: one block, or a whole torch file."""
 USUAL_HEAD = 64
-"""Channels of a head where a file does not say how many heads there are: so it is with nearly all published ViTs."""
+"""Channels of a head where a file does not say how many heads there are: so most published ViTs have it."""
 _STEM = frozenset({"patch.weight", "patch.bias", "cls", "pos", "reg"})
 
 
@@ -45,8 +45,8 @@ class Block:
         reads: (n, G, D) what each unit reads.
         writes: (n, D) what each unit writes.
         heads: queries, keys, values and outputs, each (H, d, D); None where the attention is of another make.
-        vectors: (4, D), which do not depend on the order of units and heads: the biases of MLP and attention, and
-            the means of `reads` and `writes`.
+        vectors: (4, D), which do not depend on the order of units and heads: the biases of MLP and attention,
+            and the means of `reads` and `writes`.
         raw: the matrices as they are stored, by common name; valid until the next block is read.
     """
 
@@ -64,7 +64,8 @@ class Weights:
         name: for messages.
         depth, width: number of blocks and of channels.
         heads_known: whether the number of heads is known, not assumed.
-        stem: by common name, (rows, D) float32 each: the patch embedding's filters, the tokens, the positions.
+        stem: by common name, (rows, D) float32 each: the patch embedding's filters, the tokens, the
+            positions.
 
     Raises:
         TypeError: the model is neither a module nor a string nor a path.
@@ -194,8 +195,9 @@ class Weights:
 
     def _odd(self, name: str, tensor: Tensor) -> CheckpointError:
         return CheckpointError(
-            f"{self.name}: {name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}, "
-            f"wanted floating-point weights of a plain ViT of width {getattr(self, 'width', '?')}"
+            f"{self.name}: {name} is {str(tensor.dtype).removeprefix('torch.')} of shape "
+            f"{tuple(tensor.shape)}"
+            f", wanted floating-point weights of a plain ViT of width {getattr(self, 'width', '?')}"
         )
 
 
@@ -204,7 +206,7 @@ def _centred(rows: Tensor) -> Tensor:
 
 
 def _image_tower(names: Iterable[str], model: str) -> dict[str, str]:
-    """Common name → stored name, of the image tower: the deepest one with a patch embedding, if any has one."""
+    """Common name → stored name, of the image tower: the largest one with a patch embedding, if any has."""
     towers: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
         parts = name.split(".")

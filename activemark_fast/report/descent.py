@@ -22,7 +22,7 @@ _MISSING = "#FFFFFF"
 
 
 def descent_figure(descent: Descent) -> Figure:
-    """A heat map: a column for each pair of blocks, a row for each matrix, and below how well the block agrees."""
+    """A heat map: a column for each pair of blocks, a row for each matrix; below, how well blocks agree."""
     blocks = descent.blocks
     figure = Figure(figsize=(max(7.5, 2.5 + 0.55 * len(blocks)), 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.3, 1))
@@ -42,7 +42,13 @@ def descent_figure(descent: Descent) -> Figure:
                 value = f"{block.likeness[name]:.2f}"
                 dark = block.states[name] in ("frozen", "replaced")
                 upper.text(
-                    column, row, value, ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    column,
+                    row,
+                    value,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if dark else "black",
                 )
     upper.set_yticks(range(len(MATRICES)), MATRICES)
     upper.tick_params(length=0)
@@ -63,9 +69,13 @@ def descent_figure(descent: Descent) -> Figure:
     lower.plot(places, agree[1], "^:", color=GREY, alpha=0.6, label="heads with the same number, share")
     lower.axhline(SHARED, color="black", lw=1, ls="--")
     lower.set_ylim(-0.1, 1.1)
-    lower.set_xticks(places, [f"{block.a}" if block.a == block.b else f"{block.a}/{block.b}" for block in blocks])
+    lower.set_xticks(
+        places, [f"{block.a}" if block.a == block.b else f"{block.a}/{block.b}" for block in blocks]
+    )
     lower.set_xlabel("block, counted from 0 (A's / B's where they differ)")
     lower.legend(fontsize=8, loc="center right")
     lower.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(textwrap.fill(f"{descent.decision}: {descent.reason}", 110), x=0.01, ha="left", fontsize=10)
+    figure.suptitle(
+        textwrap.fill(f"{descent.decision}: {descent.reason}", 110), x=0.01, ha="left", fontsize=10
+    )
     return figure
