@@ -6,6 +6,7 @@ means over units. So whatever is found, the units of B are still numbered as the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +19,8 @@ ALIKE_VECTORS = 0.5
 def pair_blocks(first: Tensor, second: Tensor) -> list[tuple[int, int]]:
     """Which block of B is which of A: in order, none twice.
 
-    The pairing whose vectors agree best, where they agree well; else the first with the first, and so on.
+    The pairing whose vectors agree best, where they agree well; else the first with the first, and so on. As
+    many blocks in both between two pairs (or before the first, or after the last) are pairs, too.
 
     Args:
         first: (L, 4, D), the vectors of A's blocks.
@@ -41,8 +43,15 @@ def pair_blocks(first: Tensor, second: Tensor) -> list[tuple[int, int]]:
             pairs.append((i, j))
     straight = [(index, index) for index in range(min(len(first), len(second)))]
     found = float(best[-1, -1])
-    worse = sum(float(alike[pair]) for pair in straight) < found
-    return pairs[::-1] if pairs and worse and found / len(pairs) >= ALIKE_VECTORS else straight
+    if not pairs or found / len(pairs) < ALIKE_VECTORS:
+        return straight
+    filled = []
+    ends = (len(first), len(second))
+    for (i, j), (k, m) in itertools.pairwise([(-1, -1), *pairs[::-1], ends]):
+        if k - i == m - j:
+            filled += [(i + step, j + step) for step in range(1, k - i)]
+        filled.append((k, m))
+    return filled[:-1]
 
 
 class Procrustes:

@@ -255,11 +255,13 @@ def _partners(mine: Block, theirs: Block, basis: Tensor) -> tuple[Tensor, Tensor
     a, b = _units(mine, theirs, basis, 0)
     by_reads, by_writes = _unit_likeness(a, b)
     first, second = nearest(by_reads + by_writes)
-    rows = [
-        torch.cat([block.reads[chosen].flatten(0, 1), block.writes[chosen]])
-        for block, chosen in ((mine, a.numbers[first]), (theirs, b.numbers[second]))
-    ]
-    return rows[0], rows[1]
+    ours, others = a.numbers[first], b.numbers[second]
+    if a.reads.shape[1] != b.reads.shape[1]:
+        return mine.writes[ours], theirs.writes[others]
+    return (
+        torch.cat([mine.reads[ours].flatten(0, 1), mine.writes[ours]]),
+        torch.cat([theirs.reads[others].flatten(0, 1), theirs.writes[others]]),
+    )
 
 
 def _mark_frozen(

@@ -111,6 +111,8 @@ def runners_up(likeness: Tensor, kinship: Tensor) -> Tensor:
         likeness: (m, t) of those of A to all of B.
         kinship: (m, t) of their partners to all of B.
     """
+    if 0 in likeness.shape:
+        return torch.zeros(0, dtype=torch.long)
     return likeness.masked_fill(kinship > TWIN, -torch.inf).argmax(dim=1)
 
 
