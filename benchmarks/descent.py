@@ -540,10 +540,9 @@ def page(found: dict[str, Any], command: str) -> str:
         "Two ViT-L/14 (random weights, float32 files) on two threads, from the start of the process, on "
         "a machine that does other work, too: "
         + "; ".join(f"{case} {row['seconds']:.0f} s" for case, row in large.items())
-        + f"; at most {max(row['peak_gb_so_far'] for row in large.values()):.2f} GB of memory. "
-        f"{sketches['sketches']:,} sketches of such a model, {sketches['bytes_each'] / 1000:.1f} kB each, are "
-        f"ranked in "
-        f"{sketches['seconds']:.2f} s.",
+        + f"; at most {max(row['peak_gb_so_far'] for row in large.values()):.2f} GB. "
+        f"{sketches['sketches']:,} sketches of such a model, {sketches['bytes_each'] / 1000:.1f} kB each, "
+        f"are ranked in {sketches['seconds']:.2f} s.",
         "",
     ]
     return "\n".join(lines)

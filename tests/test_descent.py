@@ -293,7 +293,8 @@ def test_units_split_into_twins_and_decoys(model: Any) -> None:
                 other = 1e-6 * torch.randn(value.shape) if decoys else value / 2
                 state[name] = torch.cat([value if decoys else value / 2, other], dim=1)
         wide.load_state_dict(state)
-        descends(model, wide)
+        found = descends(model, wide)
+        assert min(block.unit_score for block in found.blocks) >= SHARED
 
 
 @torch.no_grad()
@@ -539,11 +540,15 @@ def test_compare_as_a_process(folder: Path) -> None:
     assert done.stdout.startswith("descent: 5 of 5 pairs of blocks share their units or heads")
     assert ASSUMPTION in " ".join(done.stdout.split())
     assert picture.read_bytes().startswith(b"\x89PNG")
-    done = process(
-        "compare", folder / "a.safetensors", folder / "candidates" / "stranger.safetensors", "--json"
-    )
-    record = json.loads(done.stdout)
-    assert (done.returncode, record["decision"]) == (1, "no descent found")
+
+
+def test_the_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from activemark_fast.cli import main
+
+    stranger = folder / "candidates" / "stranger.safetensors"
+    assert main(["compare", str(folder / "a.safetensors"), str(stranger), "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["decision"] == "no descent found"
     assert record["score"] < record["score_wanted"]
     assert len(record["blocks"]) == 5
 

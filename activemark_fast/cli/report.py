@@ -92,7 +92,7 @@ def _report(args: argparse.Namespace) -> Outcome:
             profile=measured,
             evaluation=evaluation,
             command=_command(args),
-            facts=_facts(args, watermark.fingerprint),
+            facts=_facts(args, watermark.fingerprint) | _original_facts(args),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             descent=descent,
         )
@@ -125,6 +125,16 @@ def _facts(args: argparse.Namespace, fingerprint: str) -> dict[str, str]:
     facts["Versions"] = (
         f"activemark_fast {__version__}, Python {platform.python_version()}, torch {version('torch')}"
     )
+    return facts
+
+
+def _original_facts(args: argparse.Namespace) -> dict[str, str]:
+    if args.original is None:
+        return {}
+    facts = {"What compares the weights": shlex.join(["activemark", "compare", args.original, args.suspect])}
+    weights = Path(args.original.partition("@")[2] or args.original)
+    if weights.is_file():
+        facts[f"SHA-256 of {weights.name}"] = _sha256(weights)
     return facts
 
 
