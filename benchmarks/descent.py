@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ from activemark_fast.descent.sketch import ranked
 from activemark_fast.descent.weights import Weights
 from activemark_fast.triggers import Preprocess
 
+REFIT_STEPS = 150
 MODELS = 33
 """528 pairs. Every fourth model is torchvision's."""
 SIZES = {"width": 64, "depth": 6, "heads": 4, "patch": 8}
@@ -383,6 +385,7 @@ def with_basis(model: nn.Module, basis: Tensor) -> nn.Module:
 def hostile(pool: Pool, task: Task, results: Results) -> None:
     demo = load_model("demo")
     inside = permute_inside(demo, None, 0, 1)
+    fitted = cache(lambda: refitted(demo, task.train, REFIT_STEPS))
     thieves: dict[str, Callable[[], nn.Module]] = {
         "units and heads renumbered and scaled": lambda: inside,
         "residual stream permuted": lambda: permute_residual(demo, None, 0, 1),
@@ -395,9 +398,9 @@ def hostile(pool: Pool, task: Task, results: Results) -> None:
         "every unit split into two": lambda: wider(demo, decoys=False),
         "as many decoys as units": lambda: wider(demo, decoys=True),
         "two idle blocks in front": lambda: with_idle_blocks(demo),
-        "MLPs re-initialised and fitted again": lambda: refitted(demo, task.train, 300),
+        "MLPs re-initialised and fitted again": fitted,
         "the same, renumbered and rotated": lambda: rotate_residual(
-            permute_inside(refitted(demo, task.train, 300), None, 0, 1), None, 0, 1
+            permute_inside(fitted(), None, 0, 1), None, 0, 1
         ),
         "all blocks re-initialised": lambda: reinitialise(demo, None, 0, 12),
         "distilled into a fresh model": lambda: distil(demo, task.train, 0, 3),
@@ -554,7 +557,7 @@ def main() -> None:
     parser.add_argument("--segmentation", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=1000, help="that attacks train on (1000)")
+    parser.add_argument("--images", type=int, default=160, help="that attacks train on (160)")
     arguments = parser.parse_args()
     arguments.work.mkdir(exist_ok=True)
     results = Results(arguments.work / "results.json")

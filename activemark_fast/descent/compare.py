@@ -86,21 +86,25 @@ def compare(a: Source, b: Source) -> Descent:
         maps = [
             refined(fit, [pairs.index(pair) for pair in half], partners, ROUNDS) for half in reversed(halves)
         ]
-        rotated = _judged(
-            first, second, "rotated", [(i, j, maps[place % 2]) for place, (i, j) in enumerate(pairs)]
-        )
+        moved_pairs = [(i, j, maps[place % 2]) for place, (i, j) in enumerate(pairs)]
+        rotated = _judged(first, second, "rotated", moved_pairs, plain.traits)
         return min(plain, rotated, key=lambda one: DECISIONS.index(one.decision))
 
 
 def _judged(
-    first: Weights, second: Weights, basis: Basis, pairs: Sequence[tuple[int, int, Tensor | None]]
+    first: Weights,
+    second: Weights,
+    basis: Basis,
+    pairs: Sequence[tuple[int, int, Tensor | None]],
+    known_traits: tuple[Traits, Traits] | None = None,
 ) -> Descent:
     blocks, units, heads = [], [], []
     traits: tuple[list[Traits], list[Traits]] = ([], [])
     for i, j, matrix in pairs:
         mine, theirs = first.block(i), second.block(j)
-        for seen, block_read in zip(traits, (mine, theirs), strict=True):
-            seen.append(_traits(block_read))
+        if known_traits is None:
+            traits[0].append(_traits(mine))
+            traits[1].append(_traits(theirs))
         block, unit_pairs, head_pairs = _compared(i, j, mine, theirs, matrix)
         blocks.append(block)
         units.append(unit_pairs)
@@ -125,7 +129,7 @@ def _judged(
         units=_total(units),
         heads=_total(heads),
         heads_known=known,
-        traits=(_mean_traits(traits[0]), _mean_traits(traits[1])),
+        traits=known_traits or (_mean_traits(traits[0]), _mean_traits(traits[1])),
     )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from activemark_fast.descent.weights import Block
 
-UNITS = 1024
+UNITS = 512
 """So many units of each block of A are matched, at most; against all of B."""
-CORRELATED = 256
+CORRELATED = 128
 """So many of the pairs of a block are correlated, at most."""
 FEWEST_PAIRS = 8
 """Fewer pairs of units than that make no score."""
@@ -129,14 +129,15 @@ def head_likeness(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tens
     What can be mixed within a head without changing what it computes, X by a matrix and Y by its inverse,
     does not change X^T Y.
     """
-    inner = _form_products(first, second)
-    lengths = [_form_products(part, part).diagonal().clamp_min(1e-30).sqrt() for part in (first, second)]
-    return inner / lengths[0][:, None] / lengths[1]
-
-
-def _form_products(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
     x, y = (torch.einsum("had,gbd->hgab", mine, theirs) for mine, theirs in zip(first, second, strict=True))
-    return (x * y).sum(dim=(2, 3))
+    lengths = [_form_lengths(*pair) for pair in (first, second)]
+    return (x * y).sum(dim=(2, 3)) / lengths[0][:, None] / lengths[1]
+
+
+def _form_lengths(x: Tensor, y: Tensor) -> Tensor:
+    """(H,) Frobenius norms of X^T Y, by the products of the small Gram matrices."""
+    squares = ((x @ x.transpose(1, 2)) * (y @ y.transpose(1, 2))).sum(dim=(1, 2))
+    return squares.clamp_min(1e-30).sqrt()
 
 
 def _standard(rows: Tensor, population: Tensor) -> Tensor:
