@@ -480,18 +480,17 @@ def ranking() -> dict[str, Any]:
     return {"sketches": 1000, "seconds": time.perf_counter() - started, "bytes_each": many[0].values.nbytes}
 
 
-def page(found: dict[str, Any], command: str) -> str:
+def page(found: dict[str, Any], attacks: int, images: int) -> str:
     """docs/descent.md."""
     alone, same = found["independent pairs"], found["same initialisation"]
-    anew, sketches, large = found["renumbered"], found["ranking"], found["cost"]
+    anew, sketches = found["renumbered"], found["ranking"]
     lines = [
         "# Descent without a mark: what was measured",
         "",
-        f"Written by `{command}` on {datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, torch "
-        f"{torch.__version__}. What each row is: `benchmarks/descent.py`. The p-value is exact if nobody who "
-        f"saw both",
-        f"models has renumbered one of them; the score is no p-value, and a descent is claimed from "
-        f"{SHARED}.",
+        f"Written by `python benchmarks/descent.py --images {images}` on "
+        f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, torch {torch.__version__}. What each row "
+        f"is: `benchmarks/descent.py`. The p-value is exact if nobody who saw both models has renumbered one of "
+        f"them; the score is no p-value, and a descent is claimed from {SHARED}.",
         "",
         "## Independent pairs",
         "",
@@ -516,8 +515,10 @@ def page(found: dict[str, Any], command: str) -> str:
         f"{max(row['p'] for row in same):.2g}.",
         "",
     ]
+    measured = sum(name.startswith("descendant: ") for name in found)
+    trained_on = f"attacks trained on {images} images"
     for title, prefix in (
-        ("Descendants of the demo model", "descendant: "),
+        (f"Descendants of the demo model ({measured} of {attacks} attacks; {trained_on})", "descendant: "),
         ("Thieves: the demo model, hidden", "thief: "),
         ("Forgers: an innocent model, made to look like a descendant", "forger: "),
     ):
@@ -540,14 +541,18 @@ def page(found: dict[str, Any], command: str) -> str:
     lines += [
         "## Cost",
         "",
-        "Two ViT-L/14 (random weights, float32 files) on two threads, from the start of the process, on "
-        "a machine that does other work, too: "
-        + "; ".join(f"{case} {row['seconds']:.0f} s" for case, row in large.items())
-        + f"; at most {max(row['peak_gb_so_far'] for row in large.values()):.2f} GB. "
-        f"{sketches['sketches']:,} sketches of such a model, {sketches['bytes_each'] / 1000:.1f} kB each, "
-        f"are ranked in {sketches['seconds']:.2f} s.",
+        f"{sketches['sketches']:,} sketches of a ViT-L, {sketches['bytes_each'] / 1000:.1f} kB each, are "
+        f"ranked in {sketches['seconds']:.2f} s.",
         "",
     ]
+    if "cost" in found:
+        times = "; ".join(f"{case} {row['seconds']:.0f} s" for case, row in found["cost"].items())
+        peak = max(row["peak_gb_so_far"] for row in found["cost"].values())
+        lines += [
+            "Two ViT-L/14 (random weights, float32 files) on two threads, from the start of the process: "
+            f"{times}; at most {peak:.2f} GB.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -575,17 +580,17 @@ def main() -> None:
         "dissimilar": synthetic_task(preprocess, arguments.images, 1),
         "segmentation": load_task(arguments.segmentation, preprocess, arguments.images, 1),
     }
+    results.measure("ranking", ranking)
     hostile(pool, tasks["similar"], results)
     torch.manual_seed(1)
     stranger = build_model(architecture_of("demo"))
-    for name, run in attacked(demo, tasks, stranger):
+    attacks = list(attacked(demo, tasks, stranger))
+    for name, run in attacks:
         results.measure(f"descendant: {name}", run)
+        # After each, for it takes long: what is there is shown with how much of it is there.
+        arguments.out.write_text(page(results.rows, len(attacks), arguments.images))
     results.measure("cost", lambda: cost(arguments.work))
-    results.measure("ranking", ranking)
-    command = (
-        "python benchmarks/descent.py --data FILE --segmentation FILE --work FOLDER --out docs/descent.md"
-    )
-    arguments.out.write_text(page(results.rows, command))
+    arguments.out.write_text(page(results.rows, len(attacks), arguments.images))
 
 
 if __name__ == "__main__":
