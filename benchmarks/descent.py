@@ -488,9 +488,9 @@ def page(found: dict[str, Any], attacks: int, images: int) -> str:
         "# Descent without a mark: what was measured",
         "",
         f"Written by `python benchmarks/descent.py --images {images}` on "
-        f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, torch {torch.__version__}. What each row "
-        f"is: `benchmarks/descent.py`. The p-value is exact if nobody who saw both models has renumbered one of "
-        f"them; the score is no p-value, and a descent is claimed from {SHARED}.",
+        f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, torch {torch.__version__}. What each "
+        f"row is: `benchmarks/descent.py`. The p-value is exact if nobody who saw both models has renumbered "
+        f"one of them; the score is no p-value, and a descent is claimed from {SHARED}.",
         "",
         "## Independent pairs",
         "",
