@@ -3,6 +3,7 @@
 from activemark_fast.bulk import SuspectResult, verify_many
 from activemark_fast.checkpoint import load_model, save_model
 from activemark_fast.commitment import Commitment
+from activemark_fast.descent import Descent, compare
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
 from activemark_fast.profile import Profile, profile
@@ -14,12 +15,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Commitment",
+    "Descent",
     "Embedding",
     "Key",
     "Profile",
     "SuspectResult",
     "Verdict",
     "Watermark",
+    "compare",
     "embed",
     "load_model",
     "profile",

@@ -5,6 +5,10 @@ is released. Whoever is later given a key and a watermark can check that they ar
 matters because much can be chosen afterwards by somebody who already holds the suspect: learned codecs,
 hold-out images, statistics to align with. What was fixed before the suspect existed was not chosen to fit it.
 
+A model can be committed to by its sketch (`activemark_fast.descent`), with or without a mark: whoever later
+says that a suspect descends from it can show that it was there first. A forger can fine-tune the *suspect*
+and call the result the original.
+
 One commitment can hold several claims, for marks that were made with different sub-keys (`Key.subkey`): the
 expert in one dispute is given one sub-key and its watermark, and learns nothing about the others.
 """
@@ -64,7 +68,7 @@ class Commitment:
     """What is published. It shows neither keys nor watermarks nor anything of the models.
 
     Attributes:
-        claims: a hash for each mark (`_claim`), 32 bytes.
+        claims: a hash for each mark (`_claim`) and each model (`_model_claim`), 32 bytes.
         created: when the owner says it was made: ISO 8601, UTC, to the second. Anybody can write any date.
         public_key: the owner's Ed25519 key, 32 bytes; its secret half is derived from the owner's key.
         signature: by that key over all of the above, 64 bytes.
@@ -78,17 +82,27 @@ class Commitment:
     timestamp: Timestamp | None = field(default=None, compare=False)
 
     @classmethod
-    def make(cls, owner: Key, marks: Iterable[tuple[Key, Watermark]]) -> Commitment:
-        """A commitment to `marks`, each the key it was made with and its watermark, signed by `owner`.
+    def make(
+        cls, owner: Key, marks: Iterable[tuple[Key, Watermark]], models: Iterable[tuple[Key, bytes]] = ()
+    ) -> Commitment:
+        """A commitment signed by `owner`.
 
-        Raises WatermarkError where a watermark was made with another key, ValueError where there is no mark.
+        Args:
+            owner: the owner's key.
+            marks: each the key it was made with, and its watermark.
+            models: each the key it will be opened with, and the digest of its sketch, 32 bytes.
+
+        Raises:
+            WatermarkError: a watermark was made with another key.
+            ValueError: there is neither a mark nor a model, or a digest is of another length.
         """
         claims = []
         for key, watermark in marks:
             watermark.check(key)
             claims.append(_claim(key, watermark))
+        claims += [_model_claim(key, digest) for key, digest in models]
         if not claims:
-            raise ValueError("marks: wanted at least one mark, got none")
+            raise ValueError("marks, models: wanted at least one mark or model, got none")
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         signer = Ed25519PrivateKey.from_private_bytes(owner.derive("commitment/signature"))
@@ -99,6 +113,11 @@ class Commitment:
     def holds(self, key: Key, watermark: Watermark) -> bool:
         """Whether this is a commitment to `key` and `watermark`."""
         claim = _claim(key, watermark)
+        return any(hmac.compare_digest(claim, committed) for committed in self.claims)
+
+    def holds_model(self, key: Key, digest: bytes) -> bool:
+        """Whether this is a commitment to the model whose sketch has this digest, to be opened with `key`."""
+        claim = _model_claim(key, digest)
         return any(hmac.compare_digest(claim, committed) for committed in self.claims)
 
     def to_bytes(self) -> bytes:
@@ -197,7 +216,7 @@ class Commitment:
 
 @dataclass(frozen=True)
 class Opening:
-    """Whether a key and a watermark are those of a commitment, and since when.
+    """Whether a key and a watermark, or a model, are those of a commitment, and since when.
 
     Attributes:
         committed: the commitment holds the claim.
@@ -214,7 +233,15 @@ class Opening:
     @classmethod
     def of(cls, commitment: Commitment, key: Key, watermark: Watermark) -> Opening:
         """Opens `commitment` with a key and the watermark it made."""
-        held = commitment.holds(key, watermark)
+        return cls._of(commitment, commitment.holds(key, watermark))
+
+    @classmethod
+    def of_model(cls, commitment: Commitment, key: Key, digest: bytes) -> Opening:
+        """Opens `commitment` with a key and the digest of a model's sketch."""
+        return cls._of(commitment, commitment.holds_model(key, digest))
+
+    @classmethod
+    def _of(cls, commitment: Commitment, held: bool) -> Opening:
         return cls(held, commitment.created, commitment.timestamp, commitment.public_key.hex())
 
     @property
@@ -225,7 +252,7 @@ class Opening:
 
     def __str__(self) -> str:
         if not self.committed:
-            return "not committed: the commitment is to another key or another watermark"
+            return "not committed: the commitment is to another key, or to another watermark or model"
         signed = f"signed by {self.public_key}"
         if self.timestamp is None:
             return f"committed, {signed}; by the owner's own word on {self.created}: no timestamp"
@@ -272,6 +299,14 @@ def _claim(key: Key, watermark: Watermark) -> bytes:
     nonce = key.derive(f"commitment/nonce/{digest.hex()}")
     committed = hashlib.sha256(_CONTEXT + b"key/" + nonce + key.derive("commitment/key")).digest()
     return hashlib.sha256(_CONTEXT + b"claim/" + committed + digest).digest()
+
+
+def _model_claim(key: Key, digest: bytes) -> bytes:
+    """SHA-256 over a secret nonce and the digest of a model's sketch; hiding and binding as `_claim` is."""
+    if len(digest) != 32:
+        raise ValueError(f"digest: wanted 32 bytes, got {len(digest)}")
+    nonce = key.derive(f"commitment/model/{digest.hex()}")
+    return hashlib.sha256(_CONTEXT + b"model/" + nonce + digest).digest()
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

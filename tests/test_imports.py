@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"marking"},
     {"align"},
     {"embed", "verify", "attacks", "forge"},
-    {"bulk", "evaluate"},
+    {"bulk", "evaluate", "descent"},
     {"report", "baselines"},
     {"demo", "cli"},
     {"__main__"},

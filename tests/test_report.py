@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pytest
 import torch
 from tiny import vit
 
+from activemark_fast.attacks import noise
 from activemark_fast.attacks.suite import suite
 from activemark_fast.checkpoint import save_model
 from activemark_fast.cli import main
 from activemark_fast.commitment import Opening
+from activemark_fast.descent import Descent, compare
 from activemark_fast.embed import embed
 from activemark_fast.evaluate import Evaluation
 from activemark_fast.key import Key
@@ -77,6 +80,11 @@ def evaluation() -> Evaluation:
     return Evaluation(header, rows)
 
 
+@cache
+def descent() -> Descent:
+    return compare(vit(), noise(vit(), None, 0, 0.3))
+
+
 def evidence(**changed: Any) -> Evidence:
     fields: dict[str, Any] = {
         "suspect": "suspect.safetensors",
@@ -87,6 +95,7 @@ def evidence(**changed: Any) -> Evidence:
         "command": "activemark verify suspect.safetensors --watermark w.safetensors --key owner.key",
         "facts": {"SHA-256 of suspect.safetensors": "ab" * 32},
         "date": "2026-02-03 04:05 UTC",
+        "descent": descent(),
     }
     return Evidence(**(fields | changed))
 
@@ -106,6 +115,9 @@ def test_the_verdict_comes_first_in_plain_words() -> None:
         "p = 5.4·10⁻²⁰",
         "R = 1.000",
         "What was read, and where",
+        "Descent, by the weights alone",
+        "Descent : 6 of 6 pairs of blocks share their units or heads",
+        "can renumber an innocent model",
         "What the mark costs, and what it survives",
         "0.9871 mean cosine",
         "58.1 % accuracy of a linear probe on the marked model; on the original 58.3 %",
@@ -142,6 +154,7 @@ def test_every_attack_is_in_the_table_with_its_numbers() -> None:
         ({"verdict": verdict("match", 3e-7)}, "at most once in 3.3·10⁶ cases"),
         ({"verdict": verdict("match", None, codec="learned")}, "by itself this is no proof"),
         ({"verdict": verdict("match", identical=True)}, "bit for bit, those of the marked model"),
+        ({"descent": compare(vit(), vit(1))}, "No descent found : "),
         ({"evaluation": None}, "Not measured for this page"),
         ({"evaluation": None}, "fair coins"),
         ({"verdict": verdict("match", opening=replace(OPENING, committed=False))}, "not committed"),
@@ -265,6 +278,7 @@ def test_the_command(
         embedding = embed(original, key, bits=16, fidelity=0.98, architecture=ARCHITECTURE)
     save_model(embedding.model, "marked.safetensors", ARCHITECTURE)
     torch.save(original.state_dict(), "original.pt")
+    save_model(original, "original.safetensors", ARCHITECTURE)
     embedding.watermark.save("wm.safetensors")
 
     def run(suspect: str, *more: str) -> tuple[int, str, str]:
@@ -280,6 +294,16 @@ def test_the_command(
     assert "Match: this model carries" in page
     assert Path("owner.key").read_text().strip() not in page
     assert "activemark verify marked.safetensors --watermark wm.safetensors --key owner.key" in page
+    assert "Descent, by the weights alone" not in page
+
+    code, out, _ = run(
+        "marked.safetensors", "--original", "original.safetensors", "--out", "both.html", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["descent"]["decision"] == "descent"
+    page = Path("both.html").read_text(encoding="utf-8")
+    assert "Descent, by the weights alone" in page
+    assert "activemark compare original.safetensors marked.safetensors" in page
 
     assert run("original.pt", "--out", "other.html")[0] == 1
     assert "No match" in Path("other.html").read_text(encoding="utf-8")

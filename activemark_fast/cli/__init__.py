@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from activemark_fast import __version__
 from activemark_fast.cli import (
     commit,
+    compare,
     demo,
     embed,
     evaluate,
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         commit,
         verify,
         verify_many,
+        compare,
         open,
         forge,
         evaluate,

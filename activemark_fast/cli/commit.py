@@ -19,17 +19,25 @@ def add_to(commands: Subparsers) -> None:
         commands,
         "commit",
         _commit,
-        "commit to keys and watermarks without showing them",
+        "commit to keys, watermarks and models without showing them",
         epilog="Send the request to a timestamping authority, for example with "
         "curl -H 'Content-Type: application/timestamp-query' --data-binary @FILE.tsq URL > FILE.tsr",
     )
     commit.add_argument(
         "--watermark",
         type=Path,
-        required=True,
         action="append",
+        default=[],
         metavar="FILE",
         help="may be given repeatedly",
+    )
+    commit.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a model to be released, marked or not: its sketch is committed to, which `activemark open "
+        "--model` makes again; repeatable",
     )
     add_key(commit)
     commit.add_argument(
@@ -37,7 +45,8 @@ def add_to(commands: Subparsers) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="of a sub-key (activemark key derive) that some of the watermarks were made with; repeatable",
+        help="of a sub-key (activemark key derive) that some of the watermarks were made with, and that the "
+        "models can be opened with, too; repeatable",
     )
     commit.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the commitment, to be published"
@@ -49,6 +58,8 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _commit(args: argparse.Namespace) -> Outcome:
+    if not args.watermark and not args.model:
+        raise ValueError("--watermark, --model: wanted at least one of them")
     outputs = [("--out", args.out)]
     if args.timestamp_request is not None:
         outputs.append(("--timestamp-request", args.timestamp_request))
@@ -63,13 +74,18 @@ def _commit(args: argparse.Namespace) -> Outcome:
     from activemark_fast.watermark import Watermark
 
     watermarks = [Watermark.load(path) for path in args.watermark]
+    digests = []
+    if args.model:
+        from activemark_fast.descent import Sketch
+
+        digests = [Sketch.of(model).digest() for model in args.model]
     owner = read_key(args.key, confirm=False)
     keys = [owner, *(owner.subkey(label) for label in args.label)]
     marks = [
         (_maker(path, watermark, keys), watermark)
         for path, watermark in zip(args.watermark, watermarks, strict=True)
     ]
-    commitment = Commitment.make(owner, marks)
+    commitment = Commitment.make(owner, marks, [(key, digest) for digest in digests for key in keys])
     commitment.save(args.out)
     record = {
         "commitment": str(args.out),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activemark_fast.cli.common import Outcome, Subparsers, add_command, add_key, add_watermark, read_key
+from activemark_fast.cli.common import Outcome, Subparsers, add_command, add_key, read_key
 
 if TYPE_CHECKING:
     from activemark_fast.commitment import Commitment
@@ -18,11 +18,13 @@ def add_to(commands: Subparsers) -> None:
         commands,
         "open",
         _open,
-        "tell whether a key and a watermark are the committed ones, and since when",
+        "tell whether a key and a watermark, or a model, are the committed ones, and since when",
         epilog="Exit codes: 0 committed, 1 not committed, 2 error.",
     )
     opening.add_argument("commitment", type=Path, metavar="COMMITMENT", help="what activemark commit wrote")
-    add_watermark(opening)
+    what = opening.add_mutually_exclusive_group(required=True)
+    what.add_argument("--watermark", type=Path, metavar="FILE", help="what embed wrote")
+    what.add_argument("--model", metavar="MODEL", help="the model, as it was committed to")
     add_key(opening)
     add_timestamp(opening)
 
@@ -54,9 +56,15 @@ def _open(args: argparse.Namespace) -> Outcome:
     from activemark_fast.watermark import Watermark
 
     commitment = read_commitment(args.commitment, args)
-    watermark = Watermark.load(args.watermark)
-    key = read_key(args.key, confirm=False)
-    watermark.check(key)
-    opening = Opening.of(commitment, key, watermark)
+    if args.model is not None:
+        from activemark_fast.descent import Sketch
+
+        digest = Sketch.of(args.model).digest()
+        opening = Opening.of_model(commitment, read_key(args.key, confirm=False), digest)
+    else:
+        watermark = Watermark.load(args.watermark)
+        key = read_key(args.key, confirm=False)
+        watermark.check(key)
+        opening = Opening.of(commitment, key, watermark)
     record = {"commitment_file": str(args.commitment), **opening.to_dict()}
     return Outcome(0 if opening.committed else 1, record, str(opening))

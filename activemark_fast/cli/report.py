@@ -47,6 +47,11 @@ def add_to(commands: Subparsers) -> None:
     report.add_argument(
         "--evaluation", type=Path, metavar="DIR", help="what evaluate wrote: what the mark survives and costs"
     )
+    report.add_argument(
+        "--original",
+        metavar="MODEL",
+        help="the owner's model: what the weights alone say of a descent is shown beside the mark",
+    )
     report.add_argument("--commitment", type=Path, metavar="FILE", help="what was published before release")
     add_timestamp(report)
     report.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
@@ -58,6 +63,7 @@ def _report(args: argparse.Namespace) -> Outcome:
     if args.timestamp is not None and args.commitment is None:
         raise ValueError("--timestamp: wanted with --commitment only")
     from activemark_fast.backbone import NotAViTError
+    from activemark_fast.descent import compare
     from activemark_fast.evaluate import Evaluation
     from activemark_fast.files import write_whole
     from activemark_fast.profile import profile
@@ -77,6 +83,7 @@ def _report(args: argparse.Namespace) -> Outcome:
         measured = profile(suspect, precision=args.precision)
     except NotAViTError:
         measured = None  # the verdict says what is wrong with it
+    descent = None if args.original is None else compare(args.original, suspect)
     page = evidence_page(
         Evidence(
             suspect=args.suspect,
@@ -85,12 +92,15 @@ def _report(args: argparse.Namespace) -> Outcome:
             profile=measured,
             evaluation=evaluation,
             command=_command(args),
-            facts=_facts(args, watermark.fingerprint),
+            facts=_facts(args, watermark.fingerprint) | _original_facts(args),
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            descent=descent,
         )
     )
     write_whole(args.out, page.encode(), mode=0o644)
     record = {"page": str(args.out), "suspect": args.suspect, **verdict.to_dict()}
+    if descent is not None:
+        record["descent"] = descent.to_dict()
     return Outcome(EXIT_CODES[verdict.decision], record, str(verdict), f"  page: {args.out}")
 
 
@@ -115,6 +125,16 @@ def _facts(args: argparse.Namespace, fingerprint: str) -> dict[str, str]:
     facts["Versions"] = (
         f"activemark_fast {__version__}, Python {platform.python_version()}, torch {version('torch')}"
     )
+    return facts
+
+
+def _original_facts(args: argparse.Namespace) -> dict[str, str]:
+    if args.original is None:
+        return {}
+    facts = {"What compares the weights": shlex.join(["activemark", "compare", args.original, args.suspect])}
+    weights = Path(args.original.partition("@")[2] or args.original)
+    if weights.is_file():
+        facts[f"SHA-256 of {weights.name}"] = _sha256(weights)
     return facts
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from activemark_fast import __version__
 from activemark_fast.commitment import Opening
+from activemark_fast.descent import ASSUMPTION, MATRICES, SHARED, Descent
 from activemark_fast.evaluate import Evaluation, Row
 from activemark_fast.freedoms import EVIDENCE_AT
 from activemark_fast.profile import Profile
@@ -40,6 +41,7 @@ class Evidence:
         command: reads the mark again.
         facts: digests, versions and the like, by name.
         date: of the page.
+        descent: from the original, by the weights alone; None if that was not asked for.
     """
 
     suspect: str
@@ -50,6 +52,7 @@ class Evidence:
     command: str
     facts: Mapping[str, str]
     date: str
+    descent: Descent | None = None
 
 
 def evidence_page(evidence: Evidence) -> str:
@@ -81,6 +84,12 @@ def evidence_page(evidence: Evidence) -> str:
         profile=evidence.profile and profile_chart(evidence.profile, evidence.site),
         site=evidence.site,
         taps=" and ".join(map(str, evidence.site.taps)),
+        descent=evidence.descent,
+        descent_p=evidence.descent and _number(evidence.descent.p_value),
+        descent_rows=evidence.descent and _descent_rows(evidence.descent),
+        descent_columns=("block", "units with the same number", "heads", "score", *MATRICES),
+        assumption=ASSUMPTION,
+        shared=SHARED,
         evaluation=evaluation,
         fidelity=_fidelity(evaluation),
         summary=evaluation and evaluation.summary(),
@@ -210,6 +219,23 @@ def _cells(evaluation: Evaluation, row: Row) -> Row:
         "probe": _fixed(row["probe_accuracy"]),
         "task": _fixed(row["task_score"]),
     }
+
+
+def _descent_rows(descent: Descent) -> list[list[str]]:
+    """A row for each pair of blocks: its number, units, heads, score, and what became of each matrix."""
+    return [
+        [
+            str(block.b) if block.a == block.b else f"{block.b} (the original's {block.a})",
+            f"{block.units[0]} of {block.units[1]}",
+            f"{block.heads[0]} of {block.heads[1]}" if block.heads[1] else "-",
+            f"{block.score:.2f}",
+            *(
+                f"{block.states[name]} ({block.likeness[name]:.2f})" if name in block.states else "-"
+                for name in MATRICES
+            ),
+        ]
+        for block in descent.blocks
+    ]
 
 
 def _fixed(value: float | None) -> str:
