@@ -194,9 +194,13 @@ class Verdict:
             if since is None:
                 return (
                     f"none by itself: the owner chose {chosen} and may have fitted them to the suspect; "
-                    "it is evidence only with a timestamped commitment that is older than the suspect"
+                    "it is evidence only with a timestamped commitment that is older than the suspect and "
+                    "every model it was made from"
                 )
-            return f"if the suspect is younger than {since.isoformat()}, when {chosen} had been committed to"
+            return (
+                f"if the suspect and every model it was made from are younger than {since.isoformat()}, when "
+                f"{chosen} had been committed to"
+            )
         if self.paid_p_value is None:
             return None
         keys = 1 / self.paid_p_value

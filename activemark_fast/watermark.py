@@ -118,7 +118,9 @@ class Watermark:
         if self.version < TWO_BANDS:
             return
         site, made = self.site, "no embed writes"
-        if not 3 <= site.depth <= DEEPEST or not 0 <= site.block <= site.depth - 3:
+        if not 3 <= site.depth <= DEEPEST:
+            raise WatermarkError(f"site.depth: {made} {site.depth}: wanted 3 to {DEEPEST} blocks")
+        if not 0 <= site.block <= site.depth - 3:
             raise WatermarkError(f"site.block: {made} block {site.block} of {site.depth}")
         if site.taps != taps_after(site.block, site.depth):
             wanted = taps_after(site.block, site.depth)
@@ -129,7 +131,7 @@ class Watermark:
             )
         if (self.image_source == "key") != (not self.digests):
             raise WatermarkError(
-                f"digests: {made} {len(self.digests)} for images of source {self.image_source!r}"
+                f"digests: {made} {len(self.digests)} for image_source {self.image_source!r}"
             )
         if self.digests and not MIN_IMAGES <= len(self.digests) <= HOLDOUT_IMAGES:
             raise WatermarkError(
@@ -141,8 +143,9 @@ class Watermark:
             raise WatermarkError(f"bits: {made} {self.bits} for a width of {site.width}")
         if self.axis != "token":
             raise WatermarkError(f"axis: {made} {self.axis!r} for a keyed mark")
-        if site.massive_tokens or site.massive_channels:
-            raise WatermarkError(f"site.massive_channels: {made} any for a mark in two bands")
+        for name in ("massive_tokens", "massive_channels"):
+            if getattr(site, name):
+                raise WatermarkError(f"site.{name}: {made} any for a mark in two bands")
         if self.state:
             raise WatermarkError(f"state: {made} {', '.join(sorted(self.state))} for a keyed mark")
 

@@ -231,7 +231,8 @@ def test_what_could_have_been_fitted_needs_an_older_commitment(opened: Opening |
     assert learned.evidence is not None
     if proves:
         assert learned.evidence == (
-            "if the suspect is younger than 2026-11-25T18:00:00+00:00, when the codec had been committed to"
+            "if the suspect and every model it was made from are younger than 2026-11-25T18:00:00+00:00, "
+            "when the codec had been committed to"
         )
     else:
         assert learned.evidence.startswith("none by itself: the owner chose the codec and may have fitted")

@@ -18,7 +18,11 @@ from activemark_fast.cli.common import (
 def add_to(commands: Subparsers) -> None:
     """Adds `forge` to the command line."""
     forge = add_command(
-        commands, "forge", _forge, "try to claim a model that was not marked, and print how far that gets"
+        commands,
+        "forge",
+        _forge,
+        "try every way there is to claim a model that was not marked, and print what verify says of each",
+        epilog="Exit codes: 0 no forgery counts as evidence, 1 one does, 2 error.",
     )
     forge.add_argument("suspect", metavar="SUSPECT", help=MODEL_HELP)
     forge.add_argument(
@@ -31,6 +35,7 @@ def add_to(commands: Subparsers) -> None:
 def _forge(args: argparse.Namespace) -> Outcome:
     from activemark_fast.checkpoint import load_model
     from activemark_fast.forge import forge
+    from activemark_fast.freedoms import EVIDENCE_AT
 
     forgery = forge(
         load_model(args.suspect),
@@ -40,4 +45,5 @@ def _forge(args: argparse.Namespace) -> Outcome:
         precision=args.precision,
         progress=shows_progress(args),
     )
-    return Outcome(0, {"suspect": args.suspect, **forgery.to_dict()}, str(forgery))
+    forged = forgery.smallest is not None and forgery.smallest <= EVIDENCE_AT
+    return Outcome(int(forged), {"suspect": args.suspect, **forgery.to_dict()}, str(forgery))
