@@ -262,9 +262,10 @@ def embed(
             subject.backbone,
             site,
             precision,
-            holdout.pixels,
+            sum(part.nbytes for part in (holdout.pixels, natural.fitted, natural.held)),
             len(subject.fitted),
             len(natural.held),
+            MEASURED_IMAGES,
             MESSAGES_PER_IMAGE,
         )
         if codec == KeyedCodec.name:

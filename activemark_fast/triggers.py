@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 
 from activemark_fast.key import Key, KeyStream
 from activemark_fast.ops.native import load_native
-from activemark_fast.photographs import shipped_photographs
+from activemark_fast.photographs import Photographs, shipped_photographs
 
 MIN_IMAGES = 16
 MIN_SYNTHETIC_SIDE = 8  # pixels: below it no leaf fits
@@ -130,12 +130,12 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
     """
     if images is None:
         shipped = shipped_photographs()
-        apart = shipped.sources % HELD_OUT_EVERY == 0
-        return CleanImages(
-            preprocess(shipped.images[~apart][:fitted]),
-            preprocess(shipped.images[apart][:held]),
-            "the photographs that the package ships",
-        )
+        marking, apart = _split(shipped)
+        ready = [
+            torch.stack([preprocess(shipped.images[index, None])[0] for index in chosen])
+            for chosen in (marking[:fitted], apart[:held])
+        ]
+        return CleanImages(*ready, "the photographs that the package ships")
     _, singles = _open(images, lambda: iter(()), fitted + held, "clean")
     pixels = [
         _model_input(image, preprocess, index, "clean")
@@ -148,6 +148,12 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
     return CleanImages(given[~apart][:fitted], given[apart][:held], "the images given")
 
 
+def _split(shipped: Photographs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices of the crops that a mark may know, and of those of photographs that are held out."""
+    apart = shipped.sources.numpy() % HELD_OUT_EVERY == 0
+    return np.flatnonzero(~apart), np.flatnonzero(apart)
+
+
 def photograph_crops(stream: KeyStream, count: int, size: tuple[int, int]) -> Iterator[Tensor]:
     """`count` random crops of the shipped photographs but those that are held out, each (3, h, w) uint8.
 
@@ -155,8 +161,9 @@ def photograph_crops(stream: KeyStream, count: int, size: tuple[int, int]) -> It
     Photographs, corners, sides, mirroring, lightness and contrast are drawn from the stream.
     """
     photographs = shipped_photographs()
-    shipped = photographs.images[photographs.sources % HELD_OUT_EVERY != 0]
-    chosen = stream.integers(0, len(shipped), count)
+    shipped = photographs.images
+    marking, _ = _split(photographs)
+    chosen = marking[stream.integers(0, len(marking), count)]
     draws = stream.uniform((6, count))
     height, width = size
     side = shipped.shape[-1]
@@ -165,7 +172,7 @@ def photograph_crops(stream: KeyStream, count: int, size: tuple[int, int]) -> It
         long = side * (SMALLEST_CROP + (1 - SMALLEST_CROP) * scale)
         h, w = (max(1, int(long * edge / max(size))) for edge in (height, width))
         top, left = int(down * (side - h + 1)), int(across * (side - w + 1))
-        crop = shipped[chosen[index], :, top : top + h, left : left + w].float()
+        crop = shipped[int(chosen[index]), :, top : top + h, left : left + w].float()
         crop = interpolate(crop[None], size, mode="bicubic", antialias=True)[0]
         crop = crop.flip(2) if mirror < 0.5 else crop
         crop = (crop - 127.5) * (1 + CONTRASTIER * (2 * contrast - 1)) + 127.5

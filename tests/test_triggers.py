@@ -16,12 +16,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import functional as tv
 
 from activemark_fast.key import Key
+from activemark_fast.photographs import shipped_photographs
 from activemark_fast.triggers import (
     HoldOut,
     ImageMismatchError,
     Preprocess,
     check_digests,
+    clean_images,
     holdout_images,
+    photograph_crops,
     synthetic_images,
 )
 
@@ -203,11 +206,48 @@ def test_synthetic_images_refuse(
 
 
 def test_from_the_key() -> None:
-    holdout = holdout_images(None, KEY, PREPROCESS, count=20)
+    holdout = holdout_images(None, KEY, PREPROCESS, count=20, synthetic=True)  # as older marks take them
     expected = synthetic_images(KEY.stream("triggers/synthetic"), 20, (32, 32))
     assert holdout.source == "key"
     assert torch.equal(holdout.pixels, PREPROCESS(expected))
     check_digests(holdout, holdout_images(expected, KEY, PREPROCESS).digests)
+
+
+def test_from_the_key_they_are_crops_of_photographs() -> None:
+    holdout = holdout_images(None, KEY, PREPROCESS, count=40)
+    assert holdout.source == "key"
+    assert torch.equal(holdout.pixels, holdout_images(None, KEY, PREPROCESS, count=40).pixels)
+    assert torch.equal(holdout.pixels[:5], PREPROCESS(crops(40))[:5])
+    assert len({image.numpy().tobytes() for image in crops(40)}) == 40
+    other = holdout_images(None, Key(b"another owner's key, 16 bytes"), PREPROCESS, count=40)
+    assert not torch.equal(holdout.pixels, other.pixels)
+
+
+def crops(count: int) -> torch.Tensor:
+    return torch.stack(list(photograph_crops(KEY.stream("triggers/photographs"), count, PREPROCESS.size)))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (17, 40), (224, 224)])
+def test_crops_have_the_size_asked_for(size: tuple[int, int]) -> None:
+    (crop,) = photograph_crops(KEY.stream("test"), 1, size)
+    assert (tuple(crop.shape), crop.dtype) == ((3, *size), torch.uint8)
+
+
+def test_clean_images_that_are_held_out_are_of_other_photographs() -> None:
+    clean = clean_images(None, PREPROCESS, 100, 50)
+    assert (len(clean.fitted), len(clean.held)) == (100, 50)
+    shipped = shipped_photographs()
+    apart = shipped.sources % 4 == 0
+    assert torch.equal(clean.held, PREPROCESS(shipped.images[apart][:50]))
+    assert not set(shipped.sources[apart].tolist()) & set(shipped.sources[~apart].tolist())
+
+
+def test_own_clean_images_are_split() -> None:
+    clean = clean_images(PREPROCESS(draw(40)), PREPROCESS, 100, 5)
+    assert (len(clean.fitted), len(clean.held)) == (30, 5)
+    assert clean.source == "the images given"
+    with pytest.raises(ValueError, match=r"^clean: wanted at least 16 images, got 3"):
+        clean_images(PREPROCESS(draw(3)), PREPROCESS, 100, 5)
 
 
 def test_from_model_input() -> None:

@@ -66,7 +66,14 @@ class Engine:
 
 
 def plan_engine(
-    backbone: Backbone, site: Site, precision: str, pixels: Tensor, fitted: int, held: int, messages: int
+    backbone: Backbone,
+    site: Site,
+    precision: str,
+    pixels: int,
+    fitted: int,
+    held: int,
+    carriers: int,
+    messages: int,
 ) -> Engine:
     """The engine for an edit, from the sizes of everything it will hold.
 
@@ -74,10 +81,11 @@ def plan_engine(
         backbone: the model to mark, where it is computed.
         site: where the mark goes.
         precision: as in `embed`.
-        pixels: all hold-out images, on the CPU.
-        fitted: how many of them the edit is solved on.
-        held: how many of them the mark is measured on.
-        messages: messages an image.
+        pixels: bytes of all images, on the CPU.
+        fitted: images that the edit is solved on.
+        held: images that the features are compared on.
+        carriers: hold-out images whose activations are kept.
+        messages: runs of an image with something sent.
     """
     device = backbone.device
     autocast = resolve_autocast(precision, device)
@@ -95,12 +103,13 @@ def plan_engine(
     batch = max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, fitted))
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
-    changes = len(blocks) * width * hidden * (4 + wide)
-    matrix = 4 * hidden * hidden
+    changes = len(blocks) * width * hidden * (2 * 4 + wide)  # of both bands, and the original weights
+    matrix = 3 * 4 * hidden * hidden  # of clean images and of what each band changes
     solve = matrix + 2 * 8 * hidden * hidden  # in float64 too, and its factor
-    caches = 2 * (fitted + held) * tokens * width * wide + fitted * stream
+    caches = (2 * (fitted + carriers) + held) * tokens * width * wide + fitted * stream
+    caches += held * tokens * width * 4  # features of the original
     if device.type == "cpu":
-        caches += pixels.nbytes
+        caches += pixels
 
     def block(kept: int) -> int:
         """Most bytes in a block's run over all batches and its solve; `kept`: what of each image waits."""
