@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import activemark_fast
-from activemark_fast.checkpoint import architecture_of, build_model, save_model
+from activemark_fast.checkpoints import architecture_of, build_model, save_model
 from activemark_fast.cli import main
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
@@ -381,7 +381,7 @@ def test_embed_refuses_bad_outputs_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     force: list[str],
 ) -> None:
-    monkeypatch.setattr(module("checkpoint"), "load_model", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(module("checkpoints"), "load_model", lambda *_: pytest.fail("work was started"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.safetensors").symlink_to(ready.original)
@@ -461,7 +461,7 @@ def test_both_files_or_neither(
         raise error
 
     if failing == "save_model":
-        monkeypatch.setattr(module("checkpoint"), "save_model", fail)
+        monkeypatch.setattr(module("checkpoints"), "save_model", fail)
     elif failing == "watermark":
         monkeypatch.setattr(Watermark, "save", fail)
     else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import vit
 
-from activemark_fast.checkpoint import build_model, save_model
+from activemark_fast.checkpoints import build_model, save_model
 from activemark_fast.cli import main
 from activemark_fast.embed import embed
 from activemark_fast.key import Key

@@ -15,9 +15,10 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets", "files", "torch_file"},
-    {"backbone", "checkpoint"},
+    {"key", "triggers", "runtime", "progress", "datasets", "files"},
+    {"backbone"},
     {"site", "utility"},
+    {"checkpoints"},
     {"profile"},
     {"codec"},
     {"watermark"},

@@ -17,7 +17,7 @@ import torch
 from tiny import vit
 
 from activemark_fast.attacks.suite import suite
-from activemark_fast.checkpoint import save_model
+from activemark_fast.checkpoints import save_model
 from activemark_fast.cli import main
 from activemark_fast.commitment import Opening
 from activemark_fast.embed import embed

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import NotAViTError
-from activemark_fast.bulk.mapping import Plan, plan, shown_names
-from activemark_fast.bulk.reading import Checkpoint, HostBuffer
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect
-from activemark_fast.bulk.target import Target
-from activemark_fast.checkpoint import build_model
+from activemark_fast.checkpoints import build_model
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.plan import Plan, plan, shown_names
+from activemark_fast.checkpoints.target import Target
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.runtime import resolve_device

@@ -98,7 +98,7 @@ def _verify(args: argparse.Namespace) -> Outcome:
 
 def load_suspect(spec: str, watermark: Watermark, architecture: str | None, place: device) -> nn.Module:
     """The suspect; a checkpoint that does not describe itself is loaded into the marked architecture."""
-    from activemark_fast.checkpoint import build_model, load_model, load_weights
+    from activemark_fast.checkpoints import build_model, load_model, load_weights
 
     if architecture is None:
         if not Path(spec).is_file() or _describes_itself(spec):
@@ -114,7 +114,7 @@ def load_suspect(spec: str, watermark: Watermark, architecture: str | None, plac
 
 
 def _describes_itself(spec: str) -> bool:
-    from activemark_fast.checkpoint import CheckpointError, architecture_of
+    from activemark_fast.checkpoints import CheckpointError, architecture_of
 
     try:
         architecture_of(spec)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from activemark_fast.bulk.reading import Checkpoint, HostBuffer
-from activemark_fast.checkpoint import CheckpointError
+from activemark_fast.checkpoints import CheckpointError
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
 
 MOST = 1_000_000
 

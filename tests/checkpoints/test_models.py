@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import (
+from activemark_fast.checkpoints import (
     CheckpointError,
     architecture_of,
     build_model,
@@ -33,7 +33,7 @@ from activemark_fast.checkpoint import (
 
 KWARGS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY = f"timm:VisionTransformer?{json.dumps({**KWARGS, 'num_classes': 4})}"
-SHARED = Path(__file__).parents[2] / "shared" / "vfm"
+SHARED = Path(__file__).parents[3] / "shared" / "vfm"
 
 
 def tiny(**kwargs: Any) -> Any:

@@ -30,9 +30,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from activemark_fast.torch_file import check_torch_file
+from activemark_fast.checkpoints.torch_file import check_torch_file
 
-_DEMO = Path(__file__).parent / "assets" / "vit_c10_w128_d12_massive.safetensors"
+_DEMO = Path(__file__).parents[1] / "assets" / "vit_c10_w128_d12_massive.safetensors"
 _FORMS = (
     "open_clip:NAME/TAG, timm:NAME, hf:NAME or torchvision:NAME, each with @path/to/checkpoint for local "
     "weights; a path to a safetensors file that names its architecture; demo"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.bulk.mapping import Wanted, block_name, common_name
+from activemark_fast.checkpoints.plan import Wanted, block_name, common_name
 from activemark_fast.site import Site
 
 

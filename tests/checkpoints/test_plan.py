@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, evaluating
-from activemark_fast.bulk.mapping import Plan, common_name, plan
-from activemark_fast.bulk.target import Target
+from activemark_fast.checkpoints.plan import Plan, common_name, plan
+from activemark_fast.checkpoints.target import Target
 from activemark_fast.site import Site
 
 WIDTH, DEPTH = 32, 4

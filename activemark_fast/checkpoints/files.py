@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from activemark_fast.checkpoint import CheckpointError
-from activemark_fast.torch_file import check_torch_file
+from activemark_fast.checkpoints.models import CheckpointError
+from activemark_fast.checkpoints.torch_file import check_torch_file
 
 LONGEST_HEADER = 16_000_000
 """Bytes; the header of a model with 1,000 tensors has 100,000."""
