@@ -1,166 +1,85 @@
-"""Which tensor of a checkpoint is which of the marked model's, whatever library or wrapper wrote it.
+"""Which tensor of a checkpoint is which of a model's, and what the result does not know.
 
-Names are brought to one vocabulary (timm's, roughly): those of timm, DINOv2, open_clip, transformers (old and
-new) and torchvision are known, others are compared as they are. The image tower is found by its patch
-embedding, so any prefix may stand before it. Nothing is read here: a plan is made from names, dtypes and
-shapes, and carried out once the tensors it asks for are there.
+Nothing is read here: plans are made from names, dtypes and shapes, one for every image tower that a file
+holds, and carried out once the tensors they ask for are there.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from activemark_fast.checkpoints.names import (
+    FUSED,
+    PATCH,
+    STEM,
+    Adapters,
+    block_of,
+    clean_name,
+    common_name,
+    sorted_out,
+    towers,
+)
+from activemark_fast.checkpoints.stored import Source, Stored, source_of
+
 _SHOWN_NAMES = 20
 _LONGEST_NAME = 120
 _MOST_TOWERS = 16
-_QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
-_TORCH_QUANTISED = ("torch.qint8", "torch.quint8", "torch.qint32")  # by name: torch will drop them
-_SCB_STEPS = 127
-"""bitsandbytes' int8: a weight is its integer times its row's SCB over 127."""
-
-_PATCH = "patch.weight"
-_STEM = {
-    "patch": (
-        "patch_embed.proj",
-        "conv1",
-        "conv_proj",
-        "embeddings.patch_embedding",
-        "embeddings.patch_embeddings.projection",
-    ),
-    "norm_pre": ("norm_pre", "ln_pre", "pre_layrnorm", "pre_layernorm"),
-}
-_STEM_TENSORS = {
-    "cls": (
-        "cls_token",
-        "class_token",
-        "class_embedding",
-        "embeddings.class_embedding",
-        "embeddings.cls_token",
-    ),
-    "pos": (
-        "pos_embed",
-        "positional_embedding",
-        "encoder.pos_embedding",
-        "embeddings.position_embedding.weight",
-        "embeddings.position_embeddings",
-    ),
-    "reg": ("reg_token", "register_tokens", "embeddings.register_tokens"),
-}
-_BLOCK = {
-    "norm1": ("norm1", "ln_1", "layer_norm1", "layernorm_before"),
-    "norm2": ("norm2", "ln_2", "layer_norm2", "layernorm_after"),
-    "attn.qkv": ("attn.qkv",),
-    "attn.q": ("attn.q_proj", "self_attn.q_proj", "attention.q_proj", "attention.attention.query"),
-    "attn.k": ("attn.k_proj", "self_attn.k_proj", "attention.k_proj", "attention.attention.key"),
-    "attn.v": ("attn.v_proj", "self_attn.v_proj", "attention.v_proj", "attention.attention.value"),
-    "attn.q_norm": ("attn.q_norm",),
-    "attn.k_norm": ("attn.k_norm",),
-    "attn.proj": (
-        "attn.proj",
-        "attn.out_proj",
-        "self_attn.out_proj",
-        "self_attention.out_proj",
-        "attention.o_proj",
-        "attention.output.dense",
-    ),
-    "mlp.fc1": (
-        "mlp.fc1",
-        "mlp.c_fc",
-        "mlp.0",
-        "mlp.linear_1",
-        "intermediate.dense",
-        "mlp.w12",
-        "mlp.weights_in",
-    ),
-    "mlp.gate": ("mlp.fc1_g", "mlp.gate_proj"),
-    "mlp.up": ("mlp.fc1_x", "mlp.up_proj"),
-    "mlp.fc2": (
-        "mlp.fc2",
-        "mlp.c_proj",
-        "mlp.3",
-        "mlp.linear_2",
-        "output.dense",
-        "mlp.w3",
-        "mlp.weights_out",
-        "mlp.down_proj",
-    ),
-}
-_BLOCK_TENSORS = {
-    "attn.qkv.weight": ("attn.in_proj_weight", "self_attention.in_proj_weight"),
-    "attn.qkv.bias": ("attn.in_proj_bias", "self_attention.in_proj_bias"),
-    "ls1": ("ls1.gamma", "ls_1.gamma", "layer_scale1.lambda1"),
-    "ls2": ("ls2.gamma", "ls_2.gamma", "layer_scale2.lambda1"),
-}
-_FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
-"""Matrices that some libraries keep as one, stacked in this order, and others apart."""
-
-_BLOCK_NAME = re.compile(
-    # DINOv2 may keep its blocks in chunks, blocks.CHUNK.INDEX.
-    r"(?:blocks(?:\.\d{1,4}(?=\.\d))?\.|transformer\.resblocks\.|(?:encoder\.)?layers?\.|"
-    r"encoder\.layers\.encoder_layer_)(\d{1,4})\.(.+)"
-)
-_LORA = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
-
-
-def _table(modules: Mapping[str, tuple[str, ...]], tensors: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    table = {
-        f"{alias}.{kind}": f"{name}.{kind}"
-        for name, aliases in modules.items()
-        for alias in aliases
-        for kind in ("weight", "bias")
-    }
-    return table | {alias: name for name, aliases in tensors.items() for alias in aliases}
-
-
-_STEM_NAMES, _BLOCK_NAMES = _table(_STEM, _STEM_TENSORS), _table(_BLOCK, _BLOCK_TENSORS)
-
-
-def common_name(name: str) -> str:
-    """The name of a tensor of an image tower in the one vocabulary; unchanged where it is not known."""
-    block = _BLOCK_NAME.fullmatch(name)
-    return block_name(int(block[1]), block[2]) if block else _STEM_NAMES.get(name, name)
-
-
-def block_name(index: int, name: str) -> str:
-    """The common name of the tensor that block `index` calls `name`."""
-    return f"blocks.{index}.{_BLOCK_NAMES.get(name, name)}"
-
-
-class Stored(Protocol):
-    """What is known of a tensor before it is read."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...  # noqa: D102
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+_ELSEWHERE = "/"
+"""Before the common names of tensors that are not in the image tower."""
+_LAYER_SCALES = (".ls1", ".ls2")
 
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """What the marked model needs, up to the last tap.
+    """What a model needs.
 
     Attributes:
-        stem: common name → (own name, shape) of what comes before the blocks.
+        stem: common name → (own name, shape) of what comes before the blocks, and of all else.
         blocks: the same for each block.
-        own: tower-relative own name → common name.
-        grid: (rows, columns) of patches.
+        own: clean tower-relative own name → common name.
         dtype: of the model.
+        tower: what stands before the names of its image tower.
+        depth: how many blocks the model has.
+        grid: (rows, columns) of patches; None where positions must fit as they are.
+        heads: of its attention, where that is known.
     """
 
     stem: dict[str, tuple[str, tuple[int, ...]]]
     blocks: list[dict[str, tuple[str, tuple[int, ...]]]]
     own: dict[str, str]
-    grid: tuple[int, int]
     dtype: torch.dtype
+    tower: str
+    depth: int
+    grid: tuple[int, int] | None = None
+    heads: int | None = None
+
+    @classmethod
+    def all_of(cls, state: Mapping[str, Tensor]) -> Wanted:
+        """Every tensor of a state dict, which may be on "meta", in its own shape."""
+        clean = {name: clean_name(name) for name in state}
+        found = towers((whole for whole, role in clean.values() if not role), ())
+        tower = found[0] if found else ""
+        groups: dict[int | None, dict[str, tuple[str, tuple[int, ...]]]] = {None: {}}
+        own = {}
+        for name, tensor in state.items():
+            whole, role = clean[name]
+            whole = name if role not in ("", "scale") else whole
+            inside = whole.startswith(tower)
+            common = common_name(whole.removeprefix(tower)) if inside else _ELSEWHERE + whole
+            block = block_of(common)
+            groups.setdefault(block, {})[common] = (name, tuple(tensor.shape))
+            own[whole.removeprefix(tower) if inside else common] = common
+        floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+        blocks = [groups[index] for index in sorted(index for index in groups if index is not None)]
+        return cls(groups[None], blocks, own, next(iter(floating), torch.float32), tower, len(blocks))
 
 
 @dataclass(frozen=True)
@@ -168,76 +87,118 @@ class Fit:
     """How a checkpoint fits the marked model, up to the last tap.
 
     Attributes:
+        tower: what stands before the names of the image tower that was read.
         matched: tensors of the model that were loaded as they are.
         converted: what was done to others → to how many.
         missing: names of the model's tensors that the checkpoint does not have, or not in the right shape.
+        why: of some of the missing, what stands in their place.
         ignored: names of the checkpoint's tensors that were not used.
         odd: those of `ignored` which the suspect's own image tower seems to compute with.
+        doubts: what may hide a mark: a suspect that has any is never "no match".
     """
 
+    tower: str = ""
     matched: int = 0
     converted: dict[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    why: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     odd: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def missing_and_why(self) -> list[str]:
+        """The first of what is missing, each with what stands in its place."""
+        return shown_names(
+            tuple(f"{name} ({self.why[name]})" if name in self.why else name for name in self.missing)
+        )
+
+    def __str__(self) -> str:
+        read = [f"{self.matched} tensors as they are"]
+        read += [f"{count} after conversion ({what})" for what, count in self.converted.items()]
+        lines = [f"  read: {', '.join(read)}" + (f"; all under {self.tower!r}" if self.tower else "")]
+        if self.missing:
+            lines.append(f"  missing: {', '.join(self.missing_and_why)}")
+        if self.ignored:
+            names = ", ".join(shown_names(self.ignored, 5))
+            lines.append(f"  not read: {len(self.ignored)} tensors that the mark does not need ({names})")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:
         """The fit as JSON types; of long lists the first 20 names and how many more there are."""
         return {
+            "tower": self.tower[:_LONGEST_NAME],
             "matched": self.matched,
             "converted": self.converted,
-            "missing": shown_names(self.missing),
+            "missing": self.missing_and_why,
             "ignored": shown_names(self.ignored),
             "odd": shown_names(self.odd),
+            "doubts": shown_names(self.doubts),
         }
 
 
-def shown_names(names: tuple[str, ...]) -> list[str]:
-    """The first names, none of them endless, and how many more there are."""
-    more = [f"and {len(names) - _SHOWN_NAMES} more"] if len(names) > _SHOWN_NAMES else []
-    return [name[:_LONGEST_NAME] for name in names[:_SHOWN_NAMES]] + more
+def shown_names(names: tuple[str, ...], most: int = _SHOWN_NAMES) -> list[str]:
+    """The first names, none of them endless or with control characters, and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ["".join(c if c.isprintable() else "?" for c in n[:_LONGEST_NAME]) for n in names[:most]] + more
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor of the checkpoint, with what makes numbers of its integers and what is merged into it."""
+    """A tensor of the checkpoint with what is merged into it: names of A, B and magnitude, factor."""
 
-    name: str
-    scale: str | None = None
-    zero: str | None = None
-    steps: float = 1.0
-    lora: tuple[str, str, float] | None = None  # names of A and B, factor
+    source: Source
+    lora: tuple[str, str, str | None, float] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        if _core(self.shape) == _core(shape):
+            return True
+        return (len(self.shape) == 1 or len(_core(shape)) == 1) and math.prod(self.shape) == math.prod(shape)
 
     def names(self) -> Iterator[str]:
-        yield self.name
-        yield from (name for name in (self.scale, self.zero) if name is not None)
-        yield from self.lora[:2] if self.lora is not None else ()
+        yield from self.source.names.values()
+        yield from (name for name in (self.lora or ())[:3] if isinstance(name, str))
 
     def value(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        value = tensors[self.name]
-        if value.is_quantized:
-            value = value.dequantize()
-        if self.scale is not None:
-            value = value.float()
-            column = (-1, *[1] * (value.ndim - 1))
-            if self.zero is not None:
-                value = value - tensors[self.zero].float().reshape(column)
-            value = value * (tensors[self.scale].float().reshape(column) / self.steps)
+        value = self.source.value(tensors)
         if self.lora is not None:
-            a, b, factor = self.lora
+            a, b, magnitude, factor = self.lora
             value = value.float() + factor * (tensors[b].float() @ tensors[a].float())
+            if magnitude is not None:  # DoRA (Liu et al. 2024): each row's length is learned apart
+                value = value * (tensors[magnitude].float().reshape(-1, 1) / value.norm(dim=1, keepdim=True))
         return value
 
 
 @dataclass(frozen=True)
+class _Zeros:
+    """Rows that the checkpoint leaves out because they are zero."""
+
+    shape: tuple[int, ...]
+
+    def names(self) -> Iterator[str]:
+        yield from ()
+
+    def value(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        like = next(iter(tensors.values()))
+        return torch.zeros(self.shape, device=like.device)
+
+
+@dataclass(frozen=True)
 class _Step:
-    """How one tensor of the model is made."""
+    """How one tensor of the model is made, and, in words, what that does to the checkpoint's."""
 
     target: str
     shape: tuple[int, ...]
-    parts: tuple[_Part, ...]
+    parts: tuple[_Part | _Zeros, ...]
+    how: tuple[str, ...] = ()
     slice: tuple[int, int] | None = None  # (which, of how many) equal shares of the rows
+    heads: int | None = None  # rows are sorted by head, then by query, key and value
     resize: tuple[int, int, tuple[int, int]] | None = None  # leading rows there are, wanted; grid wanted
+    patch: str | None = None  # how a patch embedding of another kind is unfolded
     first_row_of: _Part | None = None  # added
 
     def names(self) -> Iterator[str]:
@@ -246,11 +207,15 @@ class _Step:
 
     def value(self, tensors: Mapping[str, Tensor]) -> Tensor:
         values = [part.value(tensors) for part in self.parts]
-        value = values[0] if len(values) == 1 else torch.cat(values)
+        value = values[0] if len(values) == 1 else torch.cat([value.float() for value in values])
+        if self.heads is not None:
+            value = value.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         if self.slice is not None:
             value = value.chunk(self.slice[1])[self.slice[0]]
         if self.resize is not None:
             value = _resized_positions(value.flatten(0, -2), *self.resize)
+        if self.patch is not None:
+            value = _unfolded_patch(value.float(), self.patch, self.shape)
         if self.first_row_of is not None:
             value = value.flatten() + self.first_row_of.value(tensors).flatten(0, -2)[0]
         return value.reshape(self.shape)
@@ -261,17 +226,21 @@ class Plan:
     """What to read of a checkpoint and what to make of it.
 
     Attributes:
+        root: what stands before the names of the checkpoint's whole model.
         names: the tensors to read.
         steps: how each of the model's tensors is made.
         neutral: own name → value of what the checkpoint does not have but can be done without.
         depth: how many blocks, from the first, are complete.
+        blocks: how many blocks the checkpoint's tower seems to have.
         fit: for the report.
     """
 
+    root: str
     names: tuple[str, ...]
     steps: tuple[_Step, ...]
     neutral: dict[str, float]
     depth: int
+    blocks: int
     fit: Fit
 
     def tensors(self, read: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -280,62 +249,48 @@ class Plan:
             yield step.target, step.value(read)
 
 
-def plan(wanted: Wanted, stored: Mapping[str, Stored], lora_config: Mapping[str, Any] | None = None) -> Plan:
-    """Plans the loading of a checkpoint.
+def plans(
+    wanted: Wanted,
+    stored: Mapping[str, Stored],
+    lora_config: Mapping[str, Any] | None = None,
+    unread: Mapping[str, str] | None = None,
+) -> list[Plan]:
+    """Plans the loading of a checkpoint: one plan for every image tower it holds, the best first.
 
     Args:
         wanted: what the model needs.
         stored: the checkpoint's tensors.
         lora_config: the content of adapter_config.json, where there is one.
+        unread: name → what stands there in place of a tensor.
 
     Returns:
-        The plan for the tower that fits best; with depth 0 where none does.
+        At least one plan; of depth 0 where no tower fits.
     """
-    base: dict[str, str] = {}
-    adapters: dict[str, dict[str, dict[str, str]]] = {}  # module → adapter → A, B → name
-    for name in stored:
-        clean = name
-        while clean.startswith("base_model.model."):
-            clean = clean.removeprefix("base_model.model.")
-        lora = _LORA.fullmatch(clean)
-        if lora:
-            adapters.setdefault(lora[1], {}).setdefault(lora[3] or "default", {})[lora[2]] = name
-        elif ".original_module." not in clean:
-            base[re.sub(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)", "", clean)] = name
-    plans = [
-        _Planner(wanted, stored, tower, base, adapters, lora_config or {}).plan()
-        for tower in _towers(base, wanted)
+    base, adapters = sorted_out([*stored, *(unread or {})])
+    anchors = [name for name, common in wanted.own.items() if common == PATCH] or list(wanted.own)[:1]
+    found = towers(base, anchors)
+    made = [
+        plan
+        for tower in (found or [""])[:_MOST_TOWERS]
+        for plan in _Planner(wanted, stored, tower, base, adapters, lora_config or {}, unread or {}).plans()
     ]
-    nothing = Plan(
-        (), (), {}, 0, Fit(missing=tuple(n for n, _ in wanted.stem.values()), ignored=tuple(stored))
-    )
-    return max(plans, key=lambda one: (one.depth, len(one.steps)), default=nothing)
-
-
-def _towers(names: Mapping[str, str], wanted: Wanted) -> list[str]:
-    """What stands before the names of image towers: whatever stands before a patch embedding."""
-    anchors = [name for name, common in wanted.own.items() if common == _PATCH] or list(wanted.own)[:1]
-    anchors += [name for name, common in _STEM_NAMES.items() if common == _PATCH]
-    towers = {
-        name.removesuffix(anchor)
-        for name in names
-        for anchor in anchors
-        if name == anchor or name.endswith(f".{anchor}")
-    }
-    return sorted(towers)[:_MOST_TOWERS]
+    if len(found) > _MOST_TOWERS:
+        raise ValueError(f"{len(found)} image towers, of which at most {_MOST_TOWERS} are read")
+    return sorted(made, key=lambda plan: (-plan.depth, -len(plan.steps)))
 
 
 class _Planner:
-    """Makes the plan for one tower."""
+    """Makes the plans for one tower."""
 
     def __init__(
         self,
         wanted: Wanted,
         stored: Mapping[str, Stored],
         tower: str,
-        base: Mapping[str, str],
-        adapters: Mapping[str, dict[str, dict[str, str]]],
+        base: Mapping[str, Mapping[str, str]],
+        adapters: Adapters,
         lora_config: Mapping[str, Any],
+        unread: Mapping[str, str],
     ) -> None:
         self.wanted = wanted
         self.stored = stored
@@ -343,151 +298,261 @@ class _Planner:
         self.base = base
         self.adapters = adapters
         self.lora_config = lora_config
-        relative = {name.removeprefix(tower): name for name in base if name.startswith(tower)}
-        self.found = {wanted.own.get(name) or common_name(name): clean for name, clean in relative.items()}
+        self.unread = unread
+        self.root = tower.removesuffix(wanted.tower)
+        self.found: dict[str, str] = {}  # common name → clean name
+        for clean in base:
+            if clean.startswith(tower):
+                relative = clean.removeprefix(tower)
+                self.found[wanted.own.get(relative) or common_name(relative)] = clean
+            elif clean.startswith(self.root) and tower.endswith(wanted.tower):
+                self.found[_ELSEWHERE + clean.removeprefix(self.root)] = clean
+        if wanted.tower == "":
+            self.found |= {name: f"{tower}{name}" for name in wanted.own if f"{tower}{name}" in base}
+        self._tell_three_matrices_apart()
+
+    def plans(self) -> list[Plan]:
+        """One plan, or one for each order in which a linear patch embedding may take its pixels."""
+        parts = self.base.get(self.found.get(PATCH, ""), {})
+        source = source_of("", parts, self.stored) if parts and not self._unread(parts) else ""
+        linear = isinstance(source, Source) and len(source.shape) == 2
+        orders = ("channels first", "channels last") if linear and len(self._wanted_patch()) == 4 else ("",)
+        return [self._plan(order) for order in orders]
+
+    def _wanted_patch(self) -> tuple[int, ...]:
+        return self.wanted.stem.get(PATCH, ("", ()))[1]
+
+    def _plan(self, order: str) -> Plan:
+        self.order = order
         self.converted: dict[str, int] = {}
+        self.why: dict[str, str] = {}
         self.missing: list[str] = []
         self.neutral: dict[str, float] = {}
+        self.doubts: list[str] = []
         self.plain = 0
-
-    def plan(self) -> Plan:
-        steps = self._steps(self.wanted.stem)
-        complete = steps is not None
-        steps = steps or []
+        exact = self.wanted.grid is None  # then all that is missing has to be told
+        steps, complete = self._steps(self.wanted.stem)
         depth = 0
-        for block in self.wanted.blocks if complete else []:
-            more = self._steps(block)
-            if more is None:
+        for block in self.wanted.blocks:
+            if not complete and not exact:
                 break
-            steps += more
-            depth += 1
+            more, complete = self._steps(block)
+            if complete or exact:
+                steps += more
+                depth += complete
         used = {name for step in steps for name in step.names()}
-        computed = self._computed(depth)
-        fit = Fit(
-            matched=self.plain,
-            converted=self.converted,
-            missing=tuple(self.missing),
-            ignored=tuple(name for name in self.stored if name not in used),
-            odd=tuple(name for name in computed if name not in used),
+        odd = tuple(name for name in self._computed(depth) if name not in used)
+        indices = {block_of(name) for name in self.found} - {None}
+        if len(indices) != self.wanted.depth:
+            self.doubts.append(f"it has {len(indices)} blocks, the marked model {self.wanted.depth}")
+        return Plan(
+            self.root,
+            tuple(sorted(used)),
+            tuple(steps),
+            self.neutral,
+            depth,
+            len(indices),
+            Fit(
+                self.tower,
+                self.plain,
+                self.converted,
+                tuple(self.missing),
+                self.why,
+                tuple(name for name in (*self.stored, *self.unread) if name not in used),
+                odd,
+                (*self.doubts, *odd),
+            ),
         )
-        return Plan(tuple(sorted(used)), tuple(steps), self.neutral, depth, fit)
+
+    def _tell_three_matrices_apart(self) -> None:
+        """mlp.w1, w2, w3: the last is the way back in DINOv2's naming, the second in Llama's."""
+        for clean in [name for name in self.found.values() if name.endswith(".mlp.w3.weight")]:
+            module = clean.removesuffix("w3.weight")
+            prefix = next(common for common, name in self.found.items() if name == clean)
+            prefix = prefix.removesuffix("w3.weight")
+            rows = [self._rows(f"{module}{matrix}.weight") for matrix in ("w1", "w2", "w3")]
+            back, up = ("w2", "w3") if rows[0] == rows[2] else ("w3", "w2")
+            if rows[0] is None:
+                back, up = "w3", ""  # DINOv2's w12 and w3
+            for spelled, common in ((back, "fc2"), (up, "up"), ("w1", "gate")):
+                for kind in ("weight", "bias"):
+                    if spelled and f"{module}{spelled}.{kind}" in self.base:
+                        self.found[f"{prefix}{common}.{kind}"] = f"{module}{spelled}.{kind}"
+                        self.found.pop(f"{prefix}{spelled}.{kind}", None)
+
+    def _rows(self, clean: str) -> int | None:
+        name = self.base.get(clean, {}).get("", "")
+        return self.stored[name].shape[0] if name in self.stored and self.stored[name].shape else None
+
+    def _unread(self, parts: Mapping[str, str]) -> str | None:
+        return next((self.unread[name] for name in parts.values() if name in self.unread), None)
 
     def _computed(self, depth: int) -> list[str]:
         """The floating tensors that the suspect's own tower must use in its stem and first `depth` blocks."""
-        names = []
+        names: list[str] = []
         for common, clean in self.found.items():
-            block = re.match(r"blocks\.(\d+)\.", common)
-            inside = int(block[1]) < depth if block else common in _STEM_NAMES.values()
-            name = self.base[clean]
-            if inside and self.stored[name].dtype.is_floating_point:
-                names.append(name)
+            block = block_of(common)
+            inside = block < depth if block is not None else common in STEM
+            if inside and not (common.endswith(".attn.k.bias") and self._keys_need_no_bias):
+                names += [
+                    name
+                    for name in self.base[clean].values()
+                    if name in self.unread or self.stored[name].dtype.is_floating_point
+                ]
         for module, sets in self.adapters.items():
-            common = common_name(f"{module.removeprefix(self.tower)}.weight")
-            block = re.match(r"blocks\.(\d+)\.", common)
-            if module.startswith(self.tower) and block and int(block[1]) < depth:
+            block = block_of(common_name(f"{module.removeprefix(self.tower)}.weight"))
+            if module.startswith(self.tower) and block is not None and block < depth:
                 names += [name for pair in sets.values() for name in pair.values()]
         return names
 
-    def _steps(self, group: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[_Step] | None:
-        """The steps for one block or the stem; None where it cannot do without what is missing."""
-        steps, complete = [], True
+    @property
+    def _keys_need_no_bias(self) -> bool:
+        """A bias of the keys adds the same to all scores of a query, which softmax takes out again."""
+        return not any(common.endswith(".k_norm.weight") for common in self.found)
+
+    def _steps(self, group: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[list[_Step], bool]:
+        """The steps for one block or the stem, and whether it can do without what is missing."""
+        steps: list[_Step] = []
+        complete = True
         for common, (own, shape) in group.items():
-            step, how = self._step(common, own, shape)
-            if step is not None:
+            step = self._step(common, own, shape)
+            if isinstance(step, _Step):
                 steps.append(step)
-                self.plain += not how
-                for what in how:
+                self.plain += not step.how
+                for what in step.how:
                     self.converted[what] = self.converted.get(what, 0) + 1
                 continue
-            self.missing.append(own)
-            if common.endswith(".bias"):
+            if common.endswith(".attn.k.bias") and not step and self._keys_need_no_bias:
                 self.neutral[own] = 0.0
-            elif common.endswith((".ls1", ".ls2")):
-                self.neutral[own] = 1.0
+                continue
+            self.missing.append(own)
+            if step:
+                self.why[own] = step
+            if common.endswith(".bias") or common.endswith(_LAYER_SCALES):
+                self.neutral[own] = 1.0 if common.endswith(_LAYER_SCALES) else 0.0
+                self.doubts.append(own)
             else:
                 complete = False
-        return steps if complete else None
+        return steps, complete
 
-    def _step(self, common: str, own: str, shape: tuple[int, ...]) -> tuple[_Step | None, list[str]]:
-        """How a tensor is made, and what that does to the checkpoint's; None if it cannot be made."""
-        if common == "pos" and common in self.found:
-            return self._positions(own, shape)
-        if common in self.found:
-            part, how = self._part(common)
-            if part is None or _core(self._shape(part)) != _core(shape):
-                return None, []
-            row = None
-            if common == "cls" and "pos" in self.found and "pos" in self.wanted.stem:
-                leading = self._leading_rows(self.wanted.stem["pos"][1])
-                if leading == (1, 0):  # the model adds no position to the class token
-                    row, _ = self._part("pos")
-                    how = [*how, "class token plus its position"]
-            return _Step(own, shape, (part,), first_row_of=row), how
+    def _step(self, common: str, own: str, shape: tuple[int, ...]) -> _Step | str:
+        """How a tensor is made; or why it cannot be, "" where nothing of it is there."""
+        if common not in self.found:
+            return self._of_several(common, own, shape)
+        part = self._part(common)
+        if isinstance(part, str):
+            return part
+        how = self._how(part)
+        if common == "pos" and not part.fits(shape):
+            return self._positions(own, shape, part, how)
+        if common == PATCH and not part.fits(shape):
+            return self._patch(own, shape, part, how)
+        if not part.fits(shape):
+            return f"{_kind(part.source)}, wanted {shape}"
+        row = None
+        if common == "cls" and "pos" in self.found and "pos" in self.wanted.stem and self.wanted.grid:
+            positions = self._part("pos")
+            leading = self._leading_rows(self.wanted.stem["pos"][1])
+            if leading == (1, 0) and isinstance(positions, _Part):
+                row = positions  # the model adds no position to the class token
+                how = (*how, "class token plus its position")
+        return _Step(own, shape, (part,), how, first_row_of=row)
+
+    def _of_several(self, common: str, own: str, shape: tuple[int, ...]) -> _Step | str:
+        """A tensor that the checkpoint keeps in other pieces than the model does."""
         module, _, kind = common.rpartition(".")
-        prefix, name = re.fullmatch(r"(blocks\.\d+\.)?(.*)", module).groups(default="")  # type: ignore[union-attr]
-        for fused, names in _FUSED.items():
-            if name == fused and all(f"{prefix}{one}.{kind}" in self.found for one in names):
-                made = [self._part(f"{prefix}{one}.{kind}") for one in names]
-                parts = tuple(part for part, _ in made if part is not None)
-                shapes = [self._shape(part) for part in parts]
-                if len(parts) < len(names) or any(s[1:] != shape[1:] or not s for s in shapes):
-                    return None, []
-                if sum(s[0] for s in shapes) != shape[0]:
-                    return None, []
-                return _Step(own, shape, parts), sorted({h for _, how in made for h in how} | {"fused"})
-            if name in names and f"{prefix}{fused}.{kind}" in self.found:
-                part, how = self._part(f"{prefix}{fused}.{kind}")
-                if part is None or self._shape(part) != (len(names) * shape[0], *shape[1:]):
-                    return None, []
-                return _Step(own, shape, (part,), slice=(names.index(name), len(names))), [*how, "split"]
-        return None, []
+        index = block_of(common)
+        if index is None:
+            return ""
+        prefix = f"blocks.{index}."
+        name = module.removeprefix(prefix)
 
-    def _part(self, common: str) -> tuple[_Part | None, list[str]]:
-        """A tensor of the checkpoint as numbers; None where it cannot be decoded."""
+        def there(*pieces: str) -> bool:
+            return all(f"{prefix}{piece}.{kind}" in self.found for piece in pieces)
+
+        for pieces in FUSED.get(name, ()):
+            if there(*pieces):
+                return self._joined(own, shape, [f"{prefix}{piece}.{kind}" for piece in pieces])
+        if name == "attn.qkv" and kind == "bias" and there("attn.q", "attn.v") and len(shape) == 1:
+            q, v = (f"{prefix}{piece}.bias" for piece in ("attn.q", "attn.v"))
+            return self._joined(own, shape, [q, None, v])
+        if name == "attn.qkv" and there("attn.qkv_by_head"):
+            if self.wanted.heads is None or shape[0] % (3 * self.wanted.heads):
+                return "queries, keys and values sorted by head, of which the number is not known"
+            return self._share(f"{prefix}attn.qkv_by_head.{kind}", own, shape, None)
+        for whole, choices in FUSED.items():
+            for pieces in choices:
+                if name in pieces and there(whole) and len(pieces) == len(choices[0]):
+                    at = (pieces.index(name), len(pieces))
+                    return self._share(f"{prefix}{whole}.{kind}", own, shape, at)
+        if name in ("attn.k", "attn.v") and there("attn.kv"):
+            return self._share(f"{prefix}attn.kv.{kind}", own, shape, (int(name == "attn.v"), 2))
+        return ""
+
+    def _joined(self, own: str, shape: tuple[int, ...], commons: list[str | None]) -> _Step | str:
+        made = [None if common is None else self._part(common) for common in commons]
+        for part in made:
+            if isinstance(part, str):
+                return part
+        rows = [part.shape for part in made if isinstance(part, _Part)]
+        # The rows that are left out are as many as those of each other piece.
+        parts = tuple(_Zeros(rows[0]) if part is None else part for part in made if not isinstance(part, str))
+        if any(not part.shape or part.shape[1:] != shape[1:] for part in parts):
+            return f"pieces of shapes {', '.join(map(str, rows))}, wanted {shape}"
+        if sum(part.shape[0] for part in parts) != shape[0]:
+            return f"pieces of shapes {', '.join(map(str, rows))}, wanted {shape}"
+        whats = {what for part in parts if isinstance(part, _Part) for what in self._how(part)}
+        return _Step(own, shape, parts, tuple(sorted(whats | {"fused"})))
+
+    def _share(
+        self, common: str, own: str, shape: tuple[int, ...], at: tuple[int, int] | None
+    ) -> _Step | str:
+        part = self._part(common)
+        if isinstance(part, str):
+            return part
+        if part.shape != ((at[1] if at else 1) * shape[0], *shape[1:]):
+            return f"{_kind(part.source)}, wanted {at[1] if at else 1} of {shape}"
+        if at is None:
+            return _Step(own, shape, (part,), (*self._how(part), "sorted by head"), heads=self.wanted.heads)
+        return _Step(own, shape, (part,), (*self._how(part), "split"), slice=at)
+
+    def _part(self, common: str) -> _Part | str:
+        """A tensor of the checkpoint as numbers; or why it is none."""
         clean = self.found[common]
-        name = self.base[clean]
-        dtype = self.stored[name].dtype
+        unread = self._unread(self.base[clean])
+        if unread is not None:
+            return f"a {unread[:100]}, which is not read"
+        source = source_of(clean, self.base[clean], self.stored)
+        if isinstance(source, str):
+            return source
+        if source.doubtful and clean not in self.doubts:
+            self.doubts.append(clean)
+        if not math.prod(source.shape) and clean.endswith(".weight"):
+            return "empty, as DeepSpeed ZeRO leaves it: gather the weights with its zero_to_fp32.py"
         module, _, kind = clean.rpartition(".")
-        how = []
-        scale = zero = None
-        steps = 1.0
-        if dtype in _QUANTISED:
-            for ending, whole in (("SCB", _SCB_STEPS), ("weight_scale", 1.0), ("scale", 1.0)):
-                if kind == "weight" and f"{module}.{ending}" in self.base:
-                    scale, steps = self.base[f"{module}.{ending}"], float(whole)
-                    break
-            if scale is None:
-                return None, []
-            for ending in ("weight_zero_point", "zero_point"):
-                zero = zero or self.base.get(f"{module}.{ending}")
-            rows = self.stored[name].shape[:1]
-            for extra in (scale, zero):
-                if extra is not None and math.prod(self.stored[extra].shape) not in (1, *rows):
-                    return None, []
-        elif not dtype.is_floating_point and str(dtype) not in _TORCH_QUANTISED:
-            return None, []
-        if dtype != self.wanted.dtype:
-            how.append(str(dtype).removeprefix("torch."))
-        lora = self._lora(module, name) if kind == "weight" else None
-        if lora is not None:
-            how.append(f"LoRA merged with the factor {lora[2]:g}")
-        return _Part(name, scale, zero, steps, lora), how
+        return _Part(source, self._lora(module, source.shape) if kind == "weight" else None)
 
-    def _lora(self, module: str, name: str) -> tuple[str, str, float] | None:
+    def _how(self, part: _Part) -> tuple[str, ...]:
+        how = [part.source.how] if part.source.how else []
+        if not how and part.source.dtype != self.wanted.dtype:
+            how.append(str(part.source.dtype).removeprefix("torch."))
+        if part.lora is not None:
+            kind = "LoRA" if part.lora[2] is None else "DoRA"
+            how.append(f"{kind} merged with the factor {part.lora[3]:g}")
+        return tuple(how)
+
+    def _lora(self, module: str, whole: tuple[int, ...]) -> tuple[str, str, str | None, float] | None:
         sets = self.adapters.get(module)
         if not sets:
             return None
-        adapter = "default" if "default" in sets else min(sets)
-        pair = sets[adapter]
-        if pair.keys() != {"A", "B"}:
+        parts = sets["default" if "default" in sets else min(sets)]
+        if not {"lora_A", "lora_B"} <= parts.keys():
             return None
-        a, b, whole = (self.stored[n].shape for n in (pair["A"], pair["B"], name))
-        if (
-            not (len(a) == len(b) == len(whole) == 2)
-            or (b[0], a[1]) != tuple(whole)
-            or a[0] != b[1]
-            or not a[0]
-        ):
+        magnitude = parts.get("lora_magnitude_vector")
+        a, b = (tuple(self.stored[parts[part]].shape) for part in ("lora_A", "lora_B"))
+        if not (len(a) == len(b) == len(whole) == 2) or (b[0], a[1]) != whole or a[0] != b[1] or not a[0]:
+            return None
+        if magnitude is not None and math.prod(self.stored[magnitude].shape) != whole[0]:
             return None
         rank = a[0]
         alpha = self.lora_config.get("lora_alpha", rank)
@@ -498,17 +563,16 @@ class _Planner:
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             return None
         factor = alpha / (math.sqrt(rank) if self.lora_config.get("use_rslora") is True else rank)
-        return pair["A"], pair["B"], factor
-
-    def _shape(self, part: _Part) -> tuple[int, ...]:
-        return tuple(self.stored[part.name].shape)
+        return parts["lora_A"], parts["lora_B"], magnitude, factor
 
     def _leading_rows(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """How many rows of the positions, there and wanted, are no patch's; None where it cannot be told."""
+        positions = self._part("pos")
+        if self.wanted.grid is None or isinstance(positions, str):
+            return None
         patches = self.wanted.grid[0] * self.wanted.grid[1]
         wanted = math.prod(shape[:-1]) - patches
-        there = self.stored[self.base[self.found["pos"]]].shape
-        rows = math.prod(there[:-1])
+        rows = math.prod(positions.shape[:-1])
         if rows == patches + wanted:
             return wanted, wanted
         for leading in (wanted, 1, 0):
@@ -516,18 +580,40 @@ class _Planner:
                 return leading, wanted
         return None
 
-    def _positions(self, own: str, shape: tuple[int, ...]) -> tuple[_Step | None, list[str]]:
-        part, how = self._part("pos")
-        if part is None:
-            return None, []
-        there = self._shape(part)
-        if _core(there) == _core(shape):
-            return _Step(own, shape, (part,)), how
+    def _positions(self, own: str, shape: tuple[int, ...], part: _Part, how: tuple[str, ...]) -> _Step | str:
         leading = self._leading_rows(shape)
-        if not there or there[-1] != shape[-1] or leading not in ((0, 0), (1, 1), (1, 0), (0, 1)):
-            return None, []
+        width = part.shape[-1] if part.shape else None
+        if self.wanted.grid is None or width != shape[-1] or leading not in ((0, 0), (1, 1), (1, 0), (0, 1)):
+            return f"{_kind(part.source)}, wanted {shape}"
         resize = (*leading, self.wanted.grid)
-        return _Step(own, shape, (part,), resize=resize), [*how, "positions resized"]
+        return _Step(own, shape, (part,), (*how, "positions resized"), resize=resize)
+
+    def _patch(self, own: str, shape: tuple[int, ...], part: _Part, how: tuple[str, ...]) -> _Step | str:
+        """A patch embedding that is linear, of videos, of grey images, or of other patches."""
+        there = part.shape
+        misfit = f"{_kind(part.source)}, wanted {shape}"
+        if self.wanted.grid is None or len(shape) != 4 or not there or there[0] != shape[0]:
+            return misfit
+        if len(there) == 2 and there[1] == math.prod(shape[1:]):
+            kind = self.order
+        elif len(there) == 5 and (there[1], *there[3:]) == shape[1:]:
+            kind = "of videos"
+        elif len(there) == 4 and there[2:] == shape[2:] and there[1] == 1:
+            kind = "of grey images"
+        elif len(there) == 4 and there[2:] == shape[2:] and there[1] > shape[1]:
+            kind = "of more channels"
+        elif len(there) == 4 and there[1] == shape[1] and there[2] == there[3] <= 64:
+            kind = "of other patches"
+        else:
+            return misfit
+        if kind in ("of grey images", "of more channels", "of other patches"):
+            self.doubts.append(f"a patch embedding {kind}")
+        what = f"patch embedding {'linear, ' if len(there) == 2 else ''}{kind}"
+        return _Step(own, shape, (part,), (*how, what), patch=kind)
+
+
+def _kind(source: Source) -> str:
+    return f"{str(source.dtype).removeprefix('torch.')} {source.shape}"
 
 
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -547,3 +633,29 @@ def _resized_positions(rows: Tensor, leading: int, wanted: int, grid: tuple[int,
         image = interpolate(image, grid, mode="bicubic", antialias=True, align_corners=False)
     first = rows[:leading] if leading else rows.new_zeros(wanted, rows.shape[1])
     return torch.cat([first[:wanted], image.flatten(2).transpose(1, 2)[0]])
+
+
+def _unfolded_patch(weight: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
+    """A patch embedding of `kind` as a (D, channels, rows, columns) convolution of single colour images."""
+    width, channels, *patch = shape
+    if kind == "channels first":
+        return weight.reshape(shape)
+    if kind == "channels last":
+        return weight.reshape(width, *patch, channels).permute(0, 3, 1, 2)
+    if kind == "of videos":  # a still image is the same in every frame
+        return weight.sum(2)
+    if kind == "of grey images":
+        return weight.expand(shape) / channels
+    if kind == "of more channels":
+        return weight[:, :channels]
+    # Other patches: the kernel that answers a resized patch as the old one does the original (FlexiViT,
+    # Beyer et al. 2023).
+    enlarge = _resizing((weight.shape[2], weight.shape[3]), (patch[0], patch[1])).to(weight)
+    return (weight.flatten(2) @ torch.linalg.pinv(enlarge)).reshape(shape)
+
+
+@lru_cache(maxsize=8)
+def _resizing(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(new pixels, old pixels), the matrix that resizes an image of `old` to `new`."""
+    basis = torch.eye(old[0] * old[1]).reshape(-1, 1, *old)
+    return interpolate(basis, new, mode="bicubic", antialias=True, align_corners=False).flatten(1).T
