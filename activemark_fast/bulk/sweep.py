@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
 from activemark_fast.checkpoints.names import clean_name
 from activemark_fast.checkpoints.plan import Plan, plans, shown_names
 from activemark_fast.checkpoints.target import Target
+from activemark_fast.commitment import Commitment
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.runtime import resolve_device
@@ -55,6 +57,7 @@ class SweepSettings:
     device: str | torch.device | None
     precision: str
     max_bytes: int
+    commitment: Commitment | None = None
 
     def sweeper(self) -> Sweeper:
         """A sweeper with these settings. Raises what `verify_many` says of its arguments."""
@@ -72,6 +75,7 @@ class SweepSettings:
             tau=self.tau,
             power=self.power,
             align=self.align,
+            commitment=self.commitment,
             device=resolve_device(self.device, tensors[0].device if tensors else torch.device("cpu")),
             precision=self.precision,
         )
@@ -81,7 +85,12 @@ class SweepSettings:
     def to_dict(self) -> dict[str, object]:
         """What two sweeps with one journal must have in common, as JSON types."""
         model = self.model if self.model is not None else self.watermark.architecture
-        return {
+        committed = (
+            {}
+            if self.commitment is None
+            else {"commitment": hashlib.sha256(self.commitment.to_bytes()).hexdigest()}
+        )
+        return committed | {
             "watermark": self.watermark.digest().hex(),
             "model": model if isinstance(model, str) else type(model).__name__,
             "alpha": self.alpha,
@@ -121,13 +130,15 @@ class Sweeper:
         facts: dict[str, Any] = {}
         try:
             outcome = self._run(suspect, facts)
-        except (OSError, RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError) as error:
+        except Exception as error:  # whatever a suspect does to this program, the sweep goes on
             outcome = {"error": _one_line(error)}
         return SuspectResult(suspect.name, **outcome, **facts, seconds=time.perf_counter() - started)
 
     def _run(self, suspect: Suspect, facts: dict[str, Any]) -> dict[str, Any]:
         if suspect.error is not None:
             return {"error": suspect.error}
+        if suspect.skipped is not None:
+            return {"skipped": suspect.skipped}
         if suspect.module is not None:
             with self._judging:
                 return {"verdict": self._verifier.judge(suspect.module)}
@@ -263,4 +274,9 @@ def _unfit(plan: Plan) -> str:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{type(error).__name__}: {error.strerror}"
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    return (
+        text
+        if isinstance(error, ValueError | RuntimeError | MemoryError)
+        else f"{type(error).__name__}: {text}"
+    )

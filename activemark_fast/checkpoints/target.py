@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
 from activemark_fast.checkpoints.names import block_name, clean_name, common_name
-from activemark_fast.checkpoints.plan import Wanted
+from activemark_fast.checkpoints.plan import Wanted, plans
 from activemark_fast.site import Site
 
 
@@ -111,6 +113,22 @@ class Target:
                 return height // shape[2], width // shape[3]
         side = round(patches**0.5)
         return (side, side) if side * side == patches else (1, patches)
+
+
+def whole_model(path: Path, model: nn.Module, site: Site, tower: str, most_bytes: int) -> nn.Module | None:
+    """`model` with all blocks of a checkpoint's image tower loaded; None where not all of them fit.
+
+    tower: what stands before the names of the tower.
+    """
+    target = Target(model, site, whole=True)
+    with Checkpoint(path, most_bytes) as checkpoint:
+        every = plans(target.wanted, checkpoint.entries, checkpoint.lora_config, checkpoint.unread)
+        chosen = next((plan for plan in every if plan.fit.tower == tower), None)
+        if chosen is None or chosen.depth < len(target.wanted.blocks):
+            return None
+        target.load(chosen.tensors(checkpoint.read(chosen.names, HostBuffer())))
+    target.fill(chosen.neutral)
+    return target.backbone.model
 
 
 def _clean(name: str) -> str:
