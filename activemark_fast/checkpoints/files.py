@@ -343,13 +343,14 @@ class Checkpoint:
             self._add_zip(opened)
         elif start[:1] == b"\x80" and start[1] <= 5 and start[1:2] != b"":
             self._add_pickles(opened)
-        elif re.match(rb"[\x81-\x8f\xde\xdf]", start):
-            self._add_msgpack(opened)
         else:
             for error, kinds in ((CheckpointError, _BROKEN_DOWNLOADS), (UnreadFormError, _OTHER_FORMS)):
                 for pattern, what in kinds:
                     if re.match(pattern, start, re.IGNORECASE):
                         raise error(f"{path}: is {what}")
+            if re.match(rb"[\x81-\x8f\xde\xdf]", start):
+                self._add_msgpack(opened)
+                return
             text = " but text" if all(32 <= c < 127 or c in b"\t\r\n" for c in start) else ""
             raise CheckpointError(f"{path}: neither a safetensors file nor a torch file{text}")
 
@@ -379,16 +380,17 @@ class Checkpoint:
         try:
             with zipfile.ZipFile(opened.file) as archive:
                 records = {record.filename: record for record in archive.infolist()}
-                # A small file may unpack to a large one; torch.save and numpy.savez compress nothing.
-                if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
-                    raise UnreadFormError(f"{path}: holds compressed records: unpack and save it again")
-                if sum(record.file_size for record in archive.infolist()) > opened.size:
+                # What is compressed is not read: a small file may unpack to a large one.
+                packed = [r.filename for r in archive.infolist() if r.compress_type != zipfile.ZIP_STORED]
+                if sum(r.file_size for r in archive.infolist() if r.filename not in packed) > opened.size:
                     raise CheckpointError(f"{path}: holds more than its size")
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path}: a damaged or truncated zip archive: {error}") from error
         pickles = sorted(name for name in records if name.endswith("data.pkl"))
+        if any(name.endswith((".npy", ".pkl")) or "/data/" in name for name in packed):
+            raise UnreadFormError(f"{path}: holds compressed records: unpack and save it again")
         if records and all(name.endswith(".npy") for name in records):
             for name, record in records.items():
                 self._add_npy(opened, name.removesuffix(".npy"), record)

@@ -15,6 +15,7 @@ _STEM = {
         "embeddings.patch_embedding",
         "embeddings.patch_embeddings",
         "embeddings.patch_embeddings.projection",
+        "embedding",
     ),
     "norm_pre": ("norm_pre", "ln_pre", "pre_layrnorm", "pre_layernorm", "pre_norm"),
 }
@@ -37,8 +38,6 @@ _STEM_TENSORS = {
     ),
     "reg": ("reg_token", "register_tokens", "embeddings.register_tokens"),
 }
-JAX_PATCH = "embedding.weight"
-"""Where the original ViT keeps its patch embedding; so vague that it counts only beside blocks of its own."""
 _BLOCK = {
     "norm1": ("norm1", "ln_1", "ln1", "layer_norm1", "layernorm_before", "LayerNorm_0"),
     "norm2": ("norm2", "ln_2", "ln2", "layer_norm2", "layernorm_after", "LayerNorm_1", "LayerNorm_2"),
@@ -176,7 +175,9 @@ def _table(modules: Mapping[str, tuple[str, ...]], tensors: Mapping[str, tuple[s
 _STEM_NAMES, _BLOCK_NAMES = _table(_STEM, _STEM_TENSORS), _table(_BLOCK, _BLOCK_TENSORS)
 STEM = frozenset(_STEM_NAMES.values())
 """The common names of what comes before the blocks."""
-PATCH_NAMES = tuple(name for name, common in _STEM_NAMES.items() if common == PATCH)
+_PATCHES = [name for name, common in _STEM_NAMES.items() if common == PATCH and name != "embedding.weight"]
+_JAX_BLOCK = "Transformer.encoderblock_0.LayerNorm_0.weight"
+"""Tells a tower of the original ViT, whose patch embedding has a name, "embedding", that much else has."""
 
 
 def common_name(name: str) -> str:
@@ -240,14 +241,11 @@ def towers(names: Iterable[str], anchors: Iterable[str]) -> list[str]:
         names: clean names.
         anchors: how the marked model calls its patch embedding, besides the usual names.
     """
-    known = [*anchors, *PATCH_NAMES]
-    every = list(names)
+    known = [*anchors, *_PATCHES, _JAX_BLOCK]
     found = {
         name.removesuffix(anchor)
-        for name in every
+        for name in names
         for anchor in known
         if name == anchor or name.endswith(f".{anchor}")
     }
-    jax = [name.removesuffix("Transformer.encoderblock_0.LayerNorm_0.weight") for name in every]
-    found |= {tower for tower, name in zip(jax, every, strict=True) if tower != name}
     return sorted(found, key=lambda tower: (len(tower), tower))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from activemark_fast.checkpoints.errors import UnreadFormError
 from activemark_fast.checkpoints.names import (
     FUSED,
     PATCH,
@@ -265,17 +266,22 @@ def plans(
 
     Returns:
         At least one plan; of depth 0 where no tower fits.
+
+    Raises:
+        UnreadFormError: the tensors are kept in a form that is not read.
     """
     base, adapters = sorted_out([*stored, *(unread or {})])
     anchors = [name for name, common in wanted.own.items() if common == PATCH] or list(wanted.own)[:1]
     found = towers(base, anchors)
+    if any(clean.endswith("_flat_param") for clean in base):
+        raise UnreadFormError("flat parameters of FSDP: gather a full state dict first")
     made = [
         plan
         for tower in (found or [""])[:_MOST_TOWERS]
         for plan in _Planner(wanted, stored, tower, base, adapters, lora_config or {}, unread or {}).plans()
     ]
     if len(found) > _MOST_TOWERS:
-        raise ValueError(f"{len(found)} image towers, of which at most {_MOST_TOWERS} are read")
+        raise UnreadFormError(f"{len(found)} image towers, of which at most {_MOST_TOWERS} are read")
     return sorted(made, key=lambda plan: (-plan.depth, -len(plan.steps)))
 
 
