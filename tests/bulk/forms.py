@@ -795,9 +795,9 @@ def page() -> str:
         "# Forms of checkpoints",
         "",
         "Made by `python tests/bulk/forms.py`. `tests/bulk/test_forms.py` writes a marked and an innocent",
-        "model in each form and holds `verify` and `verify-many` to what is said here. *read*: a marked model",
-        "is a match, an innocent one is none. *inconclusive*: the verdict says by name what stands in the way,",
-        'and is never "no match". *error*: the file is broken.',
+        "model in each form and holds `verify` and `verify-many` to what is said here. *read*: a marked",
+        "model is a match, an innocent one is none. *inconclusive*: the verdict says by name what stands in",
+        'the way, and is never "no match". *error*: the file is broken.',
     ]
     group = None
     for one in FORMS:
