@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_schema import check as check_schema
 
 import activemark_fast
 from activemark_fast.checkpoints import architecture_of, build_model, save_model
@@ -527,6 +528,7 @@ def test_verify_text_and_json_agree(ready: Ready, run: Callable[..., Result]) ->
     text = run(*ready.verify_args(ready.marked))
     record = run(*ready.verify_args(ready.marked, "--json")).record()
     assert text.out.startswith("MATCH: the suspect carries the mark\n")
+    check_schema(record, "verify")
     assert record["suspect"] == str(ready.marked)
     assert record["decision"] == "match"
     assert record["identical"] is True
@@ -570,6 +572,38 @@ def plain_checkpoint(ready: Ready, folder: Path, form: str) -> Path:
     else:
         torch.save({"state_dict": {f"module.{name}": t for name, t in tensors.items()}, "model": None}, path)
     return path
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_what_verify_many_opens(
+    command: str, ready: Ready, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """A folder as transformers saves it, and a training checkpoint with two models in it."""
+    tensors = load_file(ready.marked)
+    folder, training = tmp_path / "folder", tmp_path / "last.ckpt"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file(tensors | {"text.weight": torch.zeros(3)}, folder / "model.safetensors")
+    (folder / "optimizer.pt").write_bytes(b"never read")
+    other = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+    torch.save({"state_dict": other, "ema": tensors, "args": Payload(tmp_path / "ran")}, training)
+    out = [] if command == "verify" else ["--out", tmp_path / "page.html"]
+    args = ["--watermark", ready.watermark, "--key", ready.key, *out]
+    for suspect, tower, identical in ((folder, "", False), (training, "ema.", True)):
+        result = run(command, suspect, *args)
+        assert result.code == 0
+        assert "read: " in result.out
+        assert f"all under {tower!r}" in result.out or not tower
+        record = run(command, suspect, *args, "--json").record()
+        assert (record["decision"], record["identical"]) == ("match", identical)
+        assert record["tensors"]["tower"] == tower
+    assert record["towers"] == ["ema.", "state_dict."]
+    assert "state_dict.blocks.0.attn.proj.bias" in record["tensors"]["ignored"]
+    assert "2 image towers: 'ema.', 'state_dict.'" in run(command, training, *args).out
+    assert not (tmp_path / "ran").exists()
+    several = run("verify", tmp_path, *args[:4])
+    assert several.code == 2
+    assert "wanted one suspect, found" in several.err
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch", "wrapped"])

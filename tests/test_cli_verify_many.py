@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_schema import check as check_schema
 from tiny import vit
 
 from activemark_fast.checkpoints import build_model, save_model
@@ -67,6 +68,8 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert sorted(row["decision"] for row in table) == ["", "", "inconclusive", "match", "match", "no match"]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 7
+    for line in lines:
+        check_schema(line)
     secret = (ready / "owner.key").read_text().strip()
     assert secret not in out.read_text()
     # Once more it is refused; resumed, there is nothing left to do.

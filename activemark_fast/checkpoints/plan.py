@@ -122,7 +122,7 @@ class Fit:
             lines.append(f"  missing: {', '.join(self.missing_and_why)}")
         if self.ignored:
             names = ", ".join(shown_names(self.ignored, 5))
-            lines.append(f"  not read: {len(self.ignored)} tensors that the mark does not need ({names})")
+            lines.append(f"  not used: {len(self.ignored)} tensors ({names})")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:

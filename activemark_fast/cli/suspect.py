@@ -38,7 +38,16 @@ class Judged:
     @property
     def text(self) -> str:
         """The verdict and how the suspect was read, for people."""
-        return str(self.verdict) if self.result.fit is None else f"{self.verdict}\n{self.result.fit}"
+        lines = [str(self.verdict)]
+        if self.result.fit is not None:
+            lines.append(str(self.result.fit))
+        if len(self.result.towers) > 1:
+            towers = ", ".join(map(repr, self.result.towers))
+            lines.append(
+                f"  {len(self.result.towers)} image towers: {towers}; the verdict is on the first "
+                "that matches, else on that with the lowest p-value, which pays for all"
+            )
+        return "\n".join(lines)
 
     def whole(self, watermark: Watermark, args: argparse.Namespace) -> nn.Module | None:
         """The suspect as a model; None where not all of it could be read."""
