@@ -75,6 +75,11 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NPY = re.compile(
+    rb"\x93NUMPY[\1-\3]\0.{2,4}?\{'descr': '([^']{1,20})', 'fortran_order': (True|False), "
+    rb"'shape': \(([\d, ]*)\),? *\} *\n",
+    re.DOTALL,
+)
 _WATERMARK = "activemark_watermark"
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _LEGACY_PICKLES = 4
@@ -509,19 +514,18 @@ class Checkpoint:
 
     def _add_npy(self, opened: Opened, name: str, record: zipfile.ZipInfo) -> None:
         offset = _data_offset(opened, record)
-        stream = BytesIO(opened.read(offset, min(record.file_size, 4096)))
+        start = opened.read(offset, min(record.file_size, 4096))
+        found = _NPY.match(start)
         try:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-            if read is None:
-                raise ValueError(f"version {version}")
-            shape, fortran, kind = read(stream)
-            dtype = _torch_dtype(kind.str)
-        except (ValueError, SyntaxError, TypeError, KeyError) as error:
+            if found is None:
+                raise ValueError("no header")
+            dtype = _torch_dtype(found[1].decode())
+            shape = tuple(int(size) for size in found[3].replace(b",", b" ").split())
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{opened.path}: {name[:100]!r} is no array of numbers: {error}") from error
-        strides = None if not fortran else tuple(reversed(_c_strides(shape[::-1])))
-        entry = Entry(dtype, tuple(shape), len(self._files) - 1, offset + stream.tell(), strides)
-        if entry.nbytes > record.file_size - stream.tell() or len(shape) > _MOST_DIMENSIONS:
+        strides = tuple(reversed(_c_strides(shape[::-1]))) if found[2] == b"True" else None
+        entry = Entry(dtype, shape, len(self._files) - 1, offset + found.end(), strides)
+        if entry.nbytes > record.file_size - found.end() or len(shape) > _MOST_DIMENSIONS:
             raise CheckpointError(f"{opened.path}: {name[:100]!r} is truncated")
         self.entries[name] = entry
 

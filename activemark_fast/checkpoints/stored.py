@@ -11,9 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from activemark_fast.checkpoints.errors import CheckpointError
+
 _NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("SCB", "weight_scale", "weight_scale_inv", "scale_weight", "scale", "q_scale")
 _ZEROS = ("weight_zero_point", "zero_point", "q_zero_point")
+_LONGEST_STATE = 4096
 _SCB_STEPS = 127
 """bitsandbytes' int8: a weight is its integer times its row's SCB over 127."""
 _PACKED = {
@@ -63,6 +66,21 @@ class Source:
 
 def source_of(clean: str, parts: Mapping[str, str], stored: Mapping[str, Stored]) -> Source | str:
     """How the tensor called `clean` is made from its stored parts, or why it cannot be."""
+    source = _source_of(clean, parts, stored)
+    if isinstance(source, str) or len(source.names) == 1 or "absmax" in source.names:
+        return source
+    # Tried without numbers, so that parts which do not go together are told before any is read.
+    empty = {name: (tuple(stored[name].shape), stored[name].dtype) for name in source.names.values()}
+    try:
+        made = source.value({n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in empty.items()})
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        made = None
+    if made is None or tuple(made.shape) != source.shape:
+        return f"parts that do not go together: {', '.join(str(shape) for shape, _ in empty.values())}"
+    return source
+
+
+def _source_of(clean: str, parts: Mapping[str, str], stored: Mapping[str, Stored]) -> Source | str:
     for part, what in _PACKED.items():
         if part in parts:
             return what
@@ -181,26 +199,36 @@ def _four_bit(parts: Mapping[str, str], stored: Mapping[str, Stored]) -> Source 
 
     Its quantisation of the scales themselves is undone, too (Dettmers et al. 2023).
     """
-    used = ["", "absmax", "quant_map"] + [p for p in ("nested_absmax", "nested_quant_map") if p in parts]
-    if any(part not in parts for part in used) or ("nested_absmax" in parts and "quant_state" not in parts):
+    nested = "nested_absmax" in parts
+    used = ["", "absmax", "quant_map"]
+    used += ["nested_absmax", "nested_quant_map", "quant_state"] if nested else []
+    if any(part not in parts for part in used):
         return "4 bits of bitsandbytes without what makes numbers of them"
-    used += ["quant_state"] if "quant_state" in parts else []
-    packed = math.prod(stored[parts[""]].shape)
+    at = {part: stored[parts[part]] for part in used}
+    count = {part: math.prod(tensor.shape) for part, tensor in at.items()}
+    bytes_of = [at[part].dtype for part in ("", *(["absmax", "quant_state"] if nested else []))]
+    packed = count[""]
+    if (
+        set(bytes_of) != {torch.uint8}
+        or (count["quant_map"], count.get("nested_quant_map", 256)) != (16, 256)
+        or not 0 < count["absmax"] <= 2 * packed
+        or not 0 < count.get("nested_absmax", 1) <= count["absmax"]
+        or count.get("quant_state", 0) > _LONGEST_STATE
+    ):
+        return "4 bits of bitsandbytes of which the parts do not go together"
 
     def decode(tensors: Mapping[str, Tensor]) -> Tensor:
-        absmax = tensors["absmax"]
-        if "nested_absmax" in tensors:
+        absmax = tensors["absmax"].flatten()
+        if nested:
             try:
-                facts = json.loads(tensors["quant_state"].to(torch.uint8).numpy().tobytes()[:4096])
+                facts = json.loads(tensors["quant_state"].cpu().contiguous().numpy().tobytes())
                 offset = float(facts["nested_offset"])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError("4 bits of bitsandbytes with a quant_state that is none") from error
-            absmax = _runs(
-                tensors["nested_quant_map"].float()[absmax.long()], tensors["nested_absmax"].float()
-            )
-            absmax = absmax + offset
+                raise CheckpointError("4 bits of bitsandbytes with a quant_state that is none") from error
+            absmax = tensors["nested_quant_map"].float().flatten()[absmax.long()]
+            absmax = _runs(absmax, tensors["nested_absmax"].float().flatten()) + offset
         codes = tensors[""].flatten()
-        table = tensors["quant_map"].float()
+        table = tensors["quant_map"].float().flatten()
         values = table[torch.stack([codes >> 4, codes & 15], dim=1).flatten().long()]
         return _runs(values, absmax.float())
 
