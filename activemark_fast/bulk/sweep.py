@@ -154,7 +154,13 @@ class Sweeper:
 
     def _read(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
         """Reads every image tower of a checkpoint; the verdict is on the one that shows most of a mark."""
-        every = plans(self._target.wanted, checkpoint.entries, checkpoint.lora_config, checkpoint.unread)
+        every = plans(
+            self._target.wanted,
+            checkpoint.entries,
+            checkpoint.lora_config,
+            checkpoint.unread,
+            lambda names: checkpoint.read(names, self._buffer()),
+        )
         first_tap = self._verifier.watermark.site.taps[0]
         deep = [plan for plan in every if plan.depth > first_tap]
         if not deep:

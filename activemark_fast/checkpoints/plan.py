@@ -7,7 +7,8 @@ holds, and carried out once the tensors they ask for are there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -255,6 +256,7 @@ def plans(
     stored: Mapping[str, Stored],
     lora_config: Mapping[str, Any] | None = None,
     unread: Mapping[str, str] | None = None,
+    read: Callable[[Iterable[str]], Mapping[str, Tensor]] | None = None,
 ) -> list[Plan]:
     """Plans the loading of a checkpoint: one plan for every image tower it holds, the best first.
 
@@ -263,6 +265,8 @@ def plans(
         stored: the checkpoint's tensors.
         lora_config: the content of adapter_config.json, where there is one.
         unread: name → what stands there in place of a tensor.
+        read: gives tensors by their stored names. Asked where a tower has more blocks than the model: those
+            that change nothing are left out.
 
     Returns:
         At least one plan; of depth 0 where no tower fits.
@@ -278,7 +282,9 @@ def plans(
     made = [
         plan
         for tower in (found or [""])[:_MOST_TOWERS]
-        for plan in _Planner(wanted, stored, tower, base, adapters, lora_config or {}, unread or {}).plans()
+        for plan in _Planner(
+            wanted, stored, tower, base, adapters, lora_config or {}, unread or {}, read
+        ).plans()
     ]
     if len(found) > _MOST_TOWERS:
         raise UnreadFormError(f"{len(found)} image towers, of which at most {_MOST_TOWERS} are read")
@@ -297,8 +303,10 @@ class _Planner:
         adapters: Adapters,
         lora_config: Mapping[str, Any],
         unread: Mapping[str, str],
+        read: Callable[[Iterable[str]], Mapping[str, Tensor]] | None,
     ) -> None:
         self.wanted = wanted
+        self.doubts: list[str] = []
         self.stored = stored
         self.tower = tower
         self.base = base
@@ -316,6 +324,7 @@ class _Planner:
         if wanted.tower == "":
             self.found |= {name: f"{tower}{name}" for name in wanted.own if f"{tower}{name}" in base}
         self._tell_three_matrices_apart()
+        self.left_out = self._leave_out_identities(read) if read is not None else 0
 
     def plans(self) -> list[Plan]:
         """One plan, or one for each order in which a linear patch embedding may take its pixels."""
@@ -331,10 +340,12 @@ class _Planner:
     def _plan(self, order: str) -> Plan:
         self.order = order
         self.converted: dict[str, int] = {}
+        if self.left_out:
+            self.converted["blocks that change nothing, left out"] = self.left_out
         self.why: dict[str, str] = {}
         self.missing: list[str] = []
         self.neutral: dict[str, float] = {}
-        self.doubts: list[str] = []
+        self.doubts = []
         self.plain = 0
         exact = self.wanted.grid is None  # then all that is missing has to be told
         steps, complete = self._steps(self.wanted.stem)
@@ -348,16 +359,16 @@ class _Planner:
                 depth += complete
         used = {name for step in steps for name in step.names()}
         odd = tuple(name for name in self._computed(depth) if name not in used)
-        indices = {block_of(name) for name in self.found} - {None}
-        if len(indices) != self.wanted.depth:
-            self.doubts.append(f"it has {len(indices)} blocks, the marked model {self.wanted.depth}")
+        blocks = len(self._indices())
+        if blocks != self.wanted.depth:
+            self.doubts.append(f"it has {blocks} blocks, the marked model {self.wanted.depth}")
         return Plan(
             self.root,
             tuple(sorted(used)),
             tuple(steps),
             self.neutral,
             depth,
-            len(indices),
+            blocks,
             Fit(
                 self.tower,
                 self.plain,
@@ -369,6 +380,44 @@ class _Planner:
                 (*self.doubts, *odd),
             ),
         )
+
+    def _indices(self) -> list[int]:
+        """The indices of the tower's blocks."""
+        return sorted({index for index in map(block_of, self.found) if index is not None})
+
+    def _leave_out_identities(self, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> int:
+        """Takes out blocks that add nothing to the residual stream, where there are more than wanted."""
+        indices = self._indices()
+        if len(indices) <= self.wanted.depth:
+            return 0
+
+        def zero(common: str) -> bool | None:
+            part = self._part(common) if common in self.found else None
+            if not isinstance(part, _Part):
+                return None
+            return not bool(part.value(read(part.names())).any())
+
+        def adds_nothing(index: int) -> bool:
+            return all(
+                zero(f"blocks.{index}.{scale}") is True
+                or (
+                    zero(f"blocks.{index}.{module}.weight") is True
+                    and zero(f"blocks.{index}.{module}.bias") is not False
+                )
+                for module, scale in (("attn.proj", "ls1"), ("mlp.fc2", "ls2"))
+            )
+
+        kept = [index for index in indices if not adds_nothing(index)]
+        place = {index: new for new, index in enumerate(kept)}
+        found = {}
+        for common, clean in self.found.items():
+            index = block_of(common)
+            if index is None:
+                found[common] = clean
+            elif index in place:
+                found[common.replace(f"blocks.{index}.", f"blocks.{place[index]}.", 1)] = clean
+        self.found = found
+        return len(indices) - len(kept)
 
     def _tell_three_matrices_apart(self) -> None:
         """mlp.w1, w2, w3: the last is the way back in DINOv2's naming, the second in Llama's."""
@@ -454,6 +503,9 @@ class _Planner:
         if common == PATCH and not part.fits(shape):
             return self._patch(own, shape, part, how)
         if not part.fits(shape):
+            if self._other_units(common, part.shape, shape):
+                units = part.shape[1 if ".fc2." in common else 0]
+                return _Step(own, part.shape, (part,), (*how, f"MLP of {units} units"))
             return f"{_kind(part.source)}, wanted {shape}"
         row = None
         if common == "cls" and "pos" in self.found and "pos" in self.wanted.stem and self.wanted.grid:
@@ -463,6 +515,30 @@ class _Planner:
                 row = positions  # the model adds no position to the class token
                 how = (*how, "class token plus its position")
         return _Step(own, shape, (part,), how, first_row_of=row)
+
+    def _other_units(self, common: str, there: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether a tensor of an MLP differs only in how many units that has, and all others do, too.
+
+        The model's MLP is then made as wide: what it adds to the residual stream is all that counts.
+        """
+        match = re.fullmatch(r"(blocks\.\d+\.mlp)\.(fc1|gate|up|fc2)\.(weight|bias)", common)
+        if match is None or self.wanted.grid is None or len(there) != len(wanted) or 0 in there:
+            return False
+        axis = 1 if match[2] == "fc2" else 0
+        if len(there) <= axis or there[:axis] + there[axis + 1 :] != wanted[:axis] + wanted[axis + 1 :]:
+            return False
+        sizes = {}
+        for name, at in (
+            ("fc1.weight", 0),
+            ("fc1.bias", 0),
+            ("fc2.weight", 1),
+            ("gate.weight", 0),
+            ("up.weight", 0),
+        ):
+            part = self._part(f"{match[1]}.{name}") if f"{match[1]}.{name}" in self.found else None
+            if isinstance(part, _Part):
+                sizes[name] = part.shape[at] if len(part.shape) > at else 0
+        return "fc2.weight" in sizes and len(set(sizes.values())) == 1 and len(sizes) > 1
 
     def _of_several(self, common: str, own: str, shape: tuple[int, ...]) -> _Step | str:
         """A tensor that the checkpoint keeps in other pieces than the model does."""

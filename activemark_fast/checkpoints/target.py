@@ -31,6 +31,7 @@ class Target:
         """
         self.backbone = Backbone(model.eval().requires_grad_(False))
         self._state = model.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         names = {module: name for name, module in model.named_modules()}
         tower = _dotted(names[self.backbone.encoder])
         blocks = [_dotted(names[block]) for block in self.backbone.blocks]
@@ -71,6 +72,8 @@ class Target:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies (own name, values) into the model, converted to its dtypes."""
         for name, values in tensors:
+            if self._state[name].shape != values.shape:
+                self._reshape(name, values.shape)
             self._state[name].copy_(values)
 
     @torch.no_grad()
@@ -79,9 +82,16 @@ class Target:
         for name, value in values.items():
             self._state[name].fill_(value)
 
+    def _reshape(self, name: str, shape: torch.Size) -> None:
+        """Gives a parameter another shape, until a suspect has the old one again; its values are lost."""
+        module, _, own = name.rpartition(".")
+        parameter = nn.Parameter(self._state[name].new_empty(shape), requires_grad=False)
+        setattr(self.backbone.model.get_submodule(module), own, parameter)
+        self._state[name] = parameter.data
+
     def holds(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether a model of this architecture has exactly tensors of these names and shapes."""
-        return {name: tuple(tensor.shape) for name, tensor in self._state.items()} == shapes
+        return self._shapes == shapes
 
     def __getitem__(self, name: str) -> Tensor:
         """The live tensor of that name."""
@@ -122,7 +132,13 @@ def whole_model(path: Path, model: nn.Module, site: Site, tower: str, most_bytes
     """
     target = Target(model, site, whole=True)
     with Checkpoint(path, most_bytes) as checkpoint:
-        every = plans(target.wanted, checkpoint.entries, checkpoint.lora_config, checkpoint.unread)
+        every = plans(
+            target.wanted,
+            checkpoint.entries,
+            checkpoint.lora_config,
+            checkpoint.unread,
+            lambda names: checkpoint.read(names, HostBuffer()),
+        )
         chosen = next((plan for plan in every if plan.fit.tower == tower), None)
         if chosen is None or chosen.depth < len(target.wanted.blocks):
             return None

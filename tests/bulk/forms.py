@@ -70,7 +70,7 @@ def prefixed(state: State, prefix: str) -> dict[str, Any]:
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
-def renamed(state: State, *rules: tuple[str, str]) -> State:
+def renamed(state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> State:
     """Every name with the first of the rules (pattern, replacement) that changes it."""
     out = {}
     for name, tensor in state.items():
@@ -709,30 +709,50 @@ def _(model: Any, path: Path) -> None:
 _group = "Blocks"
 
 
-def more_blocks(state: State) -> State:
-    """An identity block in front."""
+def more_blocks(state: State, at: int = 0) -> State:
+    """With one more block, which adds nothing to the residual stream."""
     out = {n: t for n, t in state.items() if not n.startswith("blocks.")}
     for name, tensor in state.items():
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if match:
-            out[f"blocks.{int(match[1]) + 1}.{match[2]}"] = tensor
-            if match[1] == "0":
-                out[f"blocks.0.{match[2]}"] = tensor * ("proj" not in name and "fc2" not in name)
+            index = int(match[1])
+            out[f"blocks.{index + (index >= at)}.{match[2]}"] = tensor
+            if index == at:
+                out[f"blocks.{at}.{match[2]}"] = tensor * ("proj" not in name and "fc2" not in name)
     return out
 
 
-names("an identity block in front", more_blocks, "7 blocks, the marked model 6")
+def drop_one(match: re.Match[str]) -> str:
+    return f"blocks.{int(match[1]) - 1}."
+
+
+names("an identity block in front", more_blocks)
+names("an identity block in the middle", lambda s: more_blocks(s, 2))
 names(
-    "512 units of an MLP widened to 520 by zeros",
+    "a block dropped",
+    lambda s: renamed({n: t for n, t in s.items() if ".1." not in n[:9]}, (r"^blocks\.([2-9])\.", drop_one)),
+)
+
+
+def units(state: State, change: Callable[[Tensor], Tensor]) -> State:
+    """`change` of the units, which come first, of every tensor of the MLPs that has them."""
+    out = dict(state)
+    for name, tensor in state.items():
+        if name.endswith((".fc1.weight", ".fc1.bias")):
+            out[name] = change(tensor)
+        elif name.endswith(".fc2.weight"):
+            out[name] = change(tensor.T).T
+    return out
+
+
+names("MLPs widened by units that are zero", lambda s: units(s, lambda t: torch.cat([t, 0 * t[:8]])))
+names("MLPs of which units were pruned", lambda s: units(s, lambda t: t[:-32]))
+names(
+    "heads of the attention that were pruned",
     lambda s: {
-        n: nn.functional.pad(t, (0, 0, 0, 8))
-        if n.endswith("fc1.weight")
-        else nn.functional.pad(t, (0, 8))
-        if n.endswith(("fc1.bias", "fc2.weight"))
-        else t
-        for n, t in s.items()
+        n: t[:-96] if ".attn.qkv." in n else t[:, :-32] if "attn.proj.w" in n else t for n, t in s.items()
     },
-    r"float32 \(520, 128\), wanted \(512, 128\)",
+    r"float32 \(288, 128\), wanted \(384, 128\)",
 )
 
 # ---- refused
