@@ -188,7 +188,7 @@ class Sweeper:
                 reason="no sign of the mark, but the suspect does not quite fit the marked model: "
                 + ", ".join(shown_names(tuple(doubts))),
             )
-        return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(plan.fit.tower for plan in deep)}
+        return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(p.fit.tower for _, p in outcomes)}
 
     def _too_shallow(self, chosen: Plan) -> Verdict:
         """The verdict where too few blocks fit to read anything, with what is missing."""
