@@ -15,7 +15,7 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets", "files"},
+    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs"},
     {"backbone"},
     {"site", "utility"},
     {"checkpoints"},

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
+def test_the_source_distribution_holds_all_that_is_compiled_or_read(tmp_path: Path) -> None:
     for tool in ("cmake", "ninja", "pybind11"):  # setup.py wants them
         pytest.importorskip(tool)
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
@@ -20,4 +20,6 @@ def test_the_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> N
         names = {name.partition("/")[2] for name in packed.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
     assert {path.rsplit(".")[-1] for path in sources} == {"cpp", "cu", "hpp"}
-    assert sources | {"CMakeLists.txt", "setup.py", "constraints.txt"} <= names
+    assets = {str(path.relative_to(ROOT)) for path in (ROOT / "activemark_fast" / "assets").iterdir()}
+    assert {path.rsplit(".")[-1] for path in assets} == {"md", "npz", "safetensors"}
+    assert sources | assets | {"CMakeLists.txt", "setup.py", "constraints.txt"} <= names
