@@ -222,7 +222,10 @@ def _own_architecture(path: Path) -> str:
     try:
         if "architecture" in metadata:
             architecture = metadata["architecture"]
-        elif metadata.get("library") == "timm" and metadata.get("class") == _VIT_CLASS:
+        elif (metadata.get("library", "timm"), metadata.get("class", _VIT_CLASS)) == (
+            "timm",
+            _VIT_CLASS,
+        ) and ({"class", "kwargs"} & metadata.keys()):
             normalisation = {
                 name: _parse_json(metadata[name]) for name in ("mean", "std") if name in metadata
             }

@@ -471,6 +471,10 @@ def test_mean_and_std_survive_saving(tmp_path: Path) -> None:
     assert (Backbone(model).mean, Backbone(model).std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 1.0))
     save_model(model, tmp_path / "n", architecture_of(path))
     assert Backbone(load_model(tmp_path / "n")).mean == (0.1, 0.2, 0.3)
+    only_arguments = with_metadata(tmp_path / "o", {"kwargs": kwargs})
+    assert same(load_model(only_arguments), tiny())
+    with pytest.raises(CheckpointError, match="does not name its architecture"):
+        load_model(with_metadata(tmp_path / "p", {"kwargs": kwargs, "library": "other"}))
 
 
 @pytest.mark.parametrize(
