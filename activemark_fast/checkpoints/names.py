@@ -155,6 +155,8 @@ _ROLES = tuple(
             r"\1.weight",
             r"\2",
         ),
+        (r"(.+\.weight)\._data", r"\1", ""),
+        (r"(.+\.weight)\._scale", r"\1", "weight_scale"),
         (r"(.+)\.(qweight|qzeros|scales|biases|g_idx|weight_packed)", r"\1.weight", r"\2"),
         (r"(.+)\.(kernel)", r"\1.weight", r"\2"),
         (r"(.+)\.embedding", r"\1.weight", ""),

@@ -34,6 +34,7 @@ from activemark_fast.checkpoints.stored import Source, Stored, source_of
 _SHOWN_NAMES = 20
 _LONGEST_NAME = 120
 _MOST_TOWERS = 16
+_MOST_REGISTERS = 16
 _ELSEWHERE = "/"
 """Before the common names of tensors that are not in the image tower."""
 _LAYER_SCALES = (".ls1", ".ls2")
@@ -657,6 +658,8 @@ class _Planner:
         rows = math.prod(positions.shape[:-1])
         if rows == patches + wanted:
             return wanted, wanted
+        if wanted < rows - patches <= _MOST_REGISTERS:
+            return rows - patches, wanted  # rows of registers, which follow those of the class token
         for leading in (wanted, 1, 0):
             if rows > leading and math.isqrt(rows - leading) ** 2 == rows - leading:
                 return leading, wanted
@@ -665,8 +668,9 @@ class _Planner:
     def _positions(self, own: str, shape: tuple[int, ...], part: _Part, how: tuple[str, ...]) -> _Step | str:
         leading = self._leading_rows(shape)
         width = part.shape[-1] if part.shape else None
-        if self.wanted.grid is None or width != shape[-1] or leading not in ((0, 0), (1, 1), (1, 0), (0, 1)):
+        if leading is None or width != shape[-1] or not (min(leading) == 0 or leading[0] >= leading[1]):
             return f"{_kind(part.source)}, wanted {shape}"
+        assert self.wanted.grid is not None  # else there were no leading rows
         resize = (*leading, self.wanted.grid)
         return _Step(own, shape, (part,), (*how, "positions resized"), resize=resize)
 

@@ -582,6 +582,17 @@ def larger_grid(state: State) -> State:
 
 
 names("positions of another grid", larger_grid)
+names(
+    "positions with rows of registers",
+    lambda s: {
+        **s,
+        "pos_embed": torch.cat(
+            [s["pos_embed"][:, :1], torch.ones(1, 4, WIDTH), s["pos_embed"][:, 1:]], dim=1
+        ),
+        "reg_token": torch.zeros(1, 4, WIDTH),
+    },
+)
+names("of grey images", with_patch(lambda w: w.sum(1, keepdim=True)))
 
 # ---- numbers
 _group = "Numbers"

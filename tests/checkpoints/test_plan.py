@@ -390,3 +390,37 @@ def test_a_model_that_no_library_knows_is_compared_by_its_own_names() -> None:
 )
 def test_names_of_older_releases(name: str, common: str) -> None:
     assert common_name(name) == common
+
+
+@pytest.mark.parametrize("gate_up_back", [("w1", "w2", "w3"), ("w1", "w3", "w2"), ("w12", "", "w3")])
+def test_three_matrices_of_a_gated_mlp(gate_up_back: tuple[str, str, str]) -> None:
+    """DINOv3's order, Llama's, and DINOv2's."""
+    gate, up, back = gate_up_back
+    model = timm_swiglu(1)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".mlp.fc1." in name:
+            for matrix, rows in zip((gate, up), tensor.chunk(2) if up else (tensor,), strict=False):
+                state[name.replace("fc1", matrix)] = rows
+        else:
+            state[name.replace("mlp.fc2", f"mlp.{back}")] = tensor
+    loaded, chosen = carried(state, timm_swiglu(2))
+    assert (chosen.depth, chosen.fit.missing, chosen.fit.odd) == (3, (), ())
+    assert_the_same_function(model, loaded)
+
+
+def test_a_bias_of_keys_is_not_missed() -> None:
+    """Softmax takes it out, so that neither its lack nor its presence is a doubt."""
+    model = timm_vit(1)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".attn.qkv." in name:
+            q, k, v = tensor.chunk(3)
+            named = {"q": q, "v": v} if name.endswith("bias") else {"q": q, "k": k, "v": v}
+            state |= {name.replace("attn.qkv", f"attn.{part}"): rows for part, rows in named.items()}
+        else:
+            state[name] = tensor
+    for into in (timm_vit, hf_vit):
+        loaded, chosen = carried(state, into(2))
+        assert (chosen.depth, chosen.fit.missing, chosen.fit.doubts) == (3, (), ())
+        assert_the_same_function(model, loaded)
