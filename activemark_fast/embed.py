@@ -8,6 +8,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +16,51 @@ from torch import Tensor, nn
 from activemark_fast.align import site_sample
 from activemark_fast.backbone import Backbone, non_finite_tensor
 from activemark_fast.codec import CODECS, Codec, KeyedCodec
+from activemark_fast.codec.codebooks import (
+    MEASURED_IMAGES,
+    SiteMeasure,
+    balanced_bits,
+    codebooks,
+    draw_sent,
+    most_bits,
+)
+from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import search_edit
 from activemark_fast.marking.engine import Engine, halving, plan_engine
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
-from activemark_fast.marking.quality import DETECTION_TARGET, MARGIN_TARGET, Quality, QualityCheck
+from activemark_fast.marking.quality import (
+    DETECTION_TARGET,
+    MARGIN_TARGET,
+    FidelityCheck,
+    Quality,
+    QualityCheck,
+)
+from activemark_fast.marking.reading import Channel
 from activemark_fast.marking.resume import TrainingFile, TrainingState
 from activemark_fast.marking.steps import COMPILE
-from activemark_fast.marking.suffix import BATCH, SiteActivations, final_features, site_activations
+from activemark_fast.marking.suffix import (
+    BATCH,
+    Autocast,
+    SiteActivations,
+    final_features,
+    site_activations,
+)
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
-from activemark_fast.triggers import holdout_images
-from activemark_fast.watermark import Watermark, fingerprint
+from activemark_fast.site import Placement
+from activemark_fast.triggers import clean_images, holdout_images
+from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
 
-IMAGES = 256
 PROFILED_IMAGES = 32
-EDIT_IMAGES = 160
-"""So many of the hold-out images are enough for an edit; gradient steps from scratch use them all."""
-HELD_OUT_EVERY = 5
-"""Every fifth of them is kept from marking, to measure the mark on. The kinds of images that are made from a
-key take turns by fours: all are on either side."""
+FITTED_IMAGES, HELD_IMAGES = 192, 64
+"""Clean images that a mark is solved on, and that its cost is measured on, at most."""
+CHECKED_IMAGES = 16
+"""Hold-out images that the mark is read on before it is released."""
 MESSAGES_PER_IMAGE = 2
+"""An image runs with a message and with its opposite."""
+DEFAULT_FIDELITY = 0.997
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +71,9 @@ class Embedding:
         model: the marked model.
         watermark: what `verify` needs besides the key.
         quality: how the mark and the model do on images that were kept from marking.
+        clean_source: which natural images the model's own features were protected on, and compared on.
         site_reason: why the mark is where it is.
-        steps: gradient steps taken; 0 if the edit was enough.
+        steps: gradient steps taken; 0 for the keyed codec, which is edited in.
         history: one dict for every strength of the edit that was tried and every check during training.
         engine: how it was computed and why so; `peak_bytes` was told before the edit began.
         seconds: wall time of `embed`.
@@ -57,6 +82,7 @@ class Embedding:
     model: nn.Module
     watermark: Watermark
     quality: Quality
+    clean_source: str
     site_reason: str
     steps: int
     history: list[dict[str, float | str]] = field(repr=False)
@@ -65,8 +91,76 @@ class Embedding:
 
     @property
     def fidelity(self) -> float:
-        """Mean cosine between the clean features of the marked model and the original's."""
+        """Lowest mean cosine between the features of the marked model and the original's (`Fidelity.mean`)."""
         return self.quality.fidelity
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `embed` was asked for; checked when it is made."""
+
+    codec: str
+    bits: int
+    axis: str
+    block: int | None
+    fidelity: float
+    max_steps: int
+    architecture: str | None
+    precision: str
+    compile: str
+
+    def __post_init__(self) -> None:
+        for name, text, choices in (
+            ("codec", self.codec, sorted(CODECS)),
+            ("axis", self.axis, ["token", "channel"]),
+            ("compile", self.compile, list(COMPILE)),
+        ):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: wanted one of {choices}, got {type(text).__name__}")
+            if text not in choices:
+                raise ValueError(f"{name}: wanted one of {choices}, got {text!r}")
+        if self.axis != "token" and self.codec == KeyedCodec.name:
+            raise ValueError(f"axis: the keyed codec injects at tokens, wanted 'token', got {self.axis!r}")
+        for name, number in (("bits", self.bits), ("block", self.block), ("max_steps", self.max_steps)):
+            if name == "block" and number is None:
+                continue
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"{name}: wanted int, got {type(number).__name__}")
+        if self.bits not in BITS:
+            raise ValueError(
+                f"bits: wanted a multiple of {BITS.step}, {BITS[0]} to {BITS[-1]}, got {self.bits}"
+            )
+        if self.max_steps < 0:
+            raise ValueError(f"max_steps: wanted 0 or more, got {self.max_steps}")
+        if not isinstance(self.fidelity, (int, float)):
+            raise TypeError(f"fidelity: wanted a number, got {type(self.fidelity).__name__}")
+        if not 0 < self.fidelity < 1:
+            raise ValueError(f"fidelity: wanted a cosine above 0 and below 1, got {self.fidelity}")
+        if self.architecture is not None and not isinstance(self.architecture, str):
+            raise TypeError(f"architecture: wanted a string, got {type(self.architecture).__name__}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """The model that is being marked, and what is known of it before a weight changes.
+
+    Attributes:
+        backbone: a view of the copy that is marked.
+        placement: where the mark goes, and why.
+        fitted: activations of the clean images that the mark is solved on.
+        carriers: of the first hold-out images, which the mark is read on before it is released.
+        measured: how tokens vary at the site, on hold-out images.
+        fidelity: compares the copy with what it was.
+        autocast: mixed precision of the forward passes.
+    """
+
+    backbone: Backbone
+    placement: Placement
+    fitted: SiteActivations
+    carriers: SiteActivations
+    measured: SiteMeasure
+    fidelity: FidelityCheck
+    autocast: Autocast
 
 
 def embed(
@@ -74,12 +168,12 @@ def embed(
     key: Key | bytes | str | os.PathLike[str],
     images: object = None,
     *,
-    codec: str = "keyed",
-    method: str | None = None,
+    clean: object = None,
+    codec: Literal["keyed", "learned"] = "keyed",
     bits: int = 32,
     axis: str = "token",
     block: int | None = None,
-    fidelity: float = 0.997,
+    fidelity: float = DEFAULT_FIDELITY,
     max_steps: int = 1000,
     inplace: bool = False,
     architecture: str | None = None,
@@ -89,22 +183,26 @@ def embed(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Embedding:
-    """Marks `model` (arXiv 2510.04966, with the keyed codec and the closed-form edit by default).
+    """Marks `model` (arXiv 2510.04966, with keyed codebooks and a closed-form edit by default).
 
     Args:
         model: a plain ViT (`Backbone` says which). It is not changed, unless `inplace`.
         key: the owner's secret: bytes, a passphrase (str), a key file (Path) or a `Key`.
-        images: hold-out images (`holdout_images` says in which forms), up to 256; without any they are made
-            from the key. An edit looks at the first 160; verification needs them all.
-        codec: "keyed", or "learned" (the paper's encoder and decoder; no exact p-value).
-        method: "edit" (closed form, then as many gradient steps as the targets need: none if the edit met
-            them) or "finetune" (gradient steps only). By default "edit" for the keyed codec, "finetune" for
-            the learned one.
-        bits: message length, 8 to 256.
+        images: hold-out images to read the mark on (`holdout_images` says in which forms), up to 64;
+            verification needs them again. Without any they are cut from photographs by the key, which is
+            better evidence: own images are something the owner chose.
+        clean: natural images of the kind the model is used on, a few hundred, in the same forms. The mark is
+            solved on three quarters of them, so that it stays away from what they excite; the fidelity is
+            measured on the others. Without any, photographs that ship with the package.
+        codec: "keyed" (edited in, in closed form), or "learned" (the paper's encoder and decoder, trained;
+            no exact p-value).
+        bits: message length, a multiple of 8 from 8 to 256.
         axis: what the learned codec overwrites: "token" or "channel".
         block: the block to inject after, from 0; by default the one where massive activations emerge.
-        fidelity: lowest mean cosine to the original's features, above 0 and below 1.
-        max_steps: upper bound on gradient steps.
+        fidelity: lowest mean cosine to the original's features, of class token, mean patch and single
+            patches, on clean images that were held out; above 0 and below 1. Their 5th percentile may lie
+            1 / 0.3 times as far from 1. A keyed mark is as strong as that allows.
+        max_steps: upper bound on gradient steps, which only the learned codec takes.
         inplace: write the mark into `model` itself, at the very end.
         architecture: model string (`load_model`) to store in the watermark, so that the command line can
             build the suspect.
@@ -128,135 +226,62 @@ def embed(
             ViT (`NotAViTError`) or has no room for the mark (`SiteError`).
 
     Warns:
-        RuntimeWarning: the targets were not reached; `quality` tells by how much.
+        RuntimeWarning: targets were not reached; it says which and by how much, and what would help.
     """
     started = time.perf_counter()
-    method = method or ("edit" if codec == KeyedCodec.name else "finetune")
-    _check_settings(codec, method, bits, axis, block, fidelity, max_steps, architecture, compile)
+    settings = _Settings(codec, bits, axis, block, fidelity, max_steps, architecture, precision, compile)
     original = Backbone(model)
     broken = non_finite_tensor(model)
     if broken is not None:
         raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
     secret = Key.of(key)
-    place = resolve_device(device, original.device)
-    if compile == "graph" and place.type != "cuda":
-        raise ValueError(f"compile: 'graph' needs a CUDA device, got {str(place)!r}")
-    autocast = resolve_autocast(precision, place)
+    device = resolve_device(device, original.device)
+    if compile == "graph" and device.type != "cuda":
+        raise ValueError(f"compile: 'graph' needs a CUDA device, got {str(device)!r}")
+    if codec == KeyedCodec.name and bits > most_bits(original.width):
+        raise ValueError(
+            f"bits: wanted at most {most_bits(original.width)} for a model of width {original.width}, got {bits}"
+        )
     preprocess = original.preprocess
-    holdout = holdout_images(images, secret, preprocess, IMAGES)
+    holdout = holdout_images(images, secret, preprocess, HOLDOUT_IMAGES)
+    natural = clean_images(clean, preprocess, FITTED_IMAGES, HELD_IMAGES)
     saved = resumed = None
     if checkpoint is not None:
-        if not isinstance(checkpoint, (str, os.PathLike)):
-            raise TypeError(f"checkpoint: wanted a path, got {type(checkpoint).__name__}")
-        inputs: dict[str, object] = {
-            "model": fingerprint(model),
-            "images": [digest.hex() for digest in holdout.digests],
-            "settings": [
-                codec,
-                method,
-                bits,
-                axis,
-                block,
-                fidelity,
-                max_steps,
-                precision,
-                compile,
-                str(place),
-            ],
-        }
-        saved = TrainingFile(Path(checkpoint), secret, inputs)
+        saved = _training_file(
+            checkpoint, secret, model, settings, [holdout.pixels, natural.fitted], str(device)
+        )
         resumed = saved.load()
 
-    marked = copy.deepcopy(model).eval().to(place)
+    marked = copy.deepcopy(model).eval().to(device)
+    stretched = secret.stretched() if codec == KeyedCodec.name else secret
     with Progress(progress) as bar:
-        backbone = Backbone(marked)
-        bar.stage("profile", 1)
-        with autocast():
-            placement = measure(backbone, holdout.pixels[:PROFILED_IMAGES]).site(block=block)
-        site = placement.site
-        bar.stage("prefix", 1)
-        shown = holdout.pixels[: EDIT_IMAGES if method == "edit" else None]
-        activations = halving(
-            lambda batch: site_activations(backbone, shown, site.block, autocast, batch), BATCH
+        subject = _prepare(
+            Backbone(marked), settings, holdout.pixels, natural.fitted, natural.held, device, bar
         )
-        coder: Codec = CODECS[codec].create(secret, site, bits, activations.output, axis).to(place)
-        alignment = None
-        if coder.exact:
-            alignment = site_sample(backbone, secret, site, preprocess, autocast).half().cpu()
-
-        def messages(purpose: str, *shape: int) -> Tensor:
-            return torch.from_numpy(secret.stream(f"messages/{purpose}").bits((*shape, bits))).to(place)
-
-        held = torch.arange(len(activations), device=place) % HELD_OUT_EVERY == 0
-        fitted, kept = activations[~held], activations[held]
-        del activations
+        site = subject.placement.site
         engine = plan_engine(
-            backbone, site, precision, holdout.pixels, len(fitted), len(kept), MESSAGES_PER_IMAGE
+            subject.backbone,
+            site,
+            precision,
+            holdout.pixels,
+            len(subject.fitted),
+            len(natural.held),
+            MESSAGES_PER_IMAGE,
         )
-        fitted = SiteActivations(engine.keep(fitted.source), engine.keep(fitted.output))
-        if method == "edit":
+        if codec == KeyedCodec.name:
             bar.note(f"embed: {engine}")
-        check = QualityCheck(backbone, coder, site, kept, messages("check", len(kept)), autocast)
-        history: list[dict[str, float | str]] = []
-        if resumed is not None:
-            history = resumed.history
-            quality = check()
-        elif method == "edit" and isinstance(coder, KeyedCodec):
-            texts = messages("edit", MESSAGES_PER_IMAGE, len(fitted))
-            quality, history = search_edit(
-                backbone, coder, site, fitted.output, texts, check, fidelity, engine, bar
-            )
+        alignment = None
+        steps, state = 0, {}
+        if codec == KeyedCodec.name:
+            sampled = site_sample(subject.backbone, secret, site, preprocess, subject.autocast)
+            alignment = sampled.half().cpu()
+            quality, history = _edit(subject, stretched, settings, engine, bar)
         else:
-            quality = check()
-        steps = 0
-        if resumed is not None or not quality.reaches(fidelity):
-            stage = "polish" if method == "edit" else "fine-tuning"
-            reference = Backbone(copy.deepcopy(model).eval().to(place))
-            features = final_features(reference, fitted, site.block, autocast)
-            bar.stage(stage, max_steps)
-
-            def reached(step: int, loss: float) -> bool:
-                nonlocal quality
-                quality = check(reference)
-                history.append({"stage": stage, "step": step, "loss": loss, **asdict(quality)})
-                bar.advance(CHECK_EVERY, loss=loss, bit_error=quality.bit_error, fidelity=quality.fidelity)
-                return quality.reaches(fidelity)
-
-            def save(step: int, tensors: dict[str, Tensor]) -> None:
-                if saved is not None and saved.due():
-                    saved.save(TrainingState(step, tensors, history))
-
-            if resumed is not None:
-                bar.advance(resumed.step)
-            draws = secret.stream("fine-tuning")
-            steps, how = finetune(
-                backbone,
-                reference,
-                coder,
-                site,
-                fitted,
-                features,
-                draws,
-                max_steps,
-                autocast,
-                compile,
-                reached,
-                resumed,
-                save,
+            quality, history, steps, how, state = _train(
+                subject, Backbone(copy.deepcopy(model).eval().to(device)), secret, settings, saved, resumed, bar
             )
-            if method == "finetune":
-                engine = replace(engine, reason=how, peak_bytes=0)
-            elif steps > 0:
-                engine = replace(engine, reason=f"{engine.reason}; {how}")
-    if not quality.reaches(fidelity):
-        warnings.warn(
-            f"the mark did not reach its targets: fidelity {quality.fidelity:.4f} (wanted {fidelity}), "
-            f"margin {quality.margin:.2f} ({MARGIN_TARGET}), detection rate {quality.detection_rate:.3f} "
-            f"({DETECTION_TARGET}), on the original {quality.original_detection_rate:.3f} (0)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    coder.original_rate.fill_(quality.original_detection_rate)
+            engine = replace(engine, reason=how, peak_bytes=0)
+    _warn_of_missed_targets(quality, fidelity)
     marked.to(original.device)
     for ours, theirs in zip(marked.modules(), model.modules(), strict=True):
         ours.training = theirs.training
@@ -265,11 +290,11 @@ def embed(
         codec=codec,
         bits=bits,
         axis=axis,
-        site=site,
+        site=replace(site, massive_tokens=(), massive_channels=()) if codec == KeyedCodec.name else site,
         preprocess=preprocess,
-        digests=holdout.digests,
+        digests=() if holdout.source == "key" else holdout.digests,
         image_source=holdout.source,
-        state=coder.state(),
+        state=state,
         fingerprint=fingerprint(marked),
         architecture=architecture,
         alignment=alignment,
@@ -279,47 +304,171 @@ def embed(
         marked = model
     if saved is not None:
         saved.remove()
-    seconds = time.perf_counter() - started
-    return Embedding(marked, watermark, quality, placement.reason, steps, history, engine, seconds)
+    return Embedding(
+        marked,
+        watermark,
+        quality,
+        natural.source,
+        subject.placement.reason,
+        steps,
+        history,
+        engine,
+        time.perf_counter() - started,
+    )
 
 
-def _check_settings(
-    codec: str,
-    method: str,
-    bits: int,
-    axis: str,
-    block: int | None,
-    fidelity: float,
-    max_steps: int,
-    architecture: str | None,
-    compile: str,
-) -> None:
-    for name, text, choices in (
-        ("codec", codec, sorted(CODECS)),
-        ("method", method, ["edit", "finetune"]),
-        ("axis", axis, ["token", "channel"]),
-        ("compile", compile, list(COMPILE)),
-    ):
-        if not isinstance(text, str):
-            raise TypeError(f"{name}: wanted one of {choices}, got {type(text).__name__}")
-        if text not in choices:
-            raise ValueError(f"{name}: wanted one of {choices}, got {text!r}")
-    if method == "edit" and codec != KeyedCodec.name:
-        raise ValueError(f"method: the edit places keyed marks only; the {codec} codec needs 'finetune'")
-    if axis != "token" and codec == KeyedCodec.name:
-        raise ValueError(f"axis: the keyed codec injects at tokens, wanted 'token', got {axis!r}")
-    for name, number in (("bits", bits), ("block", block), ("max_steps", max_steps)):
-        if name == "block" and number is None:
-            continue
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name}: wanted int, got {type(number).__name__}")
-    if not 8 <= bits <= 256:
-        raise ValueError(f"bits: wanted 8 to 256, got {bits}")
-    if max_steps < 0:
-        raise ValueError(f"max_steps: wanted 0 or more, got {max_steps}")
-    if not isinstance(fidelity, (int, float)):
-        raise TypeError(f"fidelity: wanted a number, got {type(fidelity).__name__}")
-    if not 0 < fidelity < 1:
-        raise ValueError(f"fidelity: wanted a cosine above 0 and below 1, got {fidelity}")
-    if architecture is not None and not isinstance(architecture, str):
-        raise TypeError(f"architecture: wanted a string, got {type(architecture).__name__}")
+def _training_file(
+    path: str | os.PathLike[str],
+    secret: Key,
+    model: nn.Module,
+    settings: _Settings,
+    images: list[Tensor],
+    device: str,
+) -> TrainingFile:
+    """The file that a training is resumed from, which must be of the same inputs."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"checkpoint: wanted a path, got {type(path).__name__}")
+    digests = [secret.mac("resume/images", part.contiguous().numpy().tobytes()).hex() for part in images]
+    inputs: dict[str, object] = {
+        "model": fingerprint(model),
+        "images": digests,
+        "settings": [*asdict(settings).values(), device],
+    }
+    return TrainingFile(Path(path), secret, inputs)
+
+
+def _prepare(
+    backbone: Backbone,
+    settings: _Settings,
+    holdout: Tensor,
+    fitted: Tensor,
+    held: Tensor,
+    device: torch.device,
+    bar: Progress,
+) -> _Subject:
+    """Profiles the model, finds the site and runs all images up to it."""
+    autocast = resolve_autocast(settings.precision, device)
+    bar.stage("profile", 1)
+    with autocast():
+        placement = measure(backbone, fitted[:PROFILED_IMAGES]).site(block=settings.block)
+    site = placement.site
+    bar.stage("prefix", 3)
+
+    def at_site(pixels: Tensor) -> SiteActivations:
+        found = halving(lambda batch: site_activations(backbone, pixels, site.block, autocast, batch), BATCH)
+        bar.advance()
+        return found
+
+    carriers = at_site(holdout[:MEASURED_IMAGES])
+    measured = SiteMeasure.of(carriers.output, site.prefix_tokens)
+    fidelity = FidelityCheck(backbone, at_site(held).output, site.block, autocast)
+    if not measured.usable:
+        raise ValueError("model: wanted finite activations that vary, got constant or non-finite ones")
+    return _Subject(
+        backbone, placement, at_site(fitted), carriers[:CHECKED_IMAGES], measured, fidelity, autocast
+    )
+
+
+def _edit(
+    subject: _Subject, stretched: Key, settings: _Settings, engine: Engine, bar: Progress
+) -> tuple[Quality, list[dict[str, float | str]]]:
+    """Marks the subject's model in closed form."""
+    backbone, site = subject.backbone, subject.placement.site
+    device, bits = backbone.device, settings.bits
+    books = [book.to(device) for book in codebooks(stretched, site, bits, subject.measured)]
+    output = engine.keep(subject.fitted.output)
+    sent = [
+        torch.from_numpy(
+            balanced_bits(stretched.stream(f"messages/edit/{i}"), len(output[i :: len(books)]), bits)
+        ).to(device)
+        for i in range(len(books))
+    ]
+    checked = draw_sent(stretched, "check", len(subject.carriers), bits)
+    channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
+    check = QualityCheck(
+        backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast
+    )
+    history = search_edit(
+        backbone, books, site, output, sent, subject.fidelity, settings.fidelity, engine, bar
+    )
+    return check(), history
+
+
+def _train(
+    subject: _Subject,
+    reference: Backbone,
+    secret: Key,
+    settings: _Settings,
+    saved: TrainingFile | None,
+    resumed: TrainingState | None,
+    bar: Progress,
+) -> tuple[Quality, list[dict[str, float | str]], int, str, dict[str, Tensor]]:
+    """Marks the subject's model by gradient steps, with the learned codec.
+
+    Returns:
+        The quality, its history, the steps taken, how they were run, and the codec's state.
+    """
+    backbone, site, autocast = subject.backbone, subject.placement.site, subject.autocast
+    device = backbone.device
+    coder: Codec = CODECS[settings.codec].create(
+        secret, site, settings.bits, subject.fitted.output, settings.axis
+    )
+    coder = coder.to(device)
+    message = secret.stream("messages/check").bits((len(subject.carriers), 1, settings.bits))
+    channel = Channel(coder, torch.from_numpy(message).to(device))
+    check = QualityCheck(backbone, [channel], subject.carriers, subject.fidelity, site.block, autocast)
+    quality = check()
+    history = [] if resumed is None else resumed.history
+    features = final_features(reference, subject.fitted, site.block, autocast)
+    bar.stage("fine-tuning", settings.max_steps)
+    if resumed is not None:
+        bar.advance(resumed.step)
+
+    def reached(step: int, loss: float) -> bool:
+        nonlocal quality
+        quality = check(reference)
+        figures = {name: value for name, value in asdict(quality).items() if name != "features"}
+        history.append({"stage": "fine-tuning", "step": step, "loss": loss, **figures})
+        bar.advance(CHECK_EVERY, loss=loss, bit_error=quality.bit_error, fidelity=quality.fidelity)
+        return quality.reaches(settings.fidelity)
+
+    def save(step: int, tensors: dict[str, Tensor]) -> None:
+        if saved is not None and saved.due():
+            saved.save(TrainingState(step, tensors, history))
+
+    steps, how = finetune(
+        backbone,
+        reference,
+        coder,
+        site,
+        subject.fitted,
+        features,
+        secret.stream("fine-tuning"),
+        settings.max_steps,
+        autocast,
+        settings.compile,
+        reached,
+        resumed,
+        save,
+    )
+    coder.original_rate.fill_(quality.original_detection_rate)
+    return quality, history, steps, how, coder.state()
+
+
+def _warn_of_missed_targets(quality: Quality, fidelity: float) -> None:
+    missed = []
+    if not quality.keeps(fidelity):
+        missed.append(
+            f"fidelity {quality.fidelity:.4f}, 5th percentile {quality.fidelity_tail:.4f} (wanted {fidelity}); "
+            "more clean images would help"
+        )
+    if not quality.margin >= MARGIN_TARGET or not quality.detection_rate >= DETECTION_TARGET:
+        missed.append(
+            f"margin {quality.margin:.2f} (wanted {MARGIN_TARGET:g}), detection rate "
+            f"{quality.detection_rate:.3f} ({DETECTION_TARGET:g}): the mark is as strong as the fidelity "
+            "allows; a lower fidelity or fewer bits would help"
+        )
+    if quality.original_detection_rate > 0:
+        missed.append(f"the original reads as marked, too, on {quality.original_detection_rate:.3f} of the images")
+    if missed:
+        warnings.warn(f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=3)

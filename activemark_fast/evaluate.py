@@ -55,7 +55,7 @@ class Size:
     test: int
 
 
-SIZES = {"quick": Size(512, 256), "full": Size(4000, 2000)}
+SIZES = {"quick": Size(512, 256), "full": Size(4000, 2000), "adaptive": Size(1000, 500)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +144,25 @@ class Evaluation:
             ],
         }
 
+    def frontier(self) -> list[Row]:
+        """What each attack removes and what it costs: one dict an attack, from the owner's reading.
+
+        Returns:
+            attack, family, strength, p_value, detection_rate, lost (points of the linear probe's accuracy,
+            from the marked model as released), images, steps and seconds (of the attack). Attacks whose
+            accuracy could not be measured are left out.
+        """
+        released = self.row("as released")
+        before = None if released is None else released["probe_accuracy"]
+        return [
+            {name: row[name] for name in ("attack", "family", "strength", "p_value", "detection_rate")}
+            | {"lost": 100 * (before - row["probe_accuracy"])}
+            | {"images": row["images"], "steps": row["steps"], "seconds": row["attack_seconds"]}
+            for row in self.rows
+            if (row["subject"], row["key"]) == ("marked", "owner")
+            and None not in (before, row["probe_accuracy"])
+        ]
+
 
 def evaluate(
     marked: nn.Module,
@@ -183,7 +202,7 @@ def evaluate(
             attack whose task is missing is left out, and the header says so.
         data: what the tasks are made of, for the header.
         name: of the model, for the header.
-        suite_name: "quick" or "full".
+        suite_name: "quick", "full" or "adaptive".
         seed: of all attacks; it also chooses the other key.
         jobs: how many attacks run at a time; by default as many as there are CPUs, on other devices 1.
         device: where to compute; by default where the original is.
@@ -196,7 +215,8 @@ def evaluate(
         as_expected (a match where one is expected, none where none is), reason, detection_rate, p_value,
         mean_bit_errors, histogram (images with 0, 1, … wrong bits), cosine (to the original's features),
         knn_accuracy and probe_accuracy (similar task), task_score (probe accuracy or mean IoU on the attack's
-        own task), seed, seconds (attack, utility and reading). What could not be measured is None.
+        own task), images and steps (clean images and gradient steps the attack took, where it tells),
+        attack_seconds, seed, seconds (attack, utility and reading). What could not be measured is None.
 
     Raises:
         ValueError: an argument is not as described, or `out` holds another evaluation.
@@ -312,6 +332,7 @@ class _Bench:
             settings["other"] = copy.deepcopy(self._models[attack.other])
         if attack.run is not None:
             model = attack.run(model, self._tasks[attack.task].train, self._seed, attack.strength, **settings)
+        attacked = time.perf_counter()
         useful = self._utility(model, attack)
         readings = [("owner", self._owner)]
         if subject == "marked":
@@ -336,6 +357,8 @@ class _Bench:
                 "expected": expected,
                 **_told(verdict, expected, note),
                 **useful,
+                **cost(attack, len(self._tasks[attack.task].train)),
+                "attack_seconds": round(attacked - started, 3),
                 "seed": self._seed,
                 "seconds": round(seconds, 3),
             }
@@ -364,6 +387,11 @@ class _Bench:
             "probe_accuracy": probe,
             "task_score": score,
         }
+
+
+def cost(attack: Attack, images: int) -> Row:
+    """How many of `images` an attack takes, and gradient steps; None where it does not tell."""
+    return {"images": None if attack.images is None else min(attack.images, images), "steps": attack.steps}
 
 
 def _scaled(images: Tensor, size: tuple[int, int]) -> Tensor:

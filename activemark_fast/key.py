@@ -24,6 +24,10 @@ import numpy.typing as npt
 
 MIN_MATERIAL_BYTES = 16
 MIN_PASSPHRASE_CHARACTERS = 8
+PASSPHRASE_N, GRINDING_N = 2**17, 2**15
+"""Cost of scrypt (RFC 7914) for a passphrase, 128 MiB, and for a key that a mark is drawn from, 32 MiB."""
+SECONDS_A_KEY = 0.05
+"""What stretching one key takes at least, on a core of today (`activemark forge` measures it)."""
 MAX_DERIVED_BYTES = 255 * 32  # HKDF-SHA256 gives no more
 _CONTEXT = b"activemark_fast/v1/"
 _FILE_FORMAT = "64 hexadecimal characters and at most one newline"
@@ -113,6 +117,16 @@ class Key:
         if not label:
             raise ValueError("label: wanted a text which is not empty")
         return Key(self.derive(f"subkey/{label}"))
+
+    def stretched(self) -> Key:
+        """The key that a mark is drawn from.
+
+        Whoever has a suspect first and looks for a key that happens to agree with it pays for every key they
+        try: scrypt with N = 2^15, r = 8, p = 1, 32 MiB of memory, about a tenth of a second of one core. A
+        forger can do without a reading of the suspect (its mean Jacobian tells almost as much), not without
+        this.
+        """
+        return Key(_scrypt(b"grinding", self._material, GRINDING_N))
 
     def derive(self, purpose: str, length: int = 32) -> bytes:
         """`length` secret bytes for `purpose`, 1 to 8160.
@@ -273,9 +287,13 @@ def _stretch(passphrase: str) -> bytes:
             f"key: wanted a passphrase of at least {MIN_PASSPHRASE_CHARACTERS} characters, "
             f"got {len(normalised)}"
         )
+    return _scrypt(b"passphrase", normalised.encode(), PASSPHRASE_N)
+
+
+def _scrypt(purpose: bytes, secret: bytes | bytearray, n: int) -> bytes:
     from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-    return Scrypt(salt=_CONTEXT + b"passphrase", length=32, n=2**17, r=8, p=1).derive(normalised.encode())
+    return Scrypt(salt=_CONTEXT + purpose, length=32, n=n, r=8, p=1).derive(secret)
 
 
 def _read_file(path: os.PathLike[str]) -> bytearray:

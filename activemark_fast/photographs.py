@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,8 +32,9 @@ class Photographs:
     sources: Tensor
 
 
+@cache
 def shipped_photographs() -> Photographs:
-    """Reads and decodes all of them: 60 MB. Authors and licences are in `assets/PHOTOGRAPHS.md`.
+    """Reads and decodes all of them, once: 60 MB, which nobody may write to. Authors and licences are in `assets/PHOTOGRAPHS.md`.
 
     Raises:
         FileNotFoundError: the package was installed without them.

@@ -221,6 +221,7 @@ class Profile:
             width=self.width,
             massive_tokens=self.blocks[block].massive_tokens,
             massive_channels=self.blocks[block].massive_channels,
+            depth=self.depth,
         )
         return Placement(site, emergence, agreeing / self.images, reason)
 

@@ -1,7 +1,7 @@
 """The hold-out images: the images on which a mark is embedded and later looked for.
 
-They are the owner's (a folder, a tensor, a data loader) or, without any, are drawn from the key: images
-with the statistics of natural ones, which the owner can make again from the key alone.
+They are the owner's (a folder, a tensor, a data loader) or, without any, are drawn from the key: crops of the
+photographs that the package ships, which the owner can cut again from the key alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 
 from activemark_fast.key import Key, KeyStream
 from activemark_fast.ops.native import load_native
+from activemark_fast.photographs import shipped_photographs
 
 MIN_IMAGES = 16
 MIN_SYNTHETIC_SIDE = 8  # pixels: below it no leaf fits
@@ -31,6 +32,14 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".t
 # The images of `public_images` are no secret.
 _EVERYBODY = Key(b"activemark_fast: everybody's images")
 _SYNTHETIC = "triggers/synthetic"
+
+SMALLEST_CROP = 0.5
+"""Least side of a photograph's crop, over the photograph's."""
+LIGHTER, CONTRASTIER = 0.15, 0.2
+"""How much lighter or darker, and of how much more or less contrast a crop may be."""
+HELD_OUT_EVERY = 4
+"""Of the clean images every fourth, and of the shipped photographs every fourth photograph, is kept from
+marking, to measure what the mark costs."""
 
 IMAGES_IN_WORK = 32
 """Synthetic images that are painted side by side."""
@@ -98,11 +107,79 @@ class HoldOut:
     source: str  # "tensor" | "folder" | "iterable" | "key"
 
 
-def holdout_images(images: object, key: Key, preprocess: Preprocess, count: int = 256) -> HoldOut:
+@dataclass(frozen=True, eq=False)
+class CleanImages:
+    """Images that tell what a model does for its users: none carries a message."""
+
+    fitted: Tensor  # (n, 3, H, W) float32 on the CPU, model input: what a mark is solved on
+    held: Tensor  # (k, 3, H, W), what it costs is measured on
+    source: str  # "the photographs that the package ships" | "the images given"
+
+
+def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int) -> CleanImages:
+    """Natural images for marking: of the owner's own, or of the photographs that the package ships.
+
+    Args:
+        images: in any form `holdout_images` takes, at least 16; None: the shipped photographs.
+        preprocess: how they become the model's input.
+        fitted: most images to solve on.
+        held: most images to measure on; of the shipped photographs, from other photographs than `fitted`.
+
+    Raises:
+        TypeError, ValueError: as `holdout_images`, naming `clean`.
+    """
+    if images is None:
+        shipped = shipped_photographs()
+        apart = shipped.sources % HELD_OUT_EVERY == 0
+        return CleanImages(
+            preprocess(shipped.images[~apart][:fitted]),
+            preprocess(shipped.images[apart][:held]),
+            "the photographs that the package ships",
+        )
+    _, singles = _open(images, lambda: iter(()), fitted + held, "clean")
+    pixels = [
+        _model_input(image, preprocess, index, "clean")
+        for index, image in enumerate(islice(singles, fitted + held))
+    ]
+    if len(pixels) < MIN_IMAGES:
+        raise ValueError(f"clean: wanted at least {MIN_IMAGES} images, got {len(pixels)}")
+    given = torch.stack(pixels)
+    apart = torch.arange(len(given)) % HELD_OUT_EVERY == 0
+    return CleanImages(given[~apart][:fitted], given[apart][:held], "the images given")
+
+
+def photograph_crops(stream: KeyStream, count: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """`count` random crops of the shipped photographs but those that are held out, each (3, h, w) uint8.
+
+    size: (h, w) of the crops, which have this shape's proportions and at least half a photograph's side.
+    Photographs, corners, sides, mirroring, lightness and contrast are drawn from the stream.
+    """
+    photographs = shipped_photographs()
+    shipped = photographs.images[photographs.sources % HELD_OUT_EVERY != 0]
+    chosen = stream.integers(0, len(shipped), count)
+    draws = stream.uniform((6, count))
+    height, width = size
+    side = shipped.shape[-1]
+    for index in range(count):
+        scale, down, across, mirror, lighter, contrast = draws[:, index].tolist()
+        long = side * (SMALLEST_CROP + (1 - SMALLEST_CROP) * scale)
+        h, w = (max(1, int(long * edge / max(size))) for edge in (height, width))
+        top, left = int(down * (side - h + 1)), int(across * (side - w + 1))
+        crop = shipped[chosen[index], :, top : top + h, left : left + w].float()
+        crop = interpolate(crop[None], size, mode="bicubic", antialias=True)[0]
+        crop = crop.flip(2) if mirror < 0.5 else crop
+        crop = (crop - 127.5) * (1 + CONTRASTIER * (2 * contrast - 1)) + 127.5
+        yield (crop + 255 * LIGHTER * (2 * lighter - 1)).round().clamp(0, 255).to(torch.uint8)
+
+
+def holdout_images(
+    images: object, key: Key, preprocess: Preprocess, count: int = 256, *, synthetic: bool = False
+) -> HoldOut:
     """The first `count` hold-out images of `images`; fewer where it holds fewer, but at least 16.
 
     images:
-    - None: `count` synthetic images drawn from the key.
+    - None: `count` crops of the shipped photographs, drawn from the key; or, for marks of older formats
+      (`synthetic`), `count` synthetic images.
     - a tensor: (n, 3, H, W) of a floating type, already model input, finite; or (n, 3, h, w) uint8.
     - a folder (str or os.PathLike): its files with an image suffix (bmp, jpeg, jpg, png, ppm, tif, tiff,
       webp), in the order of their names, decoded to RGB. Subfolders are not searched.
@@ -124,7 +201,14 @@ def holdout_images(images: object, key: Key, preprocess: Preprocess, count: int 
         raise TypeError(f"count: wanted int, got {type(count).__name__}")
     if count < MIN_IMAGES:
         raise ValueError(f"count: wanted at least {MIN_IMAGES} images, got {count}")
-    source, singles = _open(images, key.stream(_SYNTHETIC), preprocess.size, count)
+    _check_size("size", preprocess.size)
+
+    def drawn() -> Iterator[Tensor]:
+        if synthetic:
+            return iter(synthetic_images(key.stream(_SYNTHETIC), count, preprocess.size))
+        return photograph_crops(key.stream("triggers/photographs"), count, preprocess.size)
+
+    source, singles = _open(images, drawn, count)
     pixels, digests = [], []
     for index, image in enumerate(islice(singles, count)):
         pixels.append(_model_input(image, preprocess, index))
@@ -146,7 +230,10 @@ def public_images(images: object, preprocess: Preprocess, count: int) -> Tensor:
 
     Raises TypeError or ValueError as `holdout_images` does.
     """
-    _, singles = _open(images, _EVERYBODY.stream(_SYNTHETIC), preprocess.size, count)
+    def drawn() -> Iterator[Tensor]:
+        return iter(synthetic_images(_EVERYBODY.stream(_SYNTHETIC), count, preprocess.size))
+
+    _, singles = _open(images, drawn, count)
     pixels = [_model_input(image, preprocess, index) for index, image in enumerate(islice(singles, count))]
     if not pixels:
         raise ValueError("images: wanted at least 1, got none")
@@ -281,29 +368,32 @@ def _octaves(lattices: list[_Lattice]) -> list[tuple[int, int, int]]:
 
 
 def _open(
-    images: object, stream: KeyStream, size: tuple[int, int], count: int
+    images: object, drawn: Callable[[], Iterator[Tensor]], count: int, name: str = "images"
 ) -> tuple[str, Iterator[Tensor]]:
-    """The name of the source and its images one by one, each (3, h, w)."""
+    """The name of the source and its images one by one, each (3, h, w); `drawn` makes those that are not given.
+
+    name: of the argument.
+    """
     if images is None:
-        return "key", iter(synthetic_images(stream, count, size))
+        return "key", drawn()
     if isinstance(images, Tensor):
         if images.dim() != 4:
-            raise ValueError(f"images: wanted a tensor of shape (n, 3, h, w), got {tuple(images.shape)}")
-        return "tensor", _unpack(images[:count], "images")
+            raise ValueError(f"{name}: wanted a tensor of shape (n, 3, h, w), got {tuple(images.shape)}")
+        return "tensor", _unpack(images[:count], name)
     if isinstance(images, (str, os.PathLike)):
-        return "folder", _decode_folder(Path(images))
+        return "folder", _decode_folder(Path(images), name)
     if isinstance(images, Iterable) and not isinstance(images, (bytes, bytearray, memoryview)):
-        return "iterable", _unpack_items(images)
+        return "iterable", _unpack_items(images, name)
     raise TypeError(
-        f"images: wanted None, a tensor, a folder or an iterable of images, got {type(images).__name__}"
+        f"{name}: wanted None, a tensor, a folder or an iterable of images, got {type(images).__name__}"
     )
 
 
-def _unpack_items(items: Iterable[object]) -> Iterator[Tensor]:
+def _unpack_items(items: Iterable[object], name: str) -> Iterator[Tensor]:
     for index, item in enumerate(items):
         if isinstance(item, (tuple, list)) and item:
             item = item[0]
-        yield from _unpack(item, f"images: item {index}")
+        yield from _unpack(item, f"{name}: item {index}")
 
 
 def _unpack(item: object, name: str) -> Iterator[Tensor]:
@@ -326,13 +416,13 @@ def _unpack(item: object, name: str) -> Iterator[Tensor]:
     yield from batch.detach().cpu()
 
 
-def _decode_folder(folder: Path) -> Iterator[Tensor]:
+def _decode_folder(folder: Path, name: str) -> Iterator[Tensor]:
     if not folder.is_dir():
-        raise ValueError(f"images: wanted a folder, got {str(folder)!r}, which is none")
+        raise ValueError(f"{name}: wanted a folder, got {str(folder)!r}, which is none")
     paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=lambda p: p.name)
     if not paths:
         raise ValueError(
-            f"images: wanted files {', '.join(sorted(IMAGE_SUFFIXES))} in {str(folder)!r}, got none"
+            f"{name}: wanted files {', '.join(sorted(IMAGE_SUFFIXES))} in {str(folder)!r}, got none"
         )
     for path in paths:
         try:
@@ -340,22 +430,22 @@ def _decode_folder(folder: Path) -> Iterator[Tensor]:
                 decoded = image.convert("RGB")
         except Exception as error:  # what PIL raises depends on the format and on what is broken
             raise ValueError(
-                f"images: wanted an image file, got {str(path)!r}, which cannot be decoded"
+                f"{name}: wanted an image file, got {str(path)!r}, which cannot be decoded"
             ) from error
-        yield from _unpack(decoded, f"images: {str(path)!r}")
+        yield from _unpack(decoded, f"{name}: {str(path)!r}")
 
 
-def _model_input(image: Tensor, preprocess: Preprocess, index: int) -> Tensor:
+def _model_input(image: Tensor, preprocess: Preprocess, index: int, name: str = "images") -> Tensor:
     if image.dtype == torch.uint8:
         return preprocess(image[None])[0]
     if tuple(image.shape[1:]) != preprocess.size:
         raise ValueError(
-            f"images: wanted floating images, which are model input already, of size {preprocess.size}, got "
+            f"{name}: wanted floating images, which are model input already, of size {preprocess.size}, got "
             f"{tuple(image.shape[1:])} for image {index}"
         )
     pixels = image.float()
     if not torch.isfinite(pixels).all():
-        raise ValueError(f"images: wanted finite float32 values, got NaN or infinity in image {index}")
+        raise ValueError(f"{name}: wanted finite float32 values, got NaN or infinity in image {index}")
     return pixels
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from activemark_fast.commitment import Opening
+from activemark_fast.freedoms import EVIDENCE_AT
+from activemark_fast.key import SECONDS_A_KEY
 
 Decision = Literal["match", "no match", "inconclusive"]
 
@@ -138,6 +140,8 @@ class Verdict:
         aligned: "permutation", "rotation" or "scaling" of the residual stream that was undone before reading.
         chosen: what the owner chose and could have fitted to a suspect that was already at hand.
         opening: whether the key and the watermark were committed to; None if no commitment was given.
+        alternatives: how many values the owner could choose from, for each thing that is paid for.
+        bands: p-value of each band of the mark alone, on all images read, with nothing paid.
     """
 
     decision: Decision
@@ -153,6 +157,13 @@ class Verdict:
     aligned: str | None = None
     chosen: tuple[str, ...] = ()
     opening: Opening | None = None
+    alternatives: Mapping[str, int] = field(default_factory=dict)
+    bands: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def paid_p_value(self) -> float | None:
+        """The p-value times the number of settings that an owner could choose from (a union bound)."""
+        return None if self.p_value is None else min(1.0, self.p_value * math.prod(self.alternatives.values()))
 
     @property
     def images(self) -> int:
@@ -184,8 +195,14 @@ class Verdict:
                     "it is evidence only with a timestamped commitment that is older than the suspect"
                 )
             return f"if the suspect is younger than {since.isoformat()}, when {chosen} had been committed to"
-        tries = "" if self.p_value is None else f"a forger would try about {1 / self.p_value:.2g} keys"
-        return tries if since is None else f"{tries}, and before {since.isoformat()}"
+        if self.paid_p_value is None:
+            return None
+        keys = 1 / self.paid_p_value
+        cost = f"about {keys:.2g} keys, {keys * SECONDS_A_KEY / 31_557_600:.2g} years of one processor core"
+        bound = "" if since is None else f"; and the owner was bound to this key before {since.isoformat()}"
+        if self.paid_p_value > EVIDENCE_AT:
+            return f"weak by itself: an owner who lies would have to try {cost}{bound}"
+        return f"an owner who lies would have to try {cost}{bound}"
 
     def __str__(self) -> str:
         lines = [f"{self.decision.upper()}: {self.reason}"]
@@ -204,7 +221,9 @@ class Verdict:
                 f"missed by a mark of R = {weakest:.3f} at 1e-3)"
             )
             lines.append(
-                f"  p-value = {self.p_value:.3g} (exact sign-flip test; match at or below {self.alpha:.3g})"
+                f"  p-value = {self.p_value:.3g}: how often a model made without this key would look as much like "
+                f"the marked one (exact sign-flip test); {self.paid_p_value:.3g} with all that its owner could "
+                f"choose (match at or below {self.alpha:.3g})"
                 if self.p_value is not None
                 else "  p-value: none. The learned codec is fitted, so no exact test exists for it."
             )
@@ -228,6 +247,9 @@ class Verdict:
             "detection_rate": self.detection_rate if self.images else None,
             "detection_interval": list(self.detection_interval) if self.images else None,
             "p_value": self.p_value,
+            "paid_p_value": self.paid_p_value,
+            "alternatives": dict(self.alternatives),
+            "bands": dict(self.bands),
             "alpha": self.alpha,
             "identical": self.identical,
             "aligned": self.aligned,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,9 +22,12 @@ from activemark_fast.align import (
 )
 from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_finite_tensor
 from activemark_fast.codec import Codec, KeyedCodec
+from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.commitment import Commitment, Opening
+from activemark_fast.freedoms import alternatives, known_normalisation
 from activemark_fast.key import Key
-from activemark_fast.marking.suffix import SiteActivations, read_mark, site_activations
+from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
+from activemark_fast.marking.suffix import SiteActivations, site_activations
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties, mark_excluded
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
@@ -31,7 +35,6 @@ from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
     Decision,
     Verdict,
-    bit_scores,
     default_tau,
     sign_flip_p_value,
 )
@@ -89,7 +92,8 @@ def verify(
         precision: as in `embed`.
 
     Returns:
-        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha`; "no match" if it is above
+        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha` after all that an owner could
+        choose is paid for (`freedoms`); "no match" if it is above
         0.001 and the images exclude a mark of `sequential.WEAKEST_MARK`; else, and where the mark has too few
         bits for `alpha`, "inconclusive". Learned codec: "match" if at least half of the images are detected,
         "inconclusive" if the codec also reads the unmarked original; there is no p-value.
@@ -119,19 +123,40 @@ def verify(
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """What one reading of a suspect showed: its p-value (1 for a codec without), bit errors (taps, n)."""
+    """What one reading of a suspect showed.
+
+    Attributes:
+        p_value: of all bands together, the reading's price paid; 1 for a codec without.
+        bands: of each band alone, nothing paid.
+        errors: (taps, n), wrong bits of each image's message, of the first band.
+        excluded: whether the images exclude a mark of `sequential.WEAKEST_MARK`.
+        alignment: what was undone before.
+    """
 
     p_value: float
+    bands: tuple[float, ...]
     errors: np.ndarray
     excluded: bool
     alignment: Alignment | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Means:
+    """What reads one suspect: channels, those of each band together."""
+
+    bands: list[list[Channel]]
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.bands[0][0].codec.taps
 
 
 class Verifier:
     """Judges suspects under one watermark and key.
 
     All that does not depend on the suspect is checked and prepared once, when the object is made: the key,
-    the hold-out images, their messages and the codec.
+    the hold-out images and what they carry. The directions of a mark in bands depend on how the suspect's
+    own tokens vary, so they are made for each suspect.
 
     Args:
         watermark, key, images, alpha, tau, align, commitment, precision: as `verify` takes them.
@@ -194,19 +219,33 @@ class Verifier:
                 f"images: wanted the {len(watermark.digests)} images of the embedding "
                 f"({watermark.image_source}), got none"
             )
-        holdout = holdout_images(images, secret, watermark.preprocess, len(watermark.digests))
-        check_digests(holdout, watermark.digests)
-        self._codec = watermark.restore_codec(secret).to(self.device)
-        count = len(holdout.digests)
-        message = torch.from_numpy(secret.stream("messages/verify").bits((count, watermark.bits)))
-        self._power = power if self._codec.exact else None
+        known = known_normalisation(watermark.preprocess)
+        self._normalisation_chosen = known is None and watermark.two_bands
+        self._preprocess = known if known is not None and watermark.two_bands else watermark.preprocess
+        old = watermark.version < 3
+        holdout = holdout_images(images, secret, self._preprocess, watermark.images, synthetic=old)
+        if watermark.image_source != "key" or old:
+            check_digests(holdout, watermark.digests)
+        count, bits = len(holdout.pixels), watermark.bits
+        self._codec: Codec | None = None
+        if watermark.two_bands:
+            self._stretched = secret.stretched()
+            sent = draw_sent(self._stretched, "verify", count, bits)
+            self._alternatives = alternatives(watermark.site)
+        else:
+            self._codec = watermark.restore_codec(secret).to(self.device)
+            sent = [torch.from_numpy(secret.stream("messages/verify").bits((count, 1, bits)))]
+            self._alternatives = {}
+        self._exact = self._codec is None or self._codec.exact
+        self._power = power if self._exact else None
         if self._power is None:
             order, self._ends = torch.arange(count), [count]
         else:  # as an owner's folder is sorted, its first images need not be like the others
             order, self._ends = torch.from_numpy(secret.stream("looks").permutation(count)), look_ends(count)
         self._penalties = look_penalties(len(self._ends))
         self._pixels = holdout.pixels[order].to(self.device)
-        self._message = message[order].to(self.device)
+        self._measured_pixels = holdout.pixels[:MEASURED_IMAGES].to(self.device)
+        self._sent = [part[order].to(self.device) for part in sent]
 
     @torch.no_grad()
     def judge(self, suspect: nn.Module) -> Verdict:
@@ -246,34 +285,74 @@ class Verifier:
             tries: of how many readings of one suspect the best is reported; the p-value pays for them.
         """
         prefix = [] if prefix is None else prefix
-        codec = copy.copy(self._codec)
-        codec.taps = tuple(tap for tap in codec.taps if tap < depth)
-        if not codec.taps:
+        taps = tuple(tap for tap in self.watermark.site.taps if tap < depth)
+        if not taps:
             return self.inconclusive(
-                f"the suspect has {depth} blocks, the mark is first read after {self._codec.taps[0] + 1}"
+                f"the suspect has {depth} blocks, the mark is first read after "
+                f"{self.watermark.site.taps[0] + 1}"
             )
+        measured = None
+        if self._codec is None:
+            if not prefix:
+                prefix.append(self._at_site(backbone, self._measured_pixels))
+            measured = SiteMeasure.of(prefix[0].output, self.watermark.site.prefix_tokens)
+            if not measured.usable:
+                return self._unreadable(
+                    backbone.model, "the suspect's activations are constant or not finite"
+                )
         readings = []
         if self._align is not True:
             price = 1.0 if self._align is False else PLAIN_PRICE
-            plain = self._reading(backbone, codec, prefix, price * tries, None)
+            plain = self._reading(backbone, self._means(taps, measured, None), prefix, price * tries, None)
             if plain is None:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
             readings.append(plain)
-        if self._align is True or (self._align is None and readings[0].p_value > self.alpha):
+        if self._align is True or (self._align is None and not self._matches(readings[0].p_value)):
             alignment = self._alignment(backbone)
-            if alignment is not None and isinstance(codec, KeyedCodec):
-                moved = codec.aligned(alignment.matrix.to(self.device), alignment.scale)
+            if alignment is not None and self._exact:
                 price = 1.0 if self._align else ALIGNED_PRICE
-                aligned = self._reading(backbone, moved, prefix, price * tries, alignment)
+                means = self._means(taps, measured, alignment)
+                aligned = self._reading(backbone, means, prefix, price * tries, alignment)
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
         return self._decide(min(readings, key=lambda reading: reading.p_value))
 
+    def _at_site(self, backbone: Backbone, pixels: Tensor) -> SiteActivations:
+        with evaluating(backbone.model):
+            return site_activations(backbone, pixels, self.watermark.site.block, self._autocast)
+
+    def _means(
+        self, taps: tuple[int, ...], measured: SiteMeasure | None, alignment: Alignment | None
+    ) -> _Means:
+        """What reads a suspect at `taps`, after undoing `alignment`. `measured`: on it, for a mark in bands."""
+        if measured is None:
+            assert self._codec is not None
+            codecs: list[Codec] = [copy.copy(self._codec)]
+            counts = [1]
+        else:
+            back = measured if alignment is None else measured.turned_back(alignment.matrix)
+            codecs = list(codebooks(self._stretched, self.watermark.site, self.watermark.bits, back))
+            counts = [band.books for band in BANDS]
+        channels = []
+        for codec, sent in zip(codecs, self._sent, strict=True):
+            codec = codec.to(self.device)
+            if alignment is not None and isinstance(codec, KeyedCodec):
+                scale = alignment.scale if measured is None else 1.0  # measured on the suspect already
+                codec = codec.aligned(alignment.matrix.to(self.device), scale)
+            codec.taps = taps
+            channels.append(Channel(codec, sent))
+        starts = np.cumsum([0, *counts])
+        return _Means([channels[a:b] for a, b in zip(starts, starts[1:], strict=False)])
+
+    def _matches(self, p_value: float) -> bool:
+        """Whether a p-value is a match's, after what an owner could choose is paid for."""
+        return p_value * math.prod(self._alternatives.values()) <= self.alpha
+
     @cached_property
     def _sample_images(self) -> Tensor:
         """Made when the first suspect has to be aligned, and then kept."""
-        images = sample_images(self._secret, self.watermark.site, self.watermark.preprocess)
+        images = sample_images(self._secret, self.watermark.site, self._preprocess)
         return images.to(self.device)
 
     @cached_property
@@ -287,7 +366,7 @@ class Verifier:
         stored = self._original_sample
         if stored is None:
             return None
-        site, preprocess = self.watermark.site, self.watermark.preprocess
+        site, preprocess = self.watermark.site, self._preprocess
 
         def sampled(images: Tensor) -> Tensor:
             with evaluating(backbone.model):
@@ -305,53 +384,57 @@ class Verifier:
     def _reading(
         self,
         backbone: Backbone,
-        codec: Codec,
+        means: _Means,
         prefix: list[SiteActivations],
         price: float,
         alignment: Alignment | None,
     ) -> _Reading | None:
         """Looks at more and more images until the verdict is settled; None where the suspect overflows.
 
-        price: what a p-value is multiplied with besides the penalty of its look.
+        price: what a p-value is multiplied with besides the penalty of its look and the number of bands.
         """
         block = self.watermark.site.block
-        logit_parts: list[Tensor] = []
-        error_parts: list[Tensor] = []
+        ahead = int(self._codec is None)  # what comes first in `prefix` tells how the tokens vary
+        parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in means.bands]
         p_value = 1.0
         start = 0
         for look, (end, penalty) in enumerate(zip(self._ends, self._penalties, strict=True)):
+            if ahead + look == len(prefix):
+                prefix.append(self._at_site(backbone, self._pixels[start:end]))
             with evaluating(backbone.model):
-                if look == len(prefix):
-                    pixels = self._pixels[start:end]
-                    prefix.append(site_activations(backbone, pixels, block, self._autocast))
-                new = self._message[start:end]
-                read = read_mark(backbone, codec, prefix[look], new, block, self._autocast).values()
-            logit_parts.append(torch.stack([at_tap.logits for at_tap in read]))
-            error_parts.append(torch.stack([at_tap.errors for at_tap in read]))
-            if not bool(torch.isfinite(logit_parts[-1]).all()):
-                return None
-            errors = torch.cat(error_parts, dim=1).long().cpu().numpy()  # (taps, n)
-            if codec.exact:
-                logits, message = torch.cat(logit_parts, dim=1), self._message[:end]
-                scores = [score for values in logits for score in bit_scores(values, message)]
-                p_value = min(p_value, price * penalty * sign_flip_p_value(scores))
+                for band, kept in zip(means.bands, parts, strict=True):
+                    for channel, seen in zip(band, kept, strict=True):
+                        seen.append(
+                            channel.agreement(backbone, prefix[ahead + look], start, block, self._autocast)
+                        )
+                        if not bool(torch.isfinite(seen[-1]).all()):
+                            return None
+            agreements = [[torch.cat(seen, dim=1) for seen in kept] for kept in parts]
+            errors = wrong_bits(agreements[0][0]).cpu().numpy()  # (taps, n)
+            bands: tuple[float, ...] = ()
+            excluded = False
+            if self._exact:
+                bands = tuple(sign_flip_p_value(row_scores(kept)) for kept in agreements)
+                p_value = min(p_value, price * penalty * len(bands) * min(bands))
                 excluded = mark_excluded(self._agreement(errors), self._miss(penalty))
-                settled = p_value <= self.alpha or (p_value > NO_MATCH_ABOVE and excluded)
+                settled = self._matches(p_value) or (p_value > NO_MATCH_ABOVE and excluded)
                 if settled and self._power is not None:
                     break
             start = end
-        return _Reading(p_value, errors, codec.exact and excluded, alignment)
+        return _Reading(p_value, bands, errors, excluded, alignment)
 
     def _decide(self, reading: _Reading) -> Verdict:
-        if not self._codec.exact:
+        if not self._exact:
             return self._decide_learned(reading.errors[-1])
         taps, images = reading.errors.shape
-        p_value, alignment, bits = reading.p_value, reading.alignment, taps * self.watermark.bits
+        p_value, alignment = min(1.0, reading.p_value), reading.alignment
+        books = max((band.books for band in BANDS), default=1) if self._codec is None else 1
+        bits = taps * self.watermark.bits * books
         price = 1.0 if self._align is not None else ALIGNED_PRICE if alignment is not None else PLAIN_PRICE
         decision: Decision
-        if p_value <= self.alpha:
+        if self._matches(p_value):
             decision, reason = "match", "the suspect carries the mark"
-        elif price * self._penalties[-1] * 2.0**-bits > self.alpha:
+        elif not self._matches(price * self._penalties[-1] * len(reading.bands) * 2.0**-bits):
             decision = "inconclusive"
             reason = (
                 f"{bits} bits are too few for a match at alpha = {self.alpha:g}, whatever they read: "
@@ -367,7 +450,7 @@ class Verifier:
         else:
             decision = "inconclusive"
             reason = "signs of the mark, but not enough to exclude chance: more hold-out images or bits might"
-        verdict = self._verdict(decision, reason, reading.errors[-1], p_value)
+        verdict = self._verdict(decision, reason, reading.errors[-1], p_value, reading.bands)
         if alignment is None:
             return verdict
         kind = "scaling" if alignment.kind == "identity" else alignment.kind
@@ -403,6 +486,7 @@ class Verifier:
         found = float((errors <= self.tau).mean()) >= LEARNED_MATCH_RATE
         share = "at least" if found else "less than"
         reason = f"the learned codec reads the message from {share} half of the images"
+        assert self._codec is not None
         original_rate = float(self._codec.original_rate)
         if found and original_rate > LEARNED_ORIGINAL_RATE:
             reason += (
@@ -424,13 +508,18 @@ class Verifier:
         reason: str,
         errors: np.ndarray | None = None,
         p_value: float | None = None,
+        bands: tuple[float, ...] = (),
     ) -> Verdict:
         errors = np.zeros(0, dtype=np.int64) if errors is None else errors
         rate = float((errors <= self.tau).mean()) if len(errors) else float("nan")
         watermark = self.watermark
-        chosen = [] if self._codec.exact else ["the codec"]
+        chosen = [] if self._exact else ["the codec"]
+        if self._exact and not watermark.two_bands:
+            chosen.append(f"the site, channels and scale of a watermark of format {watermark.version}")
         if watermark.image_source != "key":
             chosen.append("the hold-out images")
+        if self._normalisation_chosen:
+            chosen.append("the normalisation of images")
         return Verdict(
             decision,
             reason,
@@ -443,4 +532,6 @@ class Verifier:
             watermark.codec,
             chosen=tuple(chosen),
             opening=self._opening,
+            alternatives=self._alternatives,
+            bands={band.name: p for band, p in zip(BANDS, bands, strict=False)} if self._alternatives else {},
         )

@@ -20,14 +20,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from activemark_fast.codec import CODECS, Codec
+from activemark_fast.codec import CODECS, Codec, KeyedCodec
+from activemark_fast.codec.codebooks import most_bits
 from activemark_fast.files import write_whole
+from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
-from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess
+from activemark_fast.site import Site, taps_after
+from activemark_fast.triggers import MIN_IMAGES, Preprocess
 
-FORMAT_VERSION = 2
-"""1: without `alignment`. 2: with it."""
+FORMAT_VERSION = 3
+"""1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds nothing
+that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
+TWO_BANDS = 3
+"""The first format of marks in two bands."""
+HOLDOUT_IMAGES = 64
+"""Images from the key that a mark in two bands is read on."""
+DEEPEST = 4096
 MOST_HASHED_AT_ONCE = 8
 """Tensors of a model, all of them in memory."""
 _METADATA_KEY = "activemark_watermark"
@@ -49,7 +57,8 @@ class Watermark:
         axis: "token" or "channel": what the codec injects at.
         site: where the mark is.
         preprocess: how images become the model's input.
-        digests: one 32-byte keyed digest for each hold-out image, in order.
+        digests: one 32-byte keyed digest for each hold-out image, in order; none for images made from the key,
+            but in older formats.
         image_source: "key" (made from the key), "tensor", "folder" or "iterable".
         state: the codec's tensors (`Codec.state`).
         fingerprint: `fingerprint` of the marked model.
@@ -80,8 +89,19 @@ class Watermark:
         unsealed = cls(**fields, mac=b"")
         return cls(**fields, mac=key.mac("watermark", unsealed._body()))
 
+    @property
+    def two_bands(self) -> bool:
+        """Whether it is a keyed mark in two bands (format 3)."""
+        return self.codec == KeyedCodec.name and self.version >= TWO_BANDS
+
+    @property
+    def images(self) -> int:
+        """Number of hold-out images."""
+        return len(self.digests) or HOLDOUT_IMAGES
+
     def check(self, key: Key) -> None:
-        """Raises WatermarkError unless the watermark was made with `key`."""
+        """Raises WatermarkError unless the watermark was made with `key`, and says what `embed` could say."""
+        self._check_fields()
         if not hmac.compare_digest(self.mac, key.mac("watermark", self._body())):
             raise WatermarkError("key: wanted the key this watermark was made with, got another one")
 
@@ -92,6 +112,33 @@ class Watermark:
     def restore_codec(self, key: Key) -> Codec:
         """The codec, on the CPU."""
         return CODECS[self.codec].restore(key, self.site, self.bits, self.state, self.axis)
+
+    def _check_fields(self) -> None:
+        """Raises WatermarkError for what no `embed` writes: whatever need not be chosen may not be."""
+        if self.version < TWO_BANDS:
+            return
+        site, made = self.site, "no embed writes"
+        if not 3 <= site.depth <= DEEPEST or not 0 <= site.block <= site.depth - 3:
+            raise WatermarkError(f"site.block: {made} block {site.block} of {site.depth}")
+        if site.taps != taps_after(site.block, site.depth):
+            wanted = taps_after(site.block, site.depth)
+            raise WatermarkError(f"site.taps: {made} {site.taps}: wanted {wanted} for block {site.block}")
+        if not 0 <= site.prefix_tokens < site.num_tokens:
+            raise WatermarkError(f"site.prefix_tokens: {made} {site.prefix_tokens} of {site.num_tokens} tokens")
+        if (self.image_source == "key") != (not self.digests):
+            raise WatermarkError(f"digests: {made} {len(self.digests)} for images of source {self.image_source!r}")
+        if self.digests and not MIN_IMAGES <= len(self.digests) <= HOLDOUT_IMAGES:
+            raise WatermarkError(f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {HOLDOUT_IMAGES}")
+        if not self.two_bands:
+            return
+        if self.bits not in BITS or self.bits > most_bits(site.width):
+            raise WatermarkError(f"bits: {made} {self.bits} for a width of {site.width}")
+        if self.axis != "token":
+            raise WatermarkError(f"axis: {made} {self.axis!r} for a keyed mark")
+        if site.massive_tokens or site.massive_channels:
+            raise WatermarkError(f"site.massive_channels: {made} any for a mark in two bands")
+        if self.state:
+            raise WatermarkError(f"state: {made} {', '.join(sorted(self.state))} for a keyed mark")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, whole or not at all."""
@@ -123,14 +170,18 @@ class Watermark:
             raise WatermarkError(f"{path}: the watermark is damaged: its checksum does not match its content")
         try:
             tensors = load(data)
-            digests = tensors.pop("digests")
+            version = header["version"]
             alignment = tensors.pop("alignment", None)
-            if digests.dtype != torch.uint8 or digests.ndim != 2 or 0 in digests.shape:
+            none = None if version < TWO_BANDS else torch.empty(0, 32, dtype=torch.uint8)
+            digests = tensors.pop("digests") if none is None else tensors.pop("digests", none)
+            if digests.dtype != torch.uint8 or digests.ndim != 2 or (digests is not none and 0 in digests.shape):
                 raise ValueError(f"digests: wanted uint8 rows, got {digests.dtype} {tuple(digests.shape)}")
             place: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in header["site"].items()
             }
+            if version >= TWO_BANDS:
+                place["taps"] = taps_after(place["block"], place["depth"])
             watermark = cls(
                 codec=header["codec"],
                 bits=header["bits"],
@@ -144,22 +195,28 @@ class Watermark:
                 architecture=header["architecture"],
                 mac=bytes.fromhex(header["mac"]),
                 alignment=alignment,
-                version=header["version"],
+                version=version,
             )
             known = watermark.codec in CODECS
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise WatermarkError(f"{path}: not a watermark: {type(error).__name__} in its content") from error
         if not known:
             raise WatermarkError(f"{path}: not a watermark: no codec is called {watermark.codec!r}")
+        try:
+            watermark._check_fields()
+        except TypeError as error:
+            raise WatermarkError(f"{path}: not a watermark: TypeError in its content") from error
         return watermark
 
     def _header(self) -> dict[str, Any]:
+        site = asdict(self.site)
+        del site["depth" if self.version < TWO_BANDS else "taps"]  # the taps follow from block and depth
         return {
             "version": self.version,
             "codec": self.codec,
             "bits": self.bits,
             "axis": self.axis,
-            "site": asdict(self.site),
+            "site": site,
             "preprocess": asdict(self.preprocess),
             "image_source": self.image_source,
             "fingerprint": self.fingerprint,
@@ -167,8 +224,10 @@ class Watermark:
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        rows = np.frombuffer(b"".join(self.digests), dtype=np.uint8).reshape(len(self.digests), -1)
-        tensors = {"digests": torch.from_numpy(rows.copy())}
+        tensors = {}
+        if self.digests:
+            rows = np.frombuffer(b"".join(self.digests), dtype=np.uint8).reshape(len(self.digests), -1)
+            tensors["digests"] = torch.from_numpy(rows.copy())
         if self.alignment is not None:
             tensors["alignment"] = self.alignment
         return tensors | {f"codec.{name}": tensor for name, tensor in self.state.items()}

@@ -60,7 +60,7 @@ def small() -> Any:
     """Few attacks, on few images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("activemark_fast.embed"), "IMAGES", 64)
-        patch.setattr(MODULE, "SIZES", {"quick": Size(64, 32), "full": Size(64, 32)})
+        patch.setattr(MODULE, "SIZES", dict.fromkeys(("quick", "full", "adaptive"), Size(64, 32)))
         patch.setattr(MODULE, "suite", lambda name, depth: [a for a in suite(name, depth) if a.name in SMALL])
         yield
 
@@ -82,10 +82,11 @@ def done(marked: Marked, tmp_path_factory: pytest.TempPathFactory) -> tuple[Eval
 
 def test_suites_have_unique_names_and_quick_is_a_part_of_full() -> None:
     for depth in (3, 12, 24):
+        assert len({attack.name for attack in suite("adaptive", depth)}) == len(suite("adaptive", depth))
         full, quick = suite("full", depth), suite("quick", depth)
         assert len({attack.name for attack in full}) == len(full)
         assert {attack.name for attack in quick} < {attack.name for attack in full}
-    with pytest.raises(ValueError, match="suite: wanted one of quick, full, got 'long'"):
+    with pytest.raises(ValueError, match="suite: wanted one of quick, full, adaptive, got 'long'"):
         suite("long", 12)
 
 
@@ -171,7 +172,7 @@ def test_the_rows_do_not_depend_on_how_many_run_at_a_time_and_a_run_goes_on_wher
     assert ran[:3] == first
 
     def timeless(found: Evaluation) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in found.rows]
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in found.rows]
 
     assert timeless(again) == timeless(evaluation)
 
@@ -278,3 +279,15 @@ def test_the_command(
     assert run(key_file="other.key") == code
     out = capsys.readouterr().out
     assert "innocent models accused: 0 of 4" in out
+    adaptive = tmp_path / "adaptive"
+    assert run("--json", "--suite", "adaptive", "--out", adaptive, key_file="other.key") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [point["attack"] for point in record["frontier"]] == ["as released", "loudest of fc2, 32"]
+    assert record["frontier"][0]["lost"] == 0
+    rows = [row for row in record["rows"] if row["attack"] == "loudest of fc2, 32"]
+    assert {(row["images"], row["steps"]) for row in rows} == {(64, 0)}
+    assert all(0 < row["attack_seconds"] < row["seconds"] for row in rows)
+    assert sorted(path.name for path in adaptive.iterdir()) == ["frontier.png", "results.csv", "results.json"]
+    assert run("--suite", "adaptive", "--out", adaptive, key_file="other.key") == 0
+    out = capsys.readouterr().out
+    assert "attacks that cost at most 2 of 100 points of the probe: a match after" in out

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"ops"},
     {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs"},
     {"backbone"},
-    {"site", "utility"},
+    {"site", "utility", "freedoms"},
     {"checkpoints"},
     {"profile"},
     {"codec"},

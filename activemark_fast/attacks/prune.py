@@ -46,7 +46,7 @@ def prune(
     share = float(strength)  # as an int it would be a number of weights
     if scope in ("heads", "units"):
         for index, block in enumerate(backbone.blocks):
-            linear, heads = _attention(block) if scope == "heads" else (backbone.mlp_out(index), None)
+            linear, heads = attention_out(block) if scope == "heads" else (backbone.mlp_out(index), None)
             norms = linear.weight.detach().float().norm(dim=0)
             _silence(linear, norms.square().reshape(heads, -1).sum(dim=1) if heads else norms, share)
         return pruned
@@ -105,7 +105,7 @@ def _silence(linear: nn.Linear, scores: Tensor, share: float) -> None:
     linear.weight.unflatten(1, (len(scores), -1))[:, lowest] = 0
 
 
-def _attention(block: nn.Module) -> tuple[nn.Linear, int]:
+def attention_out(block: nn.Module) -> tuple[nn.Linear, int]:
     """The linear layer by which a block's attention writes to the residual stream, and its heads."""
     heads = [
         count

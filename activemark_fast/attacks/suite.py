@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import nn
 
+from activemark_fast.attacks.adaptive import (
+    compress,
+    overwrite_many,
+    prune_width,
+    replace,
+    search,
+    slice_residual,
+    spectral,
+    stack,
+    vaccinate,
+)
+from activemark_fast.attacks.adaptive.compress import IMAGES as CALIBRATION_IMAGES
+from activemark_fast.attacks.adaptive.parts import KINDS
+from activemark_fast.attacks.adaptive.spectral import IMAGES as CLEAN_IMAGES
 from activemark_fast.attacks.cut import cut, reinitialise, remove_head
 from activemark_fast.attacks.distil import distil
 from activemark_fast.attacks.finetune import finetune
@@ -19,7 +34,7 @@ from activemark_fast.attacks.quantise import cast, quantise
 from activemark_fast.attacks.resize import resize
 from activemark_fast.attacks.symmetry import permute_inside, permute_residual, rotate_residual
 
-SUITES = ("quick", "full")
+SUITES = ("quick", "full", "adaptive")
 BATCH_SIZE = 16
 """Of fine-tuning: the fewer images a step, the more steps an attacker takes with the same images."""
 TaskName = Literal["similar", "dissimilar", "segmentation"]
@@ -34,42 +49,54 @@ class Attack:
         name: what exactly is done; unique within the suite.
         run: `attack(model, data, seed, strength, **settings)`; None leaves the model as it was released.
         strength: see `run`.
-        settings: see `run`.
+        settings: see `run`; JSON types.
         task: which labelled images it trains on.
         other: which other model takes part: the unmarked original, or a sibling under another key.
         removes: the mark is expected to go with the weights that carry it, so that no match is claimed.
         timm_only: it knows the models of timm only.
         adds_mark: the suspect ends up with a mark under the other key as well.
-        quick: whether the quick suite has it, too.
+        quick: whether the quick suite has it, too; of adaptive attacks, whether the suite has it.
+        images: most clean images that it takes; None if that is not told.
+        steps: gradient steps that it takes; None if that is not told.
     """
 
     family: str
     name: str
     run: Callable[..., nn.Module] | None
     strength: float
-    settings: Mapping[str, float | str | bool] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     task: TaskName = "similar"
     other: Literal["original", "sibling"] | None = None
     removes: bool = False
     timm_only: bool = False
     adds_mark: bool = False
     quick: bool = False
+    images: int | None = None
+    steps: int | None = None
 
 
 def suite(name: str, depth: int) -> list[Attack]:
-    """The attacks of the suite "quick" or "full" on a model of `depth` blocks.
+    """The attacks of a suite on a model of `depth` blocks.
+
+    "quick" and "full" are what may happen to any model; "adaptive" is what a thief does who knows the method.
+    There a family is one attack at several strengths.
 
     Raises:
         ValueError: there is no suite of this name.
     """
     if name not in SUITES:
         raise ValueError(f"suite: wanted one of {', '.join(SUITES)}, got {name!r}")
+    if name == "adaptive":
+        return [RELEASED, *(attack for attack in adaptive_attacks() if attack.quick)]
     return [attack for attack in _all(depth) if attack.quick or name == "full"]
+
+
+RELEASED = Attack("none", "as released", None, 0, quick=True, images=0, steps=0)
 
 
 def _all(depth: int) -> list[Attack]:
     return [
-        Attack("none", "as released", None, 0, quick=True),
+        RELEASED,
         *_fine_tuning(),
         *_pruning(),
         Attack(
@@ -175,3 +202,116 @@ def _pruning() -> list[Attack]:
         Attack("pruning", "fine-pruning of 25% of MLP units", fine_prune, 0.25, quick=True),
         Attack("pruning", "fine-pruning of 50% of MLP units", fine_prune, 0.5),
     ]
+
+
+HOLDS = frozenset({"Wanda, 50%", "SparseGPT, 50%", "GPTQ, 4 bits", "width pruning with refit, 10%"})
+"""Adaptive attacks after which the mark is claimed to be there. Of the others nothing is claimed."""
+
+
+def adaptive_attacks() -> list[Attack]:
+    """What a thief does who knows the method: each attack at several strengths; the suite has some."""
+
+    def curve(
+        family: str,
+        run: Callable[..., nn.Module],
+        strengths: Sequence[float],
+        form: str,
+        quick: Sequence[float] = (),
+        images: int = CLEAN_IMAGES,
+        steps: int | None = 0,
+        trained: bool = False,
+        **settings: Any,
+    ) -> list[Attack]:
+        return [
+            Attack(
+                family,
+                name := f"{family}, {_told(strength, form)}",
+                run,
+                strength,
+                settings,
+                removes=name not in HOLDS,
+                quick=strength in quick,
+                images=images,
+                steps=round(strength) if trained else steps,
+            )
+            for strength in strengths
+        ]
+
+    every = list(KINDS)
+    calibrated = CALIBRATION_IMAGES
+    tuned = partial(finetune, batch_size=BATCH_SIZE)
+    return [
+        *curve("loudest of fc2", spectral, (8, 16, 32, 64, 128), "d", (32, 64, 128)),
+        *curve("loudest of all", spectral, (8, 16, 32, 64), "d", (16, 32), matrices=every),
+        *curve("energy of fc2", spectral, (0.99, 0.95, 0.9), ".0%", (0.99, 0.95), method="energy"),
+        *curve("energy of all", spectral, (0.99, 0.95, 0.9), ".0%", (0.95,), method="energy", matrices=every),
+        *curve("ridge refit of fc2", spectral, (0.1, 0.5, 2), "g", (0.5, 2), method="ridge"),
+        *curve("ridge refit of all", spectral, (0.1, 0.5, 2), "g", (0.5,), method="ridge", matrices=every),
+        *curve("Wanda", compress, (0.5, 0.6), ".0%", (0.5,), calibrated),
+        *curve("SparseGPT", compress, (0.5, 0.6, 0.7), ".0%", (0.5,), calibrated, method="sparsegpt"),
+        *curve("GPTQ", compress, (4, 3), "d bits", (4, 3), calibrated, method="gptq"),
+        *curve("low rank", compress, (0.2, 0.3, 0.4), ".0%", (0.3,), calibrated, method="low rank"),
+        *curve("width pruning with refit", prune_width, (0.1, 0.25, 0.5), ".0%", (0.1, 0.25), calibrated),
+        *curve("slicing", slice_residual, (0.25, 0.5), ".0%", (0.25, 0.5), calibrated),
+        *curve("replaced MLPs", replace, (30, 100, 300, 1500), "d steps", (30, 100, 300), trained=True),
+        *curve("replaced attention", replace, (100, 300), "d steps", (100,), trained=True, parts="attention"),
+        *curve("replaced blocks", replace, (100, 300), "d steps", (100,), trained=True, parts="block"),
+        *curve("vaccination", vaccinate, (50, 200), "d steps", (200,), trained=True),
+        *curve(
+            "vaccination to nothing",
+            vaccinate,
+            (100, 200),
+            "d steps",
+            (100,),
+            trained=True,
+            answer="nothing",
+        ),
+        *curve(
+            "vaccination within clean activations",
+            vaccinate,
+            (100, 200),
+            "d steps",
+            (100,),
+            trained=True,
+            within=True,
+        ),
+        *curve(
+            "vaccination without clean loss",
+            vaccinate,
+            (100, 200),
+            "d steps",
+            (),
+            trained=True,
+            clean_weight=0.0,
+        ),
+        *curve("overwriting", overwrite_many, (4, 16), "d keys", (4,), 0),
+        *curve(
+            "loudest 32 of fc2, then replaced MLPs",
+            partial(stack, before=[(spectral, 32)], attack=replace),
+            (100, 300),
+            "d steps",
+            (100,),
+            trained=True,
+        ),
+        *curve(
+            "vaccination in 100 steps, then fine-tuning",
+            partial(stack, before=[(vaccinate, 100)], attack=tuned),
+            (1e-4,),
+            "g",
+            (1e-4,),
+            steps=None,
+        ),
+        *curve(
+            "loudest of fc2, as many as cost",
+            partial(search, attack=spectral, gentle=0, harsh=128),
+            (1, 2),
+            "d of 100 points",
+            (1,),
+        ),
+    ]
+
+
+def _told(strength: float, form: str) -> str:
+    """A strength in words; `form` is how numbers are formatted, and what follows them."""
+    number, _, unit = form.partition(" ")
+    return f"{strength:{number}} {unit}".rstrip()

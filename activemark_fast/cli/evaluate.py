@@ -58,7 +58,10 @@ def add_to(commands: Subparsers) -> None:
         help="images with masks; without, none are attacked with",
     )
     evaluate.add_argument(
-        "--suite", choices=("quick", "full"), default="quick", help="quick takes minutes, full hours (quick)"
+        "--suite",
+        choices=("quick", "full", "adaptive"),
+        default="quick",
+        help="quick takes minutes, full hours; adaptive: a thief who knows the method, minutes (quick)",
     )
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of all attacks (0)")
     evaluate.add_argument("--jobs", type=int, metavar="N", help="attacks at a time (as many as CPUs)")
@@ -67,7 +70,8 @@ def add_to(commands: Subparsers) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder for results.json and results.csv; an interrupted evaluation goes on from there",
+        help="folder for results.json and results.csv, and the adaptive suite's frontier.png; an interrupted "
+        "evaluation goes on from there",
     )
     add_compute(evaluate)
 
@@ -105,12 +109,18 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
     )
     summary = evaluation.summary()
     record = {"out": str(args.out), **summary, "header": evaluation.header, "rows": evaluation.rows}
-    hints = (
-        f"\nIn {args.out}: results.json, results.csv. For people: activemark report --evaluation {args.out}"
-    )
-    return Outcome(
-        int(bool(summary["unexpected"])), record, f"{_table(evaluation)}\n\n{_told(summary)}", hints
-    )
+    files = "results.json, results.csv"
+    told = _told(summary)
+    if args.suite == "adaptive":
+        from activemark_fast.report import frontier_figure
+
+        points = evaluation.frontier()
+        frontier_figure(points).savefig(args.out / "frontier.png", dpi=150)
+        files += ", frontier.png"
+        told += f"\n{_frontier(points)}"
+        record["frontier"] = points
+    hints = f"\nIn {args.out}: {files}. For people: activemark report --evaluation {args.out}"
+    return Outcome(int(bool(summary["unexpected"])), record, f"{_table(evaluation)}\n\n{told}", hints)
 
 
 def _tasks(
@@ -139,7 +149,8 @@ def _tasks(
 
 def _table(evaluation: Evaluation) -> str:
     """One line an attack: the owner's reading of both models, the other key's, and the utility."""
-    cells = [["attack", "marked", "R", "p-value", "original", "other key", "cosine", "probe", "task"]]
+    head = ["attack", "marked", "R", "p-value", "original", "other key", "cosine", "probe", "task"]
+    cells = [[*head, "images", "steps", "seconds"]]
     for row in evaluation.rows:
         if (row["subject"], row["key"]) != ("marked", "owner"):
             continue
@@ -158,6 +169,9 @@ def _table(evaluation: Evaluation) -> str:
                 _number(row["cosine"], ".3f"),
                 _number(row["probe_accuracy"], ".3f"),
                 _number(row["task_score"], ".3f"),
+                _number(row["images"], "d"),
+                _number(row["steps"], "d"),
+                _number(row["attack_seconds"], ".1f"),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -171,6 +185,22 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _frontier(points: Sequence[dict[str, Any]]) -> str:
+    """How well the mark holds against the attacks that cost little."""
+    lines = []
+    for allowed in (1, 2):
+        cheap = [p for p in points if p["lost"] <= allowed and p["p_value"] is not None]
+        if cheap:
+            worst = max(cheap, key=lambda p: p["p_value"])
+            held = sum(p["p_value"] <= 1e-6 for p in cheap)
+            lines.append(
+                f"attacks that cost at most {allowed} of 100 points of the probe: a match after {held} of "
+                f"{len(cheap)}; worst p-value {worst['p_value']:.1e} ({worst['attack']}: {worst['lost']:.1f} "
+                f"points, R {worst['detection_rate']:.3f}, {worst['seconds']:.0f} s)"
+            )
+    return "\n".join(lines)
 
 
 def _told(summary: dict[str, Any]) -> str:

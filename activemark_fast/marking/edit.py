@@ -1,6 +1,6 @@
 """The closed-form edit: places a keyed mark in the suffix's MLPs, without a gradient.
 
-The suffix has to learn one linear map of rank M, from the injected directions U to the read-out P. As in
+The suffix has to learn linear maps of rank M, from the injected directions U to the read-out P. As in
 linear model editing (ROME, Meng et al. 2022; MEMIT, Meng et al. 2023) it is written into the last linear
 layer of each block's MLP, block after block, each closing its share of what is still missing.
 """
@@ -8,169 +8,184 @@ layer of each block's MLP, block after block, each closing its share of what is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec import KeyedCodec
+from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, Codebook
 from activemark_fast.marking.engine import GROUPS, Engine, halving
-from activemark_fast.marking.quality import Quality, QualityCheck
+from activemark_fast.marking.quality import Fidelity
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 
-RIDGE = 1e-2
-"""Identity term of the solve, over the mean diagonal of its matrix."""
-LARGEST_GAIN = 2.0
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
 COLUMN_PARTS = 4
 LOOKS = 4
-"""Most strengths whose fidelity is measured."""
+"""Most strengths of a band whose fidelity is measured."""
 UNUSED = 0.1
 """How much of the loss of fidelity that is allowed may be left."""
+LARGEST_FACTOR = 4.0
+"""A band is made at most so many times as strong as it was solved for."""
+NATURAL_SHARE = 0.5
+"""Share of the allowed loss of fidelity that goes to the natural band; the loud one takes the rest."""
 
 
 @dataclass(frozen=True)
-class EditStrength:
-    """The two dials of the edit.
+class Dials:
+    """How the edit of one band is solved.
 
     Attributes:
-        gain: what a slot should read for each unit that was injected: gamma in `edit`.
+        gain: what a reading should show for each unit that was injected: gamma in `edit`.
         protection: weight of the clean activations, which the edit should not react to: lambda in `edit`.
+        ridge: identity term of the solve, over the mean diagonal of its matrix. A small one hides the edit in
+            directions that clean images hardly use.
+        whole: whether the edit also takes away what the model answers by itself; else it only adds what each
+            row lacks on average.
     """
 
     gain: float
     protection: float
+    ridge: float
+    whole: bool
 
 
-FIRST_STRENGTH = EditStrength(gain=0.65, protection=15.0)
+DIALS = {
+    LOUD.name: Dials(gain=0.65, protection=15.0, ridge=0.01, whole=True),
+    NATURAL.name: Dials(gain=0.3, protection=15.0, ridge=0.5, whole=False),
+}
+
+Changes = list[dict[str, Tensor]]
+"""Of each edited block, by band: (D, H) float32."""
 
 
 @torch.no_grad()
 def search_edit(
     backbone: Backbone,
-    codec: KeyedCodec,
+    books: Sequence[Codebook],
     site: Site,
     output: Tensor,
-    messages: Tensor,
-    check: QualityCheck,
-    fidelity: float,
+    sent: Sequence[Tensor],
+    fidelity: Callable[[], Fidelity],
+    wanted: float,
     engine: Engine,
     bar: Progress,
-) -> tuple[Quality, list[dict[str, float | str]]]:
-    """Edits `backbone` in place with the gain that just keeps the fidelity asked for.
+) -> list[dict[str, float | str]]:
+    """Edits `backbone` in place, as strongly as the fidelity asked for allows.
 
-    One edit is solved for. The change of the weights is then scaled: two looks at the clean features, mostly,
-    tell the scale which the fidelity allows. The margin that comes with it hardly depends on the protection
-    between 10 and 30.
+    One edit is solved for, band by band. The natural band's change of the weights is then scaled until half
+    of the allowed loss of fidelity is used up, and the loud one's until all of it is. Where even the weakest
+    strength that was looked at costs too much, the band is left out: fidelity wins.
 
     Args:
         backbone: the model to mark.
-        codec: on the backbone's device.
+        books: on the backbone's device.
         site: where the mark goes.
         output: (n, N, D), clean output of the site's block.
-        messages: (r, n, M), r random messages for each image.
-        check: measures the edited model.
-        fidelity: lowest mean cosine to the original's features.
+        sent: for each codebook (its images, M) of 0 and 1; see `edit`.
+        fidelity: measures the edited model.
+        wanted: fidelity asked for (`Fidelity.loss`).
         engine: how to compute.
         bar: shows the steps.
 
     Returns:
-        The quality of the edit that is in the model; the dials of every scale tried, and what was measured.
+        Every strength tried, and what was measured.
     """
     linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
     originals = [linear.weight.clone() for linear in linears]
-    strength = FIRST_STRENGTH
 
-    def solved(batch: int) -> list[Tensor]:
+    def solved(batch: int) -> Changes:
         for linear, weight in zip(linears, originals, strict=True):
             linear.weight.copy_(weight)  # an earlier try may have run out of memory half way
         bar.stage("edit", len(linears))
-        return edit(backbone, codec, site, output, messages, strength, replace(engine, batch=batch), bar)
+        return edit(backbone, books, site, output, sent, replace(engine, batch=batch), bar)
 
     changes = halving(solved, engine.batch)
-
-    def scale(gain: float) -> None:
-        for linear, weight, change in zip(linears, originals, changes, strict=True):
-            scaled = change * (gain / FIRST_STRENGTH.gain)
-            linear.weight.copy_(weight + scaled.to(weight.dtype))
-
+    factors = {band.name: 0.0 for band in BANDS}
     history: list[dict[str, float | str]] = []
-    allowed = 1 - fidelity
-    losses: dict[float, float] = {}  # 1 - fidelity, of each gain that was looked at
-    bar.stage("edit: strength", LOOKS)
-    while True:
-        gain = strength.gain
-        reached = check.fidelity()
-        history.append({"stage": "edit scale", **asdict(strength), "fidelity": reached})
-        bar.advance(fidelity=reached)
-        losses[gain] = 1 - reached if math.isfinite(reached) else math.inf
-        wanted = _next_gain(losses, allowed)
-        if (1 - UNUSED) * allowed <= losses[gain] <= allowed or wanted in losses or len(losses) == LOOKS:
-            break
-        strength = replace(strength, gain=wanted)
-        scale(wanted)
-    kept = [tried for tried, lost in losses.items() if lost <= allowed]
-    if losses[gain] > allowed and kept:
-        strength = replace(strength, gain=max(kept))
-        scale(strength.gain)
-        reached = 1 - losses[strength.gain]
-    quality = check(fidelity=reached)
-    history.append({"stage": "edit", **asdict(strength), **asdict(quality)})
-    bar.advance(margin=quality.margin, fidelity=quality.fidelity, bit_error=quality.bit_error)
-    return quality, history
+
+    def apply() -> None:
+        for linear, weight, change in zip(linears, originals, changes, strict=True):
+            edited = weight.float() + sum(factors[band] * part for band, part in change.items())
+            linear.weight.copy_(edited)
+
+    lost = 0.0
+    for band, share in ((NATURAL, NATURAL_SHARE), (LOUD, 1.0)):
+        room = share * (1 - wanted) - lost
+        tried: dict[float, float] = {}  # loss of fidelity over `lost`, of each factor that was looked at
+        factor = 1.0
+        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
+        while True:
+            factors[band.name] = factor
+            apply()
+            reached = fidelity()
+            history.append({"stage": f"edit: {band.name}", "factor": factor, **asdict(reached)})
+            bar.advance(fidelity=reached.mean)
+            tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
+            following = _next_factor(tried, room)
+            enough = (1 - UNUSED) * room <= tried[factor] <= room
+            if enough or following in tried or len(tried) == LOOKS:
+                break
+            factor = following
+        allowed = [tried_factor for tried_factor, cost in tried.items() if cost <= room]
+        factors[band.name] = max(allowed, default=0.0)
+        lost += tried.get(factors[band.name], 0.0)
+    apply()
+    return history
 
 
-def _next_gain(losses: dict[float, float], allowed: float) -> float:
-    """A gain that should lose a bit less than is allowed. The loss grows with about the square of the gain.
+def _next_factor(tried: dict[float, float], room: float) -> float:
+    """A factor that should lose a bit less than there is room for. The loss grows with about its square.
 
-    losses: of each gain so far; the last two tell which power.
+    tried: the loss of each factor so far; the last two tell which power.
     """
-    (gain, lost), *before = reversed(losses.items())
+    (factor, lost), *before = reversed(tried.items())
     power = 2.0
     if before and 0 < lost < math.inf and 0 < before[0][1] < math.inf:
         other, less = before[0]
-        power = min(max(math.log(lost / less) / math.log(gain / other), 1.0), 4.0)
-    change = (1 - UNUSED / 2) * allowed / max(lost, 1e-9)
-    return min(gain * max(change, 1e-2) ** (1 / power), LARGEST_GAIN)
+        power = min(max(math.log(lost / less) / math.log(factor / other), 1.0), 4.0)
+    change = (1 - UNUSED / 2) * room / max(lost, 1e-9)
+    return min(factor * max(change, 1e-3) ** (1 / power), LARGEST_FACTOR)
 
 
 @torch.no_grad()
 def edit(
     backbone: Backbone,
-    codec: KeyedCodec,
+    books: Sequence[Codebook],
     site: Site,
     output: Tensor,
-    messages: Tensor,
-    strength: EditStrength,
+    sent: Sequence[Tensor],
     engine: Engine,
     bar: Progress,
-) -> list[Tensor]:
+) -> Changes:
     """Writes the mark into `backbone`'s weights, in place.
 
-    For each block after the site up to the last tap, with k the hidden activations of its MLP at the slots:
-    Δk is what the injection changes in k, δ = (gamma s (2m - 1) - P Δh) / (blocks left to the tap) what is
-    still missing in the projection P of the block's output, both averaged over groups of slots, and
+    Image i is injected into with codebook i mod K of K, once with what is sent and once with its opposite.
+    For each block after the site up to the last tap, with k the hidden activations of its MLP, h its output,
+    and Δ half the difference of the two runs, all averaged over groups of patch tokens: δ is what is still
+    missing in the projection P of Δh, a share 1 / (blocks left to the tap) of it, and for each band
 
         ΔW = P^T E[δ Δk^T] (E[Δk Δk^T] + lambda E[k₀ k₀^T] + ε I)^-1
 
-    with k₀ the hidden activations of tokens of clean images. Each block runs once: what ΔW adds to its output
-    follows from k, which is kept until ΔW is known.
+    with k₀ the hidden activations of tokens of clean images, whose mean square is scaled to that of Δk. In
+    the loud band δ = gamma s (2m - 1) - P Δh. In the natural one δ = c s (2m - 1), with c what the row's
+    answer to its own bit lacks of gamma on average, or 0: what the model answers to other bits is let be.
+    Each block runs once: what ΔW adds to its output follows from k, which is kept until ΔW is known.
 
     Args:
         backbone: the model to mark.
-        codec: on the backbone's device.
+        books: on the backbone's device.
         site: where the mark goes.
         output: (n, N, D), clean output of the site's block.
-        messages: (r, n, M), r random messages for each image.
-        strength: the dials.
+        sent: for each codebook (its images, M) of 0 and 1.
         engine: how to compute.
         bar: moves on with every block.
 
     Returns:
-        ΔW of each block, (D, H) float32.
+        ΔW of each block and band.
 
     Raises:
         ValueError: a block is not pre-norm residual, its LayerScale is 0 in some channel, or its MLP's hidden
@@ -184,105 +199,152 @@ def edit(
             f"model: block {blocks[silent.index(True)]} scales a channel of its MLP by 0, "
             "so it cannot carry a mark"
         )
-    signs = 2 * messages.float() - 1
-    streams = []  # of some images each: (1 + r, b, N, D), the clean one first
-    for start in range(0, len(output), engine.batch):
-        part = slice(start, start + engine.batch)
-        clean = engine.fetch(output[part])
-        stream = clean.repeat(1 + len(messages), 1, 1, 1)
-        codec.inject_once_(stream[1:].view(-1, *clean.shape[1:]), messages[:, part].flatten(0, 1))
-        streams.append(engine.keep(stream))
-
-    changes, failed = [], []
+    streams = _streams(books, output, sent, engine)
+    changes: Changes = []
+    failed = []
     for block in blocks:
         tap = next(t for t in site.taps if t >= block)
-        share = 1 / (tap - block + 1)
-        target = strength.gain * codec.scale * signs
-        matrix, cross, hidden = _moments(
-            backbone, codec, block, tap, streams, target, share, strength.protection, engine
-        )
-        solution, info = _solve(matrix, cross)  # (H, M)
-        del matrix
-        failed.append(info)
-        read = codec.read_directions[tap]  # (M, D)
-        change = (solution @ (read.double() / gains[block].double())).T
+        moments, hidden = _moments(backbone, books, block, tap, streams, 1 / (tap - block + 1), engine)
+        change: dict[str, Tensor] = {}
+        added: list[tuple[Tensor, Tensor]] = []
+        for band in BANDS:
+            members = [book for book in books if book.band == band]
+            solution, info = _solve(moments, band.name, [books.index(book) for book in members])
+            failed.append(info)
+            read = torch.cat([book.read_directions[tap] for book in members])  # (rows, D)
+            change[band.name] = (solution @ (read.double() / gains[block].double())).T.float()
+            added.append((solution, read))
+        del moments
         weight = backbone.mlp_out(block).weight
-        weight += change.to(weight.dtype)
-        changes.append(change.float())
+        weight += sum(change.values()).to(weight.dtype)
+        changes.append(change)
         for index, k in enumerate(hidden):
-            stream = engine.fetch(streams[index])
-            stream += ((engine.fetch(k) @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
-            streams[index] = engine.keep(stream)
+            stream = engine.fetch(streams[index].values)
+            there = engine.fetch(k)
+            for solution, read in added:
+                stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
+            streams[index].values = engine.keep(stream)
             hidden[index] = k.new_empty(0)
-        del k, stream  # the next block runs without them
+        del k, stream, there  # the next block runs without them
         bar.advance()
     # A look at each while they are solved would have the device wait for the host.
-    bad = torch.stack(failed).tolist()
+    bad = torch.stack(failed).view(len(blocks), len(BANDS)).any(dim=1).tolist()
     if any(bad):
-        block = next(block for block, info in zip(blocks, bad, strict=True) if info)
         raise ValueError(
-            f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
-            "carry a mark"
+            f"model: the MLP of block {blocks[bad.index(True)]} is silent, or its activations are not finite, "
+            "so it cannot carry a mark"
         )
     return changes
 
 
+@dataclass(eq=False)
+class _Stream:
+    """The residual stream of some images.
+
+    Attributes:
+        values: (3, b, N, D): clean, with what is sent, with its opposite; where `engine.keep` puts it.
+        book: index of the codebook.
+        signs: (b, M) of +1 and -1, what is sent.
+    """
+
+    values: Tensor
+    book: int
+    signs: Tensor
+
+
+def _streams(
+    books: Sequence[Codebook], output: Tensor, sent: Sequence[Tensor], engine: Engine
+) -> list[_Stream]:
+    streams = []
+    for index, (book, bits) in enumerate(zip(books, sent, strict=True)):
+        mine = output[index :: len(books)]
+        for start in range(0, len(mine), engine.batch):
+            clean = engine.fetch(mine[start : start + engine.batch])
+            part = bits[start : start + engine.batch]
+            both = book.inject(clean, clean, part).view(2, *clean.shape)
+            signs = 2 * part.float() - 1
+            streams.append(_Stream(engine.keep(torch.cat([clean[None], both])), index, signs))
+    return streams
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """What the solves of a block need.
+
+    Attributes:
+        clean: (H, H) float32, E[k₀ k₀^T], lower triangle only.
+        changed: for each band, likewise E[Δk Δk^T].
+        cross: for each codebook (H, M) float32, E[Δk δ^T].
+    """
+
+    clean: Tensor
+    changed: dict[str, Tensor]
+    cross: list[Tensor]
+
+
 def _moments(
     backbone: Backbone,
-    codec: KeyedCodec,
+    books: Sequence[Codebook],
     block: int,
     tap: int,
-    streams: list[Tensor],
-    target: Tensor,
+    streams: list[_Stream],
     share: float,
-    protection: float,
     engine: Engine,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Runs a block over `streams`, in place, and gathers what its solve needs.
+) -> tuple[_Moments, list[Tensor]]:
+    """Runs a block over `streams`, in place, and gathers what its solves need.
 
     Returns:
-        The matrix (H, H) float32, lower triangle only; the right-hand sides E[Δk δ^T] (H, M) float32; the
-        hidden activations (1 + r, b, N, H) of each batch.
+        The moments; the hidden activations (3, b, N, H) of each batch.
     """
     seen: list[Tensor] = []
     linear = backbone.mlp_out(block)
-    size, device = linear.in_features, target.device
-    matrix = torch.zeros(size, size, device=device)
-    cross = torch.zeros(size, codec.bits, device=device)
-    images, tokens = target.shape[1], streams[0].shape[2]
-    pool = _slot_groups(len(codec.slots), device)
-    stride = max(1, images * tokens // (CLEAN_ROWS * size))
-    rows = sum(-(-stream.shape[1] * tokens // stride) for stream in streams)
-    samples = target.shape[0] * images * len(pool)
+    size, device = linear.in_features, backbone.device
+    clean = torch.zeros(size, size, device=device)
+    changed = {band.name: torch.zeros(size, size, device=device) for band in BANDS}
+    cross = [torch.zeros(size, book.bits, device=device) for book in books]
+    answers = [torch.zeros(book.bits, device=device) for book in books]
+    images = [sum(stream.values.shape[1] for stream in streams if stream.book == i) for i in range(len(books))]
+    tokens = streams[0].values.shape[2]
+    pool = _slot_groups(len(books[0].slots), device)
+    stride = max(1, sum(images) * tokens // (CLEAN_ROWS * size))
+    rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in streams)
     hidden: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
-        start = 0
-        for index, kept in enumerate(streams):
-            stream = engine.fetch(kept)
+        for stream in streams:
+            book = books[stream.book]
+            dials = DIALS[book.band.name]
+            values = engine.fetch(stream.values)
             seen.clear()
             with engine.autocast():
-                after = backbone.run(stream.flatten(0, 1), block, block + 1).view_as(stream)
-            k = backbone.batch_first(seen.pop()).reshape(*stream.shape[:3], size)
-            _add_gram(matrix, k[0].flatten(0, 1)[::stride], protection / rows)
-            change = _changed(k, codec.slots, pool)  # (r, b, G, H)
-            part = slice(start, start + stream.shape[1])
-            there = _changed(after, codec.slots, pool) @ codec.read_directions[tap].T
-            missing = share * (target[:, part, None] - there)  # (r, b, G, M)
-            flat = change.flatten(0, 2)
-            _add_gram(matrix, flat.to(k.dtype), 1 / samples)
-            cross.addmm_(flat.T, missing.flatten(0, 2), alpha=1 / samples)
-            streams[index], start = engine.keep(after.to(stream.dtype)), part.stop
+                after = backbone.run(values.flatten(0, 1), block, block + 1).view_as(values)
+            k = backbone.batch_first(seen.pop()).reshape(*values.shape[:3], size)
+            _add_gram(clean, k[0].flatten(0, 1)[::stride], 1 / rows)
+            # Over the injected length, so that bands of other lengths weigh the same.
+            length = book.scale * math.sqrt(book.bits)
+            change = _half_difference(k, book.slots, pool) / length  # (b, G, H)
+            answer = (_half_difference(after, book.slots, pool) @ book.read_directions[tap].T) / length
+            wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
+            missing = share * (dials.gain * wanted - answer) if dials.whole else wanted.expand_as(answer)
+            weight = 1 / (len(pool) * images[stream.book])
+            flat = change.flatten(0, 1)
+            _add_gram(changed[book.band.name], flat.to(k.dtype), weight / book.band.books)
+            cross[stream.book].addmm_(flat.T, missing.flatten(0, 1), alpha=weight / book.band.books)
+            answers[stream.book] += (answer * stream.signs[:, None]).sum(dim=(0, 1)) * weight
+            stream.values = engine.keep(after.to(values.dtype))
             hidden.append(engine.keep(k))
     finally:
         hook.remove()
-    return matrix, cross, hidden
+    for index, book in enumerate(books):
+        dials = DIALS[book.band.name]
+        if not dials.whole:
+            cross[index] *= share * (dials.gain - answers[index] * math.sqrt(book.bits)).clamp_min(0)
+    return _Moments(clean, changed, cross), hidden
 
 
-def _changed(values: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
-    """(1 + r, b, N, ...) → (r, b, G, ...) float32: what the injections change, mean over groups of slots."""
-    pooled = torch.stack([pool @ part[:, slots].float() for part in values])
-    return pooled[1:] - pooled[:1]
+def _half_difference(values: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
+    """(3, b, N, ...) → (b, G, ...) float32: what the injections change, mean over groups of slots."""
+    return (pool @ values[1][:, slots].float() - pool @ values[2][:, slots].float()) / 2
 
 
 def _slot_groups(slots: int, device: torch.device) -> Tensor:
@@ -310,15 +372,19 @@ def _add_gram(matrix: Tensor, rows: Tensor, weight: float) -> None:
             matrix[start:, part].add_(torch.mm(left, right, torch.float32), alpha=weight)
 
 
-def _solve(matrix: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-    """Reads the lower triangle of `matrix`.
+def _solve(moments: _Moments, band: str, books: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Reads the lower triangles of the moments.
 
     Returns:
-        (H, M) float64, and what LAPACK tells: 0 where the matrix was positive definite.
+        (H, rows) float64, and what LAPACK tells: 0 where the matrix was positive definite.
     """
-    wide = matrix.double()
-    wide.diagonal().add_(RIDGE * wide.diagonal().mean())
+    dials = DIALS[band]
+    changed = moments.changed[band]
+    balance = changed.diagonal().mean() / moments.clean.diagonal().mean()
+    wide = (changed + dials.protection * balance * moments.clean).double()
+    wide.diagonal().add_(dials.ridge * wide.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(wide)
     del wide  # what follows copies the factor
-    half = torch.linalg.solve_triangular(factor, cross.double(), upper=False)
+    cross = torch.cat([moments.cross[book] for book in books], dim=1).double()
+    half = torch.linalg.solve_triangular(factor, cross, upper=False)
     return torch.linalg.solve_triangular(factor.T, half, upper=True), info

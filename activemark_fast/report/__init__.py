@@ -1,7 +1,15 @@
 """Reports: what was measured, as pictures and pages. The only part of the package that imports matplotlib."""
 
 from activemark_fast.report.figures import verdict_figure, verdicts_figure
+from activemark_fast.report.frontier import frontier_figure
 from activemark_fast.report.page import Evidence, evidence_page
 from activemark_fast.report.profile import profile_figure
 
-__all__ = ["Evidence", "evidence_page", "profile_figure", "verdict_figure", "verdicts_figure"]
+__all__ = [
+    "Evidence",
+    "evidence_page",
+    "frontier_figure",
+    "profile_figure",
+    "verdict_figure",
+    "verdicts_figure",
+]

@@ -1,0 +1,97 @@
+"""What an owner could choose, and what it costs them.
+
+Whoever makes a watermark file may have had the suspect first. Everything a verification uses is therefore of
+one of five kinds (`Kind`), and `FIELDS` says of which kind each field of the file is. What an owner may choose
+among few values is *paid* for: by a union bound, the best of C choices reaches a p-value of p with a
+probability of at most C p, so p is multiplied by C. What they may choose among endlessly many is *chosen*: it
+is evidence only if it was committed to before the suspect appeared.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+from activemark_fast.site import Site
+from activemark_fast.triggers import Preprocess
+
+
+class Kind(Enum):
+    """Where an input of a verification comes from."""
+
+    FIXED = "fixed by a public rule"
+    MEASURED = "measured on the suspect by a public rule, or refused where it differs from the suspect's"
+    KEYED = "drawn from the key"
+    PAID = "paid for in the p-value"
+    CHOSEN = "chosen by the owner, evidence only with an older timestamped commitment"
+
+
+FIELDS: dict[str, Kind] = {
+    "version": Kind.FIXED,  # older ones count as chosen altogether
+    "mac": Kind.FIXED,
+    "fingerprint": Kind.FIXED,  # it tells whether the weights are identical, and decides nothing
+    "codec": Kind.FIXED,  # "keyed"; the learned one is chosen altogether
+    "axis": Kind.FIXED,
+    "site.block": Kind.PAID,
+    "site.depth": Kind.PAID,  # the taps follow from block and depth
+    "site.taps": Kind.FIXED,
+    "site.num_tokens": Kind.MEASURED,
+    "site.prefix_tokens": Kind.MEASURED,
+    "site.width": Kind.MEASURED,
+    "site.massive_tokens": Kind.FIXED,  # empty
+    "site.massive_channels": Kind.FIXED,
+    "bits": Kind.PAID,
+    "preprocess.size": Kind.MEASURED,
+    "preprocess.mean": Kind.PAID,  # a known one; any other is chosen
+    "preprocess.std": Kind.PAID,
+    "architecture": Kind.PAID,
+    "image_source": Kind.FIXED,  # "key"; the owner's own images are chosen
+    "digests": Kind.CHOSEN,  # none for images from the key
+    "state": Kind.CHOSEN,  # of the learned codec; the keyed one has none
+    "alignment": Kind.CHOSEN,  # where the reading goes by it
+}
+"""Every field of a watermark, those of its parts by their dotted names."""
+
+BITS = range(8, 257, 8)
+"""Message lengths of a mark."""
+DEPTHS = 64
+"""Depths of the marked model that are paid for: a suspect may have fewer blocks than it."""
+ARCHITECTURES = 1 << 12
+"""Ways to run given weights that are paid for: names in the libraries' registries under which their shapes fit,
+or numbers of heads and the few other settings that shapes leave open."""
+NORMALISATIONS: tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...] = (
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet
+    ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # CLIP
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # CIFAR-10
+    ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the same, as many write it
+)
+"""Means and standard deviations of red, green and blue that published models take."""
+CLOSE = 1e-3
+"""Two normalisations that differ by less are the same, and the published numbers are used: who could choose the
+last digits could try as many as they like."""
+
+EVIDENCE_AT = 1e-12
+"""A p-value, after what is paid, at or below which a match is evidence against an owner who may lie."""
+
+
+def known_normalisation(preprocess: Preprocess) -> Preprocess | None:
+    """`preprocess` with the numbers of the published normalisation that it is, or None if it is none."""
+    given = (*preprocess.mean, *preprocess.std)
+    for mean, std in NORMALISATIONS:
+        known = (*mean, *std)
+        if all(math.isclose(a, b, rel_tol=0, abs_tol=CLOSE) for a, b in zip(given, known, strict=True)):
+            return Preprocess(preprocess.size, mean, std)
+    return None
+
+
+def alternatives(site: Site) -> dict[str, int]:
+    """How many values an owner could choose each paid field from; their product multiplies the p-value."""
+    return {
+        "block": max(1, site.depth - 2),
+        "depth": DEPTHS,
+        "bits": len(BITS),
+        "normalisation": len(NORMALISATIONS),
+        "architecture": ARCHITECTURES,
+    }

@@ -1,0 +1,55 @@
+"""Readings of a mark: what was sent, what came back, and the scores of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec import Codec
+from activemark_fast.marking.suffix import Autocast, SiteActivations, read_mark
+
+
+@dataclass(frozen=True, eq=False)
+class Channel:
+    """One codec and what is sent through it.
+
+    Attributes:
+        codec: on the backbone's device.
+        sent: (n, reads, M) of 0 and 1, on the same device: what each image carries at each of its readings.
+    """
+
+    codec: Codec
+    sent: Tensor
+
+    def agreement(
+        self, backbone: Backbone, activations: SiteActivations, start: int, block: int, autocast: Autocast
+    ) -> Tensor:
+        """(taps, k, reads, M): the logits of k images from `start` on, above 0 where they read what was sent.
+
+        activations: of these k images at the site.
+        """
+        sent = self.sent[start : start + len(activations)]
+        parts = []
+        for index in range(sent.shape[1]):
+            read = read_mark(backbone, self.codec, activations, sent[:, index], block, autocast)
+            signs = 2 * sent[:, index].to(next(iter(read.values())).logits.dtype) - 1
+            parts.append(torch.stack([at_tap.logits * signs for at_tap in read.values()]))
+        return torch.stack(parts, dim=2)
+
+
+def wrong_bits(agreement: Tensor) -> Tensor:
+    """(taps, n, reads, M) → (taps, n): bits of an image's message that its readings together get wrong."""
+    return (~(agreement.mean(dim=2) > 0)).sum(dim=-1)
+
+
+def row_scores(agreements: Sequence[Tensor]) -> list[int]:
+    """Of some channels: matches minus mismatches of each row over images and readings.
+
+    A logit of exactly 0 is neither: counting a tie for either side would favour one value of the bit, and
+    flipping a row of P could not turn it round: the exact test needs it left out.
+    """
+    return [int(s) for part in agreements for s in torch.sign(part).long().sum(dim=(1, 2)).flatten()]
