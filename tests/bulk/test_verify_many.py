@@ -232,7 +232,8 @@ def test_equal_prefixes_are_computed_once(
         assert alone is not None
         assert result.verdict.to_dict() == alone.to_dict()
     looks = [{8: 1, 16: 2, 32: 3, 64: 4}[alone.images] for alone in apart if alone is not None]
-    assert len(computed) == looks[0] + looks[1] + max(0, looks[2] - looks[0]) + looks[4]
+    measures = 3  # of each prefix, how its tokens vary
+    assert len(computed) == measures + looks[0] + looks[1] + max(0, looks[2] - looks[0]) + looks[4]
 
 
 def test_a_folder_as_transformers_saves_it_with_an_adapter(marked: Marked, tmp_path: Path) -> None:
@@ -410,7 +411,8 @@ def test_a_suspect_of_other_width_leaves_nothing_behind(marked: Marked, tmp_path
     wide = vit(mlp_ratio=5)
     paths = [save(model, tmp_path / f"{i}.safetensors") for i, model in enumerate([wide, marked.model, wide])]
     first, match, last = sweep(paths, marked)
-    assert (outcome(first), outcome(match), outcome(last)) == ("no match", "match", "no match")
+    assert outcome(first) == outcome(last) != "match"
+    assert outcome(match) == "match"
     assert match.verdict is not None
     assert match.verdict.identical
     assert first.fit is not None
