@@ -91,7 +91,7 @@ class Embedding:
 
     @property
     def fidelity(self) -> float:
-        """Lowest mean cosine between the features of the marked model and the original's (`Fidelity.mean`)."""
+        """Lowest mean cosine of the marked model's features to the original's (`Fidelity.mean`)."""
         return self.quality.fidelity
 
 
@@ -238,10 +238,9 @@ def embed(
     device = resolve_device(device, original.device)
     if compile == "graph" and device.type != "cuda":
         raise ValueError(f"compile: 'graph' needs a CUDA device, got {str(device)!r}")
-    if codec == KeyedCodec.name and bits > most_bits(original.width):
-        raise ValueError(
-            f"bits: wanted at most {most_bits(original.width)} for a model of width {original.width}, got {bits}"
-        )
+    most = most_bits(original.width)
+    if codec == KeyedCodec.name and bits > most:
+        raise ValueError(f"bits: wanted at most {most} for a model of width {original.width}, got {bits}")
     preprocess = original.preprocess
     holdout = holdout_images(images, secret, preprocess, HOLDOUT_IMAGES)
     natural = clean_images(clean, preprocess, FITTED_IMAGES, HELD_IMAGES)
@@ -271,14 +270,21 @@ def embed(
         if codec == KeyedCodec.name:
             bar.note(f"embed: {engine}")
         alignment = None
-        steps, state = 0, {}
+        steps = 0
+        state: dict[str, Tensor] = {}
         if codec == KeyedCodec.name:
             sampled = site_sample(subject.backbone, secret, site, preprocess, subject.autocast)
             alignment = sampled.half().cpu()
             quality, history = _edit(subject, stretched, settings, engine, bar)
         else:
             quality, history, steps, how, state = _train(
-                subject, Backbone(copy.deepcopy(model).eval().to(device)), secret, settings, saved, resumed, bar
+                subject,
+                Backbone(copy.deepcopy(model).eval().to(device)),
+                secret,
+                settings,
+                saved,
+                resumed,
+                bar,
             )
             engine = replace(engine, reason=how, peak_bytes=0)
     _warn_of_missed_targets(quality, fidelity)
@@ -385,9 +391,7 @@ def _edit(
     ]
     checked = draw_sent(stretched, "check", len(subject.carriers), bits)
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
-    check = QualityCheck(
-        backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast
-    )
+    check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
     history = search_edit(
         backbone, books, site, output, sent, subject.fidelity, settings.fidelity, engine, bar
     )
@@ -459,8 +463,8 @@ def _warn_of_missed_targets(quality: Quality, fidelity: float) -> None:
     missed = []
     if not quality.keeps(fidelity):
         missed.append(
-            f"fidelity {quality.fidelity:.4f}, 5th percentile {quality.fidelity_tail:.4f} (wanted {fidelity}); "
-            "more clean images would help"
+            f"fidelity {quality.fidelity:.4f}, 5th percentile {quality.fidelity_tail:.4f} (wanted "
+            f"{fidelity}); more clean images would help"
         )
     if not quality.margin >= MARGIN_TARGET or not quality.detection_rate >= DETECTION_TARGET:
         missed.append(
@@ -469,6 +473,10 @@ def _warn_of_missed_targets(quality: Quality, fidelity: float) -> None:
             "allows; a lower fidelity or fewer bits would help"
         )
     if quality.original_detection_rate > 0:
-        missed.append(f"the original reads as marked, too, on {quality.original_detection_rate:.3f} of the images")
+        missed.append(
+            f"the original reads as marked, too, on {quality.original_detection_rate:.3f} of the images"
+        )
     if missed:
-        warnings.warn(f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=3
+        )

@@ -311,7 +311,7 @@ class _Bench:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             # Whether the other mark is as strong as `embed` promises makes it no more and no less another.
-            sibling = embed(self._original, other_key, bits=watermark.bits, precision=precision, max_steps=0)
+            sibling = embed(self._original, other_key, bits=watermark.bits, precision=precision)
         self._models = {
             "marked": copy.deepcopy(marked).eval().to(device),
             "original": self._original,

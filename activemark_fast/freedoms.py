@@ -1,10 +1,17 @@
 """What an owner could choose, and what it costs them.
 
-Whoever makes a watermark file may have had the suspect first. Everything a verification uses is therefore of
-one of five kinds (`Kind`), and `FIELDS` says of which kind each field of the file is. What an owner may choose
-among few values is *paid* for: by a union bound, the best of C choices reaches a p-value of p with a
-probability of at most C p, so p is multiplied by C. What they may choose among endlessly many is *chosen*: it
-is evidence only if it was committed to before the suspect appeared.
+Whoever makes a watermark file may have had the suspect first. Everything a verification uses is therefore
+of one of five kinds (`Kind`), and `FIELDS` says of which kind each field of the file is. What an owner may
+choose among few values is *paid* for: by a union bound, the best of C choices reaches a p-value of p with a
+probability of at most C p, so p is multiplied by C. What they may choose among endlessly many is *chosen*:
+it is evidence only if it was committed to before the suspect appeared.
+
+The theorem, with its conditions: take a suspect that was made without the key, and any rule by which an owner
+picks the paid settings after having seen it. Then P(paid p-value <= alpha) <= alpha over the random key. For
+each setting the p-value is exact (`verdict.sign_flip_p_value`); that settings share the key and the suspect
+does not matter to a union bound. Looks, bands and alignment are paid for in the same way, inside the p-value.
+It says nothing of an owner who picks the *key* after having seen the suspect: of N keys the best reaches
+1 / N by luck, at the price of stretching N keys (`Key.stretched`). That is what `EVIDENCE_AT` is for.
 """
 
 from __future__ import annotations
@@ -57,8 +64,8 @@ BITS = range(8, 257, 8)
 DEPTHS = 64
 """Depths of the marked model that are paid for: a suspect may have fewer blocks than it."""
 ARCHITECTURES = 1 << 12
-"""Ways to run given weights that are paid for: names in the libraries' registries under which their shapes fit,
-or numbers of heads and the few other settings that shapes leave open."""
+"""Ways to run given weights that are paid for: names in the libraries' registries under which their shapes
+fit, or numbers of heads and the few other settings that shapes leave open."""
 NORMALISATIONS: tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...] = (
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet
     ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # CLIP
@@ -69,8 +76,8 @@ NORMALISATIONS: tuple[tuple[tuple[float, float, float], tuple[float, float, floa
 )
 """Means and standard deviations of red, green and blue that published models take."""
 CLOSE = 1e-3
-"""Two normalisations that differ by less are the same, and the published numbers are used: who could choose the
-last digits could try as many as they like."""
+"""Two normalisations that differ by less are the same, and the published numbers are used: who could choose
+the last digits could try as many as they like."""
 
 EVIDENCE_AT = 1e-12
 """A p-value, after what is paid, at or below which a match is evidence against an owner who may lie."""

@@ -125,8 +125,11 @@ class Key:
         try: scrypt with N = 2^15, r = 8, p = 1, 32 MiB of memory, about a tenth of a second of one core. A
         forger can do without a reading of the suspect (its mean Jacobian tells almost as much), not without
         this.
+
+        What is stretched is derived from the material, which scrypt itself would fill up with zeros to 64
+        bytes, or hash: several keys, each with its own images, would then share one stretched key.
         """
-        return Key(_scrypt(b"grinding", self._material, GRINDING_N))
+        return Key(_scrypt(b"grinding", self.derive("stretch"), GRINDING_N))
 
     def derive(self, purpose: str, length: int = 32) -> bytes:
         """`length` secret bytes for `purpose`, 1 to 8160.

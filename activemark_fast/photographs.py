@@ -34,7 +34,9 @@ class Photographs:
 
 @cache
 def shipped_photographs() -> Photographs:
-    """Reads and decodes all of them, once: 60 MB, which nobody may write to. Authors and licences are in `assets/PHOTOGRAPHS.md`.
+    """Reads and decodes all of them, once: 60 MB, which nobody may write to.
+
+    Authors and licences are in `assets/PHOTOGRAPHS.md`.
 
     Raises:
         FileNotFoundError: the package was installed without them.

@@ -18,8 +18,8 @@ class Site:
         taps: blocks whose outputs are read, ascending. The last is the last but one block of the model, so
             its output is the input of the last block.
         num_tokens, prefix_tokens, width: token layout of the marked model.
-        massive_tokens, massive_channels: where its massive activations sit at `block`; a mark of today goes by
-            neither, and leaves them empty.
+        massive_tokens, massive_channels: where its massive activations sit at `block`; a mark in two bands
+            goes by neither, and leaves them empty.
         depth: number of blocks of the marked model; 0 where it is not known (old watermarks).
     """
 

@@ -230,6 +230,7 @@ def public_images(images: object, preprocess: Preprocess, count: int) -> Tensor:
 
     Raises TypeError or ValueError as `holdout_images` does.
     """
+
     def drawn() -> Iterator[Tensor]:
         return iter(synthetic_images(_EVERYBODY.stream(_SYNTHETIC), count, preprocess.size))
 
@@ -370,7 +371,7 @@ def _octaves(lattices: list[_Lattice]) -> list[tuple[int, int, int]]:
 def _open(
     images: object, drawn: Callable[[], Iterator[Tensor]], count: int, name: str = "images"
 ) -> tuple[str, Iterator[Tensor]]:
-    """The name of the source and its images one by one, each (3, h, w); `drawn` makes those that are not given.
+    """The name of the source and its images one by one, each (3, h, w); `drawn` makes what is not given.
 
     name: of the argument.
     """

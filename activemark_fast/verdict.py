@@ -163,7 +163,9 @@ class Verdict:
     @property
     def paid_p_value(self) -> float | None:
         """The p-value times the number of settings that an owner could choose from (a union bound)."""
-        return None if self.p_value is None else min(1.0, self.p_value * math.prod(self.alternatives.values()))
+        return (
+            None if self.p_value is None else min(1.0, self.p_value * math.prod(self.alternatives.values()))
+        )
 
     @property
     def images(self) -> int:
@@ -220,20 +222,34 @@ class Verdict:
                 f"(were images independent: reached by chance at 1e-6, "
                 f"missed by a mark of R = {weakest:.3f} at 1e-3)"
             )
-            lines.append(
-                f"  p-value = {self.p_value:.3g}: how often a model made without this key would look as much like "
-                f"the marked one (exact sign-flip test); {self.paid_p_value:.3g} with all that its owner could "
-                f"choose (match at or below {self.alpha:.3g})"
-                if self.p_value is not None
-                else "  p-value: none. The learned codec is fitted, so no exact test exists for it."
-            )
+            lines += self._odds()
         if self.identical:
             lines.append("  the suspect's weights are identical to the marked model's")
         if self.evidence is not None:
             lines.append(f"  evidence: {self.evidence}")
         if self.opening is not None:
             lines.append(f"  commitment: {self.opening}")
+        elif self.decision == "match":
+            lines.append("  commitment: none shown, so nothing says since when the owner has had this key")
         return "\n".join(lines)
+
+    def _odds(self) -> list[str]:
+        """How often chance, and an owner who chooses, reach what was found."""
+        if self.p_value is None:
+            return ["  p-value: none. The learned codec is fitted, so no exact test exists for it."]
+        lines = [
+            f"  p-value = {self.p_value:.3g} (exact sign-flip test): a model made without this key looks "
+            "like this no more often"
+        ]
+        if self.alternatives:
+            factors = ", ".join(f"{name} {count}" for name, count in self.alternatives.items())
+            lines.append(
+                f"  paid p-value = {self.paid_p_value:.3g}, times what an owner could choose ({factors}); "
+                f"match at or below {self.alpha:.3g}, evidence at or below {EVIDENCE_AT:.0e}"
+            )
+        else:
+            lines.append(f"    match at or below {self.alpha:.3g}")
+        return lines
 
     def to_dict(self) -> dict[str, object]:
         """The verdict as JSON types."""

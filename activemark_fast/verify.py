@@ -79,7 +79,7 @@ def verify(
         suspect: a plain ViT with loaded weights.
         watermark: what `embed` returned, or `Watermark.load`.
         key: the key it was made with, in any form `embed` takes.
-        images: the hold-out images of the embedding; None if they were made from the key.
+        images: the hold-out images of the embedding; None, and nothing else, if they were made from the key.
         alpha: p-value at or below which a keyed mark is a match; above 0, at most 0.001.
         tau: most wrong bits of an image that counts as detected; by default what one fair-coin message in
             10,000 stays within (5 of 32 bits).
@@ -92,8 +92,8 @@ def verify(
         precision: as in `embed`.
 
     Returns:
-        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha` after all that an owner could
-        choose is paid for (`freedoms`); "no match" if it is above
+        The verdict. Keyed codec: "match" if the exact p-value is at most `alpha` after all that an owner
+        could choose is paid for (`freedoms`); "no match" if it is above
         0.001 and the images exclude a mark of `sequential.WEAKEST_MARK`; else, and where the mark has too few
         bits for `alpha`, "inconclusive". Learned codec: "match" if at least half of the images are detected,
         "inconclusive" if the codec also reads the unmarked original; there is no p-value.
@@ -219,6 +219,8 @@ class Verifier:
                 f"images: wanted the {len(watermark.digests)} images of the embedding "
                 f"({watermark.image_source}), got none"
             )
+        if images is not None and watermark.image_source == "key":
+            raise ImageMismatchError("images: wanted none, for this mark's are made from the key, got some")
         known = known_normalisation(watermark.preprocess)
         self._normalisation_chosen = known is None and watermark.two_bands
         self._preprocess = known if known is not None and watermark.two_bands else watermark.preprocess
@@ -325,7 +327,7 @@ class Verifier:
     def _means(
         self, taps: tuple[int, ...], measured: SiteMeasure | None, alignment: Alignment | None
     ) -> _Means:
-        """What reads a suspect at `taps`, after undoing `alignment`. `measured`: on it, for a mark in bands."""
+        """What reads a suspect at `taps`, after undoing `alignment`. `measured`: on it, for two bands."""
         if measured is None:
             assert self._codec is not None
             codecs: list[Codec] = [copy.copy(self._codec)]
@@ -342,8 +344,8 @@ class Verifier:
                 codec = codec.aligned(alignment.matrix.to(self.device), scale)
             codec.taps = taps
             channels.append(Channel(codec, sent))
-        starts = np.cumsum([0, *counts])
-        return _Means([channels[a:b] for a, b in zip(starts, starts[1:], strict=False)])
+        ends = np.cumsum(counts)
+        return _Means([channels[end - count : end] for count, end in zip(counts, ends, strict=True)])
 
     def _matches(self, p_value: float) -> bool:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""
@@ -467,6 +469,11 @@ class Verifier:
             return (
                 f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the "
                 f"marked model {size} as {site.num_tokens}"
+            )
+        if backbone.prefix_tokens != site.prefix_tokens:
+            return (
+                f"the suspect has {backbone.prefix_tokens} tokens before its patches, the marked model "
+                f"{site.prefix_tokens}"
             )
         return None
 

@@ -29,8 +29,8 @@ from activemark_fast.site import Site, taps_after
 from activemark_fast.triggers import MIN_IMAGES, Preprocess
 
 FORMAT_VERSION = 3
-"""1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds nothing
-that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
+"""1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds
+nothing that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
 TWO_BANDS = 3
 """The first format of marks in two bands."""
 HOLDOUT_IMAGES = 64
@@ -57,8 +57,8 @@ class Watermark:
         axis: "token" or "channel": what the codec injects at.
         site: where the mark is.
         preprocess: how images become the model's input.
-        digests: one 32-byte keyed digest for each hold-out image, in order; none for images made from the key,
-            but in older formats.
+        digests: one 32-byte keyed digest for each hold-out image, in order; none for images made from the
+            key, but in older formats.
         image_source: "key" (made from the key), "tensor", "folder" or "iterable".
         state: the codec's tensors (`Codec.state`).
         fingerprint: `fingerprint` of the marked model.
@@ -101,7 +101,6 @@ class Watermark:
 
     def check(self, key: Key) -> None:
         """Raises WatermarkError unless the watermark was made with `key`, and says what `embed` could say."""
-        self._check_fields()
         if not hmac.compare_digest(self.mac, key.mac("watermark", self._body())):
             raise WatermarkError("key: wanted the key this watermark was made with, got another one")
 
@@ -112,6 +111,7 @@ class Watermark:
     def restore_codec(self, key: Key) -> Codec:
         """The codec, on the CPU."""
         return CODECS[self.codec].restore(key, self.site, self.bits, self.state, self.axis)
+        self._check_fields()
 
     def _check_fields(self) -> None:
         """Raises WatermarkError for what no `embed` writes: whatever need not be chosen may not be."""
@@ -124,11 +124,17 @@ class Watermark:
             wanted = taps_after(site.block, site.depth)
             raise WatermarkError(f"site.taps: {made} {site.taps}: wanted {wanted} for block {site.block}")
         if not 0 <= site.prefix_tokens < site.num_tokens:
-            raise WatermarkError(f"site.prefix_tokens: {made} {site.prefix_tokens} of {site.num_tokens} tokens")
+            raise WatermarkError(
+                f"site.prefix_tokens: {made} {site.prefix_tokens} of {site.num_tokens} tokens"
+            )
         if (self.image_source == "key") != (not self.digests):
-            raise WatermarkError(f"digests: {made} {len(self.digests)} for images of source {self.image_source!r}")
+            raise WatermarkError(
+                f"digests: {made} {len(self.digests)} for images of source {self.image_source!r}"
+            )
         if self.digests and not MIN_IMAGES <= len(self.digests) <= HOLDOUT_IMAGES:
-            raise WatermarkError(f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {HOLDOUT_IMAGES}")
+            raise WatermarkError(
+                f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {HOLDOUT_IMAGES}"
+            )
         if not self.two_bands:
             return
         if self.bits not in BITS or self.bits > most_bits(site.width):
@@ -174,7 +180,11 @@ class Watermark:
             alignment = tensors.pop("alignment", None)
             none = None if version < TWO_BANDS else torch.empty(0, 32, dtype=torch.uint8)
             digests = tensors.pop("digests") if none is None else tensors.pop("digests", none)
-            if digests.dtype != torch.uint8 or digests.ndim != 2 or (digests is not none and 0 in digests.shape):
+            if (
+                digests.dtype != torch.uint8
+                or digests.ndim != 2
+                or (digests is not none and 0 in digests.shape)
+            ):
                 raise ValueError(f"digests: wanted uint8 rows, got {digests.dtype} {tuple(digests.shape)}")
             place: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
@@ -202,10 +212,6 @@ class Watermark:
             raise WatermarkError(f"{path}: not a watermark: {type(error).__name__} in its content") from error
         if not known:
             raise WatermarkError(f"{path}: not a watermark: no codec is called {watermark.codec!r}")
-        try:
-            watermark._check_fields()
-        except TypeError as error:
-            raise WatermarkError(f"{path}: not a watermark: TypeError in its content") from error
         return watermark
 
     def _header(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def make(folder: Path, spec: str, suspects: int, dtype: torch.dtype = torch.floa
         architecture = architecture_of(spec)
         original = load_model(spec) if spec == "demo" else build_model(architecture).eval()
         original.to(DEVICE, dtype)
-        made = embed(original, KEY, max_steps=0, architecture=architecture)
+        made = embed(original, KEY, architecture=architecture)
     for name in WANTED:
         (folder / name).mkdir()
     for index in range(suspects // 5):

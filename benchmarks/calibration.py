@@ -118,7 +118,7 @@ def innocents(folder: Path, images: Tensor) -> Iterator[tuple[str, nn.Module, in
         yield f"{name}, fine-tuned", finetune(model, task.train, 0, epochs=1), 50
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # so few images may miss the targets
-            marked = embed(model, OTHER, preprocess(images), max_steps=0).model
+            marked = embed(model, OTHER, preprocess(images)).model
         yield f"{name}, marked under another key", marked, 50
         torch.manual_seed(len(name))
         yield f"{name}, independently initialised", build_model(architecture_of(path)).eval(), 50
@@ -194,7 +194,7 @@ def power(folder: Path) -> dict[str, list[list[float]]]:
     pixels = view.preprocess(synthetic_images(OWNER.stream("power"), count, view.image_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        embedding = embed(model, OWNER, pixels, max_steps=0)
+        embedding = embed(model, OWNER, pixels)
     watermark = embedding.watermark
     message = torch.from_numpy(OWNER.stream("messages/verify").bits((count, BITS)))
     by_images, by_bits = [], []

@@ -112,7 +112,7 @@ class Bench:
         """The default embedding at one block: its quality, the mark in it, pruned, and in the original."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # that targets are missed is what the row says
-            embedding = activemark_fast.embed(self.original, OWNER, block=int(name), max_steps=0)
+            embedding = activemark_fast.embed(self.original, OWNER, block=int(name))
         pruned = prune(embedding.model, None, 0, 0.6)
         read = {
             suspect: verify(model, embedding.watermark, OWNER, align=False)

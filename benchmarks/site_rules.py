@@ -62,7 +62,7 @@ def main() -> None:
         for block in range(view.depth - 2):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # targets that were missed are in the table
-                embedding = activemark_fast.embed(model, KEY, holdout, block=block, max_steps=0)
+                embedding = activemark_fast.embed(model, KEY, holdout, block=block)
             errors = wrong_bits(embedding, holdout, images)
             quality = f"{embedding.fidelity:.4f} | {embedding.quality.margin:.2f}"
             cells = " | ".join(f"{value:.2f}" for value in (*errors, np.mean(errors)))

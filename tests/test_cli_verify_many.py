@@ -30,7 +30,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.load_state_dict(vit(depth=5).state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        made = embed(model, key, fidelity=0.9, max_steps=0, architecture=ARCHITECTURE)
+        made = embed(model, key, fidelity=0.9, architecture=ARCHITECTURE)
     made.watermark.save(folder / "watermark.safetensors")
     suspects = folder / "suspects"
     suspects.mkdir()

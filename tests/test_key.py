@@ -76,6 +76,14 @@ def test_passphrase_is_stretched_by_scrypt() -> None:
     assert Key.of("correct horse") == Key.of(expected)
 
 
+def test_keys_share_no_stretched_key() -> None:
+    # As a password of HMAC, material is filled up with zeros to 64 bytes, and hashed where it is longer.
+    long = bytes(range(80))
+    materials = [bytes([5]) * 32 + bytes(n) for n in range(4)] + [long, hashlib.sha256(long).digest()]
+    stretched = [Key(material).stretched().derive("test") for material in materials]
+    assert len(set(stretched)) == len(materials)
+
+
 def test_passphrase_is_nfkc_normalised() -> None:
     composed, decomposed, wide = "café au lait", "cafe\u0301 au lait", "ｃａｆé au lait"
     assert len({composed, decomposed, wide}) == 3

@@ -28,4 +28,4 @@ def overwrite(model: nn.Module, data: Labelled | None, seed: int, strength: floa
     with warnings.catch_warnings():
         # Whether the thief's own mark is as strong as `embed` promises is not the owner's concern.
         warnings.simplefilter("ignore", RuntimeWarning)
-        return embed(model, overwriting_key(seed), fidelity=1 - strength, max_steps=0).model
+        return embed(model, overwriting_key(seed), fidelity=1 - strength).model

@@ -43,14 +43,16 @@ def add_to(commands: Subparsers) -> None:
         help="what verification needs besides the key",
     )
     add_key(embed)
-    add_images(embed, "up to 256 of them mark the model; without, they are made from the key")
-    embed.add_argument("--codec", choices=("keyed", "learned"), default="keyed", help="learned: the paper's")
+    add_images(embed, "up to 64 of them, to read the mark on; without, the key cuts them from photographs")
     embed.add_argument(
-        "--method",
-        choices=("edit", "finetune"),
-        help="by default edit (closed form, gradient steps where needed) for keyed, finetune for learned",
+        "--clean",
+        type=Path,
+        metavar="FOLDER",
+        help="natural images of the kind the model is used on, a few hundred, to protect and to compare its "
+        "features on; without, photographs that ship with the package",
     )
-    embed.add_argument("--bits", type=int, default=32, metavar="N", help="message length, 8 to 256 (32)")
+    embed.add_argument("--codec", choices=("keyed", "learned"), default="keyed", help="learned: the paper's")
+    embed.add_argument("--bits", type=int, default=32, metavar="N", help="message length, in eights (32)")
     embed.add_argument(
         "--block", type=int, metavar="N", help="block to inject after, from 0 (the expressive one)"
     )
@@ -65,9 +67,15 @@ def add_to(commands: Subparsers) -> None:
         type=float,
         default=0.997,
         metavar="F",
-        help="lowest mean cosine to the features (0.997)",
+        help="lowest mean cosine to the features, on natural images held out (0.997)",
     )
-    embed.add_argument("--max-steps", type=int, default=1000, metavar="N", help="most gradient steps (1000)")
+    embed.add_argument(
+        "--max-steps",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of the learned codec (1000)",
+    )
     embed.add_argument(
         "--checkpoint",
         type=Path,
@@ -90,8 +98,8 @@ def _embed(args: argparse.Namespace) -> Outcome:
         load_model(args.model),
         key,
         args.images,
+        clean=args.clean,
         codec=args.codec,
-        method=args.method,
         bits=args.bits,
         axis=args.axis,
         block=args.block,
@@ -104,8 +112,15 @@ def _embed(args: argparse.Namespace) -> Outcome:
         progress=shows_progress(args),
     )
     _save_both(embedding, architecture, args.out, args.watermark)
+    measured = embedding.quality
     quality = {
-        name: value if math.isfinite(value) else None for name, value in asdict(embedding.quality).items()
+        name: value if math.isfinite(value) else None
+        for name, value in asdict(measured).items()
+        if name != "features"
+    }
+    features = {
+        name: [value if math.isfinite(value) else None for value in pair]
+        for name, pair in asdict(measured.features).items()
     }
     record = {
         "model": str(args.out),
@@ -114,18 +129,26 @@ def _embed(args: argparse.Namespace) -> Outcome:
         "site_reason": embedding.site_reason,
         "reached": embedding.quality.reaches(args.fidelity),
         **quality,
+        "features": features,
+        "clean": embedding.clean_source,
         "steps": embedding.steps,
         "seconds": embedding.seconds,
         "engine": str(embedding.engine),
     }
-    measured = embedding.quality
+    cosines = ", ".join(
+        f"{name.replace('_', ' ')} {mean:.4f} (5 %: {tail:.4f})"
+        for name, (mean, tail) in asdict(measured.features).items()
+        if math.isfinite(mean)
+    )
+    natural = "" if math.isnan(measured.natural_margin) else f", natural band {measured.natural_margin:.2f}"
     text = "\n".join(
         [
             f"marked model: {args.out}",
             f"watermark:    {args.watermark}",
             f"  site: {embedding.site_reason}",
-            f"  fidelity {measured.fidelity:.4f} (mean cosine to the original's features)",
-            f"  bit error {measured.bit_error:.2f} of {args.bits}, margin {measured.margin:.2f}",
+            f"  features against the original's, cosine: {cosines}",
+            f"    on {embedding.clean_source}, held out from marking",
+            f"  bit error {measured.bit_error:.2f} of {args.bits}, margin {measured.margin:.2f}{natural}",
             f"  detection rate {measured.detection_rate:.3f}, "
             f"on the original {measured.original_detection_rate:.3f}",
             f"  {embedding.seconds:.1f} s, {embedding.steps} gradient steps",

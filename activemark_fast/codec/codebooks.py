@@ -82,7 +82,9 @@ class SiteMeasure:
         tokens = output[:, prefix_tokens:].flatten(0, 1).float()
         tokens = tokens - tokens.mean(dim=1, keepdim=True)
         spread = (tokens - tokens.median(dim=0).values).norm(dim=1).median()
-        seen = tokens / tokens.std(dim=1, keepdim=True, correction=0).clamp_min(torch.finfo(tokens.dtype).tiny)
+        seen = tokens / tokens.std(dim=1, keepdim=True, correction=0).clamp_min(
+            torch.finfo(tokens.dtype).tiny
+        )
         seen = (seen - seen.mean(dim=0)).double()
         return cls((seen.T @ seen / len(seen)).cpu(), float(spread))
 
@@ -100,7 +102,9 @@ class SiteMeasure:
 class Codebook(KeyedCodec):
     """One set of rows U, P of each tap, at all patch tokens."""
 
-    def __init__(self, band: Band, bits: int, site: Site, measured: SiteMeasure, gaussian: list[Tensor]) -> None:
+    def __init__(
+        self, band: Band, bits: int, site: Site, measured: SiteMeasure, gaussian: list[Tensor]
+    ) -> None:
         """gaussian: (bits, D) float64 rows, of U and of P at each tap; `measured` must be usable."""
         self.band = band
         self.bits = bits
@@ -138,7 +142,9 @@ def codebooks(key: Key, site: Site, bits: int, measured: SiteMeasure) -> list[Co
     for band in BANDS:
         for index in range(band.books):
             gaussian = [
-                torch.from_numpy(key.stream(f"codebook/{band.name}/{index}/{rows}").normal((bits, site.width)))
+                torch.from_numpy(
+                    key.stream(f"codebook/{band.name}/{index}/{rows}").normal((bits, site.width))
+                )
                 for rows in ("write", *(f"read/{tap}" for tap in range(len(site.taps))))
             ]
             made.append(Codebook(band, bits, site, measured, gaussian))

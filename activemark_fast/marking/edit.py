@@ -216,7 +216,7 @@ def edit(
             added.append((solution, read))
         del moments
         weight = backbone.mlp_out(block).weight
-        weight += sum(change.values()).to(weight.dtype)
+        weight += torch.stack(list(change.values())).sum(dim=0).to(weight.dtype)
         changes.append(change)
         for index, k in enumerate(hidden):
             stream = engine.fetch(streams[index].values)
@@ -231,8 +231,8 @@ def edit(
     bad = torch.stack(failed).view(len(blocks), len(BANDS)).any(dim=1).tolist()
     if any(bad):
         raise ValueError(
-            f"model: the MLP of block {blocks[bad.index(True)]} is silent, or its activations are not finite, "
-            "so it cannot carry a mark"
+            f"model: the MLP of block {blocks[bad.index(True)]} is silent, or its activations are not "
+            "finite, so it cannot carry a mark"
         )
     return changes
 
@@ -303,7 +303,9 @@ def _moments(
     changed = {band.name: torch.zeros(size, size, device=device) for band in BANDS}
     cross = [torch.zeros(size, book.bits, device=device) for book in books]
     answers = [torch.zeros(book.bits, device=device) for book in books]
-    images = [sum(stream.values.shape[1] for stream in streams if stream.book == i) for i in range(len(books))]
+    images = [
+        sum(stream.values.shape[1] for stream in streams if stream.book == i) for i in range(len(books))
+    ]
     tokens = streams[0].values.shape[2]
     pool = _slot_groups(len(books[0].slots), device)
     stride = max(1, sum(images) * tokens // (CLEAN_ROWS * size))

@@ -14,6 +14,7 @@ import numpy as np
 from activemark_fast import __version__
 from activemark_fast.commitment import Opening
 from activemark_fast.evaluate import Evaluation, Row
+from activemark_fast.freedoms import EVIDENCE_AT
 from activemark_fast.profile import Profile
 from activemark_fast.report.charts import error_histogram, profile_chart
 from activemark_fast.site import Site
@@ -69,6 +70,9 @@ def evidence_page(evidence: Evidence) -> str:
         plain=_in_plain_words(verdict),
         verdict=verdict,
         p_value=_number(verdict.p_value),
+        paid=_number(verdict.paid_p_value),
+        choices=_choices(verdict),
+        evidence_at=_number(EVIDENCE_AT),
         alpha=_number(verdict.alpha),
         chance=_number(fair_coin_pass_rate(verdict.bits, verdict.tau)),
         histogram=verdict.images and error_histogram(counts, innocent, verdict.tau, innocents),
@@ -107,15 +111,30 @@ def _in_plain_words(verdict: Verdict) -> list[str]:
             "a decoder can be trained for any model, so by itself this is no proof."
         ]
     odds = (
-        f"A model made without the key would look like this at most once in {_odds(verdict.p_value)} cases."
+        f"By chance: a model made without the key would look like this at most once in "
+        f"{_odds(verdict.p_value)} cases."
     )
     if verdict.identical:
         odds += " Its weights are, bit for bit, those of the marked model."
     if verdict.aligned is not None:
         odds += f" A {verdict.aligned} of its activations, which hides a mark, was undone before reading."
+    said_by_owner = f"If the owner is not to be trusted: {verdict.evidence}."
     if verdict.chosen:
-        odds = f"What this proves to somebody who does not trust the owner: {verdict.evidence}."
-    return [said, odds]
+        return [said, said_by_owner, _bound(verdict)]
+    return [said, odds, said_by_owner, _bound(verdict)]
+
+
+def _bound(verdict: Verdict) -> str:
+    """Since when the owner could not choose any more."""
+    since = None if verdict.opening is None else verdict.opening.proven_since
+    if since is None:
+        return "Nothing shows since when the owner has had this key: no checked timestamp was given."
+    return f"The owner had committed to this key and watermark before {since:%Y-%m-%d}."
+
+
+def _choices(verdict: Verdict) -> str:
+    """What an owner could choose, and among how many."""
+    return ", ".join(f"{name} among {count}" for name, count in verdict.alternatives.items())
 
 
 def _odds(p_value: float) -> str:

@@ -57,7 +57,7 @@ def test_memory_is_stated_before_and_kept_to(capsys: pytest.CaptureFixture[str])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         embedding = embed(
-            vit(), b"k" * 32, torch.randn(64, 3, 32, 32), fidelity=0.9, max_steps=0, progress=True
+            vit(), b"k" * 32, torch.randn(64, 3, 32, 32), fidelity=0.9, progress=True
         )
     told = capsys.readouterr().err
     assert f"embed: {embedding.engine}" in told
@@ -79,7 +79,7 @@ def test_peak_memory(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", RuntimeWarning)
-        embedding = embed(model, b"k" * 32, fidelity=0.9, max_steps=0, precision=precision)
+        embedding = embed(model, b"k" * 32, fidelity=0.9, precision=precision)
     trace = tmp_path / "trace.json"
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
@@ -138,11 +138,11 @@ def test_caches_in_host_memory_give_the_same_mark(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu() -> None:
     model = vit(embed_dim=384, num_heads=6, depth=8).cuda()
-    embed(model, b"k" * 32, max_steps=0, fidelity=0.9)  # libraries take their workspaces
+    embed(model, b"k" * 32, fidelity=0.9)  # libraries take their workspaces
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    embedding = embed(model, b"k" * 32, max_steps=0, fidelity=0.9)
+    embedding = embed(model, b"k" * 32, fidelity=0.9)
     used = torch.cuda.max_memory_allocated() - before
     assert used == pytest.approx(embedding.engine.peak_bytes, rel=0.1)
 
