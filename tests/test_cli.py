@@ -586,10 +586,10 @@ def test_what_verify_many_opens(
     save_file(tensors | {"text.weight": torch.zeros(3)}, folder / "model.safetensors")
     (folder / "optimizer.pt").write_bytes(b"never read")
     other = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
-    torch.save({"state_dict": other, "ema": tensors, "args": Payload(tmp_path / "ran")}, training)
+    torch.save({"state_dict": other, "state_dict_ema": tensors, "args": Payload(tmp_path / "ran")}, training)
     out = [] if command == "verify" else ["--out", tmp_path / "page.html"]
     args = ["--watermark", ready.watermark, "--key", ready.key, *out]
-    for suspect, tower, identical in ((folder, "", False), (training, "ema.", True)):
+    for suspect, tower, identical in ((folder, "", False), (training, "state_dict_ema.", True)):
         result = run(command, suspect, *args)
         assert result.code == 0
         assert "read: " in result.out
@@ -597,9 +597,9 @@ def test_what_verify_many_opens(
         record = run(command, suspect, *args, "--json").record()
         assert (record["decision"], record["identical"]) == ("match", identical)
         assert record["tensors"]["tower"] == tower
-    assert record["towers"] == ["ema.", "state_dict."]
+    assert record["towers"] == ["state_dict.", "state_dict_ema."]
     assert "state_dict.blocks.0.attn.proj.bias" in record["tensors"]["ignored"]
-    assert "2 image towers: 'ema.', 'state_dict.'" in run(command, training, *args).out
+    assert "2 image towers: 'state_dict.', 'state_dict_ema.'" in run(command, training, *args).out
     assert not (tmp_path / "ran").exists()
     several = run("verify", tmp_path, *args[:4])
     assert several.code == 2
