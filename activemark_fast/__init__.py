@@ -1,7 +1,7 @@
 """Proof of ownership for visual foundation models: mark before release, verify suspects later."""
 
 from activemark_fast.bulk import SuspectResult, verify_many
-from activemark_fast.checkpoint import load_model, save_model
+from activemark_fast.checkpoints import load_model, save_model
 from activemark_fast.commitment import Commitment
 from activemark_fast.descent import Descent, compare
 from activemark_fast.embed import Embedding, embed

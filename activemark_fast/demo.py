@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from activemark_fast.attacks import finetune, prune
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import architecture_of, load_model, save_model
+from activemark_fast.checkpoints import architecture_of, load_model, save_model
 from activemark_fast.datasets import Labelled
 from activemark_fast.embed import PROFILED_IMAGES, embed
 from activemark_fast.key import Key

@@ -131,11 +131,11 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
     if images is None:
         shipped = shipped_photographs()
         marking, apart = _split(shipped)
-        ready = [
+        solved_on, measured_on = (
             torch.stack([preprocess(shipped.images[index, None])[0] for index in chosen])
-            for chosen in (marking[:fitted], apart[:held])
-        ]
-        return CleanImages(*ready, "the photographs that the package ships")
+            for chosen in (marking[:fitted].tolist(), apart[:held].tolist())
+        )
+        return CleanImages(solved_on, measured_on, "the photographs that the package ships")
     _, singles = _open(images, lambda: iter(()), fitted + held, "clean")
     pixels = [
         _model_input(image, preprocess, index, "clean")
@@ -144,8 +144,8 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
     if len(pixels) < MIN_IMAGES:
         raise ValueError(f"clean: wanted at least {MIN_IMAGES} images, got {len(pixels)}")
     given = torch.stack(pixels)
-    apart = torch.arange(len(given)) % HELD_OUT_EVERY == 0
-    return CleanImages(given[~apart][:fitted], given[apart][:held], "the images given")
+    kept = torch.arange(len(given)) % HELD_OUT_EVERY == 0
+    return CleanImages(given[~kept][:fitted], given[kept][:held], "the images given")
 
 
 def _split(shipped: Photographs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

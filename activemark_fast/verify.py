@@ -274,7 +274,9 @@ class Verifier:
         )
 
     @torch.no_grad()
-    def read(self, backbone: Backbone, depth: int, prefix: list[SiteActivations] | None = None) -> Verdict:
+    def read(
+        self, backbone: Backbone, depth: int, prefix: list[SiteActivations] | None = None, tries: int = 1
+    ) -> Verdict:
         """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
 
         Args:
@@ -282,6 +284,7 @@ class Verifier:
             depth: how many of its blocks, from the first, hold the suspect's weights.
             prefix: the activations of each look's images at the site, in order, as far as an earlier call got
                 them from weights that were equal up to the site's block; those that are needed are added.
+            tries: of how many readings of one suspect the best is reported; the p-value pays for them.
         """
         prefix = [] if prefix is None else prefix
         taps = tuple(tap for tap in self.watermark.site.taps if tap < depth)
@@ -302,7 +305,7 @@ class Verifier:
         readings = []
         if self._align is not True:
             price = 1.0 if self._align is False else PLAIN_PRICE
-            plain = self._reading(backbone, self._means(taps, measured, None), prefix, price, None)
+            plain = self._reading(backbone, self._means(taps, measured, None), prefix, price * tries, None)
             if plain is None:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
             readings.append(plain)
@@ -311,7 +314,7 @@ class Verifier:
             if alignment is not None and self._exact:
                 price = 1.0 if self._align else ALIGNED_PRICE
                 means = self._means(taps, measured, alignment)
-                aligned = self._reading(backbone, means, prefix, price, alignment)
+                aligned = self._reading(backbone, means, prefix, price * tries, alignment)
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")

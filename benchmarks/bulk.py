@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from activemark_fast import Key, Watermark, embed, load_model, save_model, verify, verify_many
 from activemark_fast.backbone import Backbone
 from activemark_fast.bulk import read_journal
-from activemark_fast.checkpoint import architecture_of, build_model
+from activemark_fast.checkpoints import architecture_of, build_model
 from activemark_fast.marking.suffix import run_to_taps, site_activations
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.triggers import holdout_images

@@ -31,7 +31,7 @@ from activemark_fast import Key, Watermark, embed, load_model
 from activemark_fast.align import site_sample
 from activemark_fast.attacks import finetune, noise, rotate_residual
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import architecture_of, build_model
+from activemark_fast.checkpoints import architecture_of, build_model
 from activemark_fast.codec import KeyedCodec
 from activemark_fast.datasets import synthetic_task
 from activemark_fast.marking.suffix import SiteActivations, read_mark, site_activations

@@ -54,7 +54,7 @@ from activemark_fast.attacks.matrices import reset_parameters
 from activemark_fast.attacks.suite import suite
 from activemark_fast.attacks.symmetry import _move
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import architecture_of, build_model, save_model
+from activemark_fast.checkpoints import architecture_of, build_model, save_model
 from activemark_fast.datasets import Labelled, Task, load_task, synthetic_task
 from activemark_fast.descent import SHARED, Descent, Sketch
 from activemark_fast.descent.basis import Procrustes

@@ -15,7 +15,7 @@ from torch import nn
 
 import activemark_fast
 from activemark_fast.attacks import cut, permute_inside, permute_residual, reinitialise, rotate_residual
-from activemark_fast.checkpoint import load_model
+from activemark_fast.checkpoints import load_model
 
 OWNER = b"dispute: the owner's key"
 

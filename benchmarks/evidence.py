@@ -19,7 +19,7 @@ from tqdm import tqdm
 import activemark_fast
 from activemark_fast.attacks import finetune, prune
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import architecture_of, build_model, load_model
+from activemark_fast.checkpoints import architecture_of, build_model, load_model
 from activemark_fast.datasets import Task, load_task
 from activemark_fast.utility import features, probe_accuracy
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from activemark_fast.checkpoint import load_model
+from activemark_fast.checkpoints import load_model
 from activemark_fast.forge import Attempt, Forgery, forge
 from activemark_fast.freedoms import EVIDENCE_AT
 
@@ -40,8 +40,8 @@ def about(arguments: argparse.Namespace) -> str:
     ).stdout.strip()
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     return (
-        f"{machine}, {date}, commit {commit or '-'}, torch {torch.__version__}; {arguments.minutes:g} minutes "
-        f"a model, seed {arguments.seed}. By `benchmarks/forgery.py`."
+        f"{machine}, {date}, commit {commit or '-'}, torch {torch.__version__}; "
+        f"{arguments.minutes:g} minutes a model, seed {arguments.seed}. By `benchmarks/forgery.py`."
     )
 
 
@@ -110,8 +110,8 @@ def main() -> None:
         best = f"{min(smallest):.3g}" if smallest else "none"
         head = (
             "# What forgers reach\n\nUntouched models, claimed in every way that `activemark forge` knows; "
-            "each claim is a watermark that the forger sealed, put before the public `verify`. A paid p-value "
-            f"counts as evidence against an owner who may lie from {EVIDENCE_AT:.0e} on, and only where "
+            "each claim is a watermark that the forger sealed, put before the public `verify`. A paid "
+            f"p-value counts as evidence against an owner who may lie from {EVIDENCE_AT:.0e} on, and only where "
             f"nothing was chosen. Smallest reached on any model: **{best}**.\n\n{about(arguments)}\n\n"
         )
         arguments.out.write_text(head + "\n".join(sections), encoding="utf-8")

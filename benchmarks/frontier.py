@@ -24,7 +24,7 @@ from torch import nn
 import activemark_fast
 from activemark_fast.attacks.suite import RELEASED, Attack, adaptive_attacks
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import architecture_of, load_model, save_model
+from activemark_fast.checkpoints import architecture_of, load_model, save_model
 from activemark_fast.datasets import Labelled, Task, load_task
 from activemark_fast.evaluate import Evaluation, cost
 from activemark_fast.key import Key

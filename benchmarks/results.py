@@ -23,7 +23,7 @@ from activemark_fast.attacks import finetune, prune
 from activemark_fast.attacks.suite import BATCH_SIZE
 from activemark_fast.backbone import Backbone
 from activemark_fast.baselines import Classifier, adv_tra, ipguard
-from activemark_fast.checkpoint import architecture_of, load_model, save_model
+from activemark_fast.checkpoints import architecture_of, load_model, save_model
 from activemark_fast.datasets import Task, load_task, synthetic_task
 from activemark_fast.evaluate import SIZES, Evaluation, evaluate
 from activemark_fast.key import Key

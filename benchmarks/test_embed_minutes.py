@@ -22,7 +22,7 @@ from torch import nn
 import activemark_fast
 from activemark_fast.backbone import Backbone
 from activemark_fast.baselines import Classifier, adv_tra, ipguard, reference_recipe
-from activemark_fast.checkpoint import load_model
+from activemark_fast.checkpoints import load_model
 from activemark_fast.key import Key
 from activemark_fast.triggers import Preprocess, synthetic_images
 

@@ -7,7 +7,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import activemark_fast
-from activemark_fast.checkpoint import load_model
+from activemark_fast.checkpoints import load_model
 
 KEY = b"benchmark: a key of no secrecy"
 

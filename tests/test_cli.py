@@ -25,9 +25,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_schema import check as check_schema
 
 import activemark_fast
-from activemark_fast.checkpoint import architecture_of, build_model, save_model
+from activemark_fast.checkpoints import architecture_of, build_model, save_model
 from activemark_fast.cli import main
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
@@ -381,7 +382,7 @@ def test_embed_refuses_bad_outputs_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     force: list[str],
 ) -> None:
-    monkeypatch.setattr(module("checkpoint"), "load_model", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(module("checkpoints"), "load_model", lambda *_: pytest.fail("work was started"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.safetensors").symlink_to(ready.original)
@@ -461,7 +462,7 @@ def test_both_files_or_neither(
         raise error
 
     if failing == "save_model":
-        monkeypatch.setattr(module("checkpoint"), "save_model", fail)
+        monkeypatch.setattr(module("checkpoints"), "save_model", fail)
     elif failing == "watermark":
         monkeypatch.setattr(Watermark, "save", fail)
     else:
@@ -483,15 +484,41 @@ def test_both_files_or_neither(
 
 
 def test_an_unexpected_exception_keeps_its_traceback(
-    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_args: object, **_settings: object) -> None:
-        raise RuntimeError("a defect")
+        raise KeyError("a defect")
 
     monkeypatch.setattr(module("embed"), "embed", fail)
-    with pytest.raises(RuntimeError, match="a defect"):
-        main([str(arg) for arg in ready.embed_args(tmp_path)])
+    assert main([str(arg) for arg in ready.embed_args(tmp_path)]) == 2  # 1 would be "no match"
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "in fail" in told
+    assert told.endswith("activemark: error: KeyError: 'a defect'\n")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no kernel image")]
+)
+def test_failures_are_never_taken_for_no_match(
+    error: Exception, ready: Ready, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module("bulk.sweep").Sweeper, "_judge", fail)
+    result = run(*ready.verify_args(ready.original))
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert (str(error) or "MemoryError") in result.err
+
+
+def test_a_full_disk_on_standard_output_is_an_error(ready: Ready) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
 
 
 # ---- verify
@@ -501,6 +528,7 @@ def test_verify_text_and_json_agree(ready: Ready, run: Callable[..., Result]) ->
     text = run(*ready.verify_args(ready.marked))
     record = run(*ready.verify_args(ready.marked, "--json")).record()
     assert text.out.startswith("MATCH: the suspect carries the mark\n")
+    check_schema(record, "verify")
     assert record["suspect"] == str(ready.marked)
     assert record["decision"] == "match"
     assert record["identical"] is True
@@ -546,6 +574,38 @@ def plain_checkpoint(ready: Ready, folder: Path, form: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_what_verify_many_opens(
+    command: str, ready: Ready, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """A folder as transformers saves it, and a training checkpoint with two models in it."""
+    tensors = load_file(ready.marked)
+    folder, training = tmp_path / "folder", tmp_path / "last.ckpt"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file(tensors | {"text.weight": torch.zeros(3)}, folder / "model.safetensors")
+    (folder / "optimizer.pt").write_bytes(b"never read")
+    other = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+    torch.save({"state_dict": other, "state_dict_ema": tensors, "args": Payload(tmp_path / "ran")}, training)
+    out = [] if command == "verify" else ["--out", tmp_path / "page.html"]
+    args = ["--watermark", ready.watermark, "--key", ready.key, *out]
+    for suspect, tower, identical in ((folder, "", False), (training, "state_dict_ema.", True)):
+        result = run(command, suspect, *args)
+        assert result.code == 0
+        assert "read: " in result.out
+        assert f"all under {tower!r}" in result.out or not tower
+        record = run(command, suspect, *args, "--json").record()
+        assert (record["decision"], record["identical"]) == ("match", identical)
+        assert record["tensors"]["tower"] == tower
+    assert record["towers"] == ["state_dict.", "state_dict_ema."]
+    assert "state_dict.blocks.0.attn.proj.bias" in record["tensors"]["ignored"]
+    assert "2 image towers: 'state_dict.', 'state_dict_ema.'" in run(command, training, *args).out
+    assert not (tmp_path / "ran").exists()
+    several = run("verify", tmp_path, *args[:4])
+    assert several.code == 2
+    assert "wanted one suspect, found" in several.err
+
+
 @pytest.mark.parametrize("form", ["safetensors", "torch", "wrapped"])
 def test_plain_checkpoints_take_the_watermarks_architecture(
     ready: Ready, run: Callable[..., Result], tmp_path: Path, form: str
@@ -555,7 +615,7 @@ def test_plain_checkpoints_take_the_watermarks_architecture(
     assert run(*ready.verify_args(suspect, "--architecture", ARCHITECTURE)).code == 0
     other = run(*ready.verify_args(suspect, "--architecture", OTHER_ARCHITECTURE))
     assert other.code == 2
-    assert "does not fit the architecture" in other.err
+    assert "model: it has width 64, the marked model 96" in other.err
     assert run(*ready.verify_args(f"{ARCHITECTURE}@{suspect}")).code == 0
 
 
@@ -581,8 +641,7 @@ def test_a_suspect_cannot_hide_behind_a_false_description(
     lying, garbled = tmp_path / "lying.safetensors", tmp_path / "garbled.safetensors"
     save_file(load_file(ready.marked), lying, metadata={"architecture": OTHER_ARCHITECTURE})
     save_file(load_file(ready.marked), garbled, metadata={"architecture": "timm:Vision?{"})
-    assert run(*ready.verify_args(lying)).code == 2
-    assert run(*ready.verify_args(lying, "--architecture", ARCHITECTURE)).code == 0
+    assert run(*ready.verify_args(lying)).code == 0
     assert run(*ready.verify_args(garbled)).code == 0
 
 
@@ -592,7 +651,10 @@ def test_inconclusive_suspects(ready: Ready, run: Callable[..., Result], tmp_pat
     tensors["blocks.3.mlp.fc2.weight"][0, 0] = torch.nan
     save_file(tensors, broken, metadata={"architecture": ARCHITECTURE})
     save_model(build_model(OTHER_ARCHITECTURE), other, OTHER_ARCHITECTURE)
-    for suspect, reason in ((broken, "blocks.3.mlp.fc2.weight"), (other, "width 64")):
+    for suspect, reason in (
+        (broken, "blocks.3.mlp.fc2.weight"),
+        (other, "(float32 (64, 3, 8, 8), wanted (96, 3, 8, 8))"),
+    ):
         result = run(*ready.verify_args(suspect, "--plot", tmp_path / "unread.png", "--quiet"))
         assert result.code == 3
         assert result.out.startswith("INCONCLUSIVE: ")
@@ -620,7 +682,8 @@ def test_suspects_that_cannot_be_loaded(ready: Ready, run: Callable[..., Result]
     empty.touch()
     hostile, ran = tmp_path / "hostile.pth", tmp_path / "ran"
     torch.save({"weight": torch.zeros(1), "payload": Payload(ran)}, hostile)
-    for suspect in (cut, noise, empty, hostile, tmp_path, tmp_path / "missing.safetensors", ready.watermark):
+    assert run(*ready.verify_args(hostile)).code == 3
+    for suspect in (cut, noise, empty, tmp_path, tmp_path / "missing.safetensors", ready.watermark):
         result = run(*ready.verify_args(suspect))
         assert result.code == 2, suspect
         assert str(suspect) in result.err
@@ -672,13 +735,14 @@ def test_images_from_a_folder(ready: Ready, run: Callable[..., Result], tmp_path
 def test_libraries_cannot_print_into_the_result(
     ready: Ready, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify = module("verify").verify
+    sweeper = module("bulk.sweep").Sweeper
+    judge = sweeper._judge
 
-    def noisy(*args: object, **settings: object) -> object:
+    def noisy(*args: object) -> object:
         print("hello from a library")
-        return verify(*args, **settings)
+        return judge(*args)
 
-    monkeypatch.setattr(module("verify"), "verify", noisy)
+    monkeypatch.setattr(sweeper, "_judge", noisy)
     result = run(*ready.verify_args(ready.marked, "--json"))
     assert result.record()["decision"] == "match"
     assert result.err == "hello from a library\n"

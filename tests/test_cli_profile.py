@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from activemark_fast.checkpoint import build_model, save_model
+from activemark_fast.checkpoints import build_model, save_model
 from activemark_fast.cli import main
 
 ARCHITECTURE = "timm:VisionTransformer?" + json.dumps(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_schema import check as check_schema
 from tiny import vit
 
-from activemark_fast.checkpoint import build_model, save_model
+from activemark_fast.checkpoints import build_model, save_model
 from activemark_fast.cli import main
 from activemark_fast.embed import embed
 from activemark_fast.key import Key
@@ -37,6 +38,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"model": made.model.state_dict()}, suspects / "marked.pth")
     save_model(vit(seed=1, depth=5), suspects / "innocent.safetensors", ARCHITECTURE)
     save_model(vit(seed=2, embed_dim=64), suspects / "other.safetensors", ARCHITECTURE)
+    torch.save({"state": {0: {"exp_avg": torch.zeros(3)}}}, suspects / "optimizer.pt")
     (suspects / "broken\x1b[31m.bin").write_bytes(b"no weights")
     return folder
 
@@ -50,21 +52,24 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = tmp_path / "results.jsonl"
     assert main(arguments(ready, out, "--csv", tmp_path / "results.csv")) == 1
     text = capsys.readouterr().out
-    rows = [line.rsplit(None, 1) for line in text.splitlines()[:5]]
+    rows = [line.rsplit(None, 1) for line in text.splitlines()[:6]]
     assert {name.strip(): int(count) for name, count in rows} == {
         "match": 2,
         "no match": 1,
         "inconclusive": 1,
+        "not a model": 1,
         "error": 1,
-        "suspects": 5,
+        "suspects": 6,
     }
     assert "marked.pth" in text
     assert "\x1b" not in text
     with (tmp_path / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert sorted(row["decision"] for row in table) == ["", "inconclusive", "match", "match", "no match"]
+    assert sorted(row["decision"] for row in table) == ["", "", "inconclusive", "match", "match", "no match"]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 7
+    for line in lines:
+        check_schema(line)
     secret = (ready / "owner.key").read_text().strip()
     assert secret not in out.read_text()
     # Once more it is refused; resumed, there is nothing left to do.
@@ -72,7 +77,7 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "resume it" in capsys.readouterr().err
     assert main(arguments(ready, out, "--resume", "--json")) == 1
     record = json.loads(capsys.readouterr().out)
-    assert (record["suspects"], record["judged_now"], record["match"], record["error"]) == (5, 0, 2, 1)
+    assert (record["suspects"], record["judged_now"], record["match"], record["error"]) == (6, 0, 2, 1)
     assert main(arguments(ready, out, "--resume", "--exhaustive")) == 2
     assert "differs in power" in capsys.readouterr().err
 

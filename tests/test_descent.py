@@ -31,7 +31,7 @@ from activemark_fast.attacks import (
     rotate_residual,
 )
 from activemark_fast.attacks.matrices import reset_parameters
-from activemark_fast.checkpoint import CheckpointError, save_model
+from activemark_fast.checkpoints import CheckpointError, save_model
 from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.descent import ASSUMPTION, MATRICES, SHARED, Sketch, compare
 from activemark_fast.descent.basis import pair_blocks

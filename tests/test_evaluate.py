@@ -15,7 +15,7 @@ from torch import nn
 
 from activemark_fast.attacks.suite import Attack, suite
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import save_model
+from activemark_fast.checkpoints import save_model
 from activemark_fast.cli import main
 from activemark_fast.datasets import Task, synthetic_task
 from activemark_fast.embed import embed

@@ -15,9 +15,10 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs", "torch_file"},
-    {"backbone", "checkpoint"},
+    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs"},
+    {"backbone"},
     {"site", "utility", "freedoms"},
+    {"checkpoints"},
     {"profile"},
     {"codec"},
     {"watermark"},

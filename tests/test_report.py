@@ -19,7 +19,7 @@ from tiny import vit
 
 from activemark_fast.attacks import noise
 from activemark_fast.attacks.suite import suite
-from activemark_fast.checkpoint import save_model
+from activemark_fast.checkpoints import save_model
 from activemark_fast.cli import main
 from activemark_fast.commitment import Opening
 from activemark_fast.descent import Descent, compare

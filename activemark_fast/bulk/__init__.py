@@ -15,6 +15,7 @@ from activemark_fast.bulk.journal import Journal, JournalError, read_journal
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect, find_suspects
 from activemark_fast.bulk.sweep import SweepSettings
+from activemark_fast.commitment import Commitment
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
 
@@ -23,6 +24,7 @@ __all__ = [
     "Suspect",
     "SuspectResult",
     "find_suspects",
+    "memory_limit",
     "read_journal",
     "verify_many",
 ]
@@ -39,6 +41,7 @@ def verify_many(
     tau: int | None = None,
     power: float | None = 0.999,
     align: bool | None = None,
+    commitment: Commitment | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
     max_bytes: int | None = None,
@@ -55,8 +58,7 @@ def verify_many(
 
     Args:
         suspects: paths, globs, folders, loaded modules, or an iterable of these (see `find_suspects`);
-            checkpoints are safetensors or torch files of any naming that `bulk.mapping` knows, or folders as
-            transformers, open_clip and PEFT save them.
+            checkpoints are files and folders of any form and naming that `checkpoints` knows (docs/forms.md).
         watermark: as in `verify`.
         key: as in `verify`.
         model: the marked architecture: a model string (`build_model`) or a model, of which a copy is used; by
@@ -68,6 +70,7 @@ def verify_many(
             `sequential.WEAKEST_MARK` is missed with a probability of at most 1 - `power` by that; the
             p-value stays exact. None reads all images of every suspect.
         align: as in `verify`.
+        commitment: as in `verify`.
         device: where to compute; by default where `model` is, or the CPU.
         precision: as in `verify`.
         max_bytes: most bytes of one suspect in memory; what needs more is an error. Two are in memory at a
@@ -94,7 +97,18 @@ def verify_many(
     if not isinstance(watermark, Watermark):
         raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
     settings = SweepSettings(
-        watermark, key, model, images, alpha, tau, power, align, device, precision, _checked_limit(max_bytes)
+        watermark,
+        key,
+        model,
+        images,
+        alpha,
+        tau,
+        power,
+        align,
+        device,
+        precision,
+        _checked_limit(max_bytes),
+        commitment,
     )
     sweeper = settings.sweeper()  # with ray, too: what is wrong with an argument is found before any work
     found = find_suspects(suspects)
@@ -117,9 +131,14 @@ def verify_many(
     return results()
 
 
+def memory_limit() -> int:
+    """Most bytes of one suspect in memory where nothing else is said: an eighth of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+
+
 def _checked_limit(max_bytes: int | None) -> int:
     if max_bytes is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+        return memory_limit()
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool):
         raise TypeError(f"max_bytes: wanted int, got {type(max_bytes).__name__}")
     if max_bytes < 1:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
+SUFFIXES = frozenset(
+    {".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".msgpack", ".onnx", ".h5", ".gguf"}
+)
+_BESIDE_MODELS = re.compile(
+    r"(?:training_args|optimizer|optimizer_\d+|scheduler|scaler|rng_state(?:_\d+)?|random_states_\d+|"
+    r"optim_states|.*_optim_states)\.(?:pt|pth|bin|safetensors|msgpack)"
+)
+"""What trainers write beside a model."""
 _MODEL_FOLDER = frozenset(
     {
         "config.json",
@@ -18,9 +26,10 @@ _MODEL_FOLDER = frozenset(
         "adapter_config.json",
         "model.safetensors.index.json",
         "pytorch_model.bin.index.json",
+        ".metadata",
     }
 )
-"""A folder with one of these is one model, as transformers, open_clip and PEFT save them."""
+"""A folder with one of these is one model, as transformers, open_clip, PEFT and torch save them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +41,14 @@ class Suspect:
         path: the file or folder; None for a loaded module or where only `error` is left to tell.
         module: the loaded module.
         error: why there is nothing to read.
+        skipped: why it is no suspect at all.
     """
 
     name: str
     path: Path | None = None
     module: nn.Module | None = None
     error: str | None = None
+    skipped: str | None = None
 
 
 def find_suspects(suspects: object) -> Iterator[Suspect]:
@@ -45,9 +56,10 @@ def find_suspects(suspects: object) -> Iterator[Suspect]:
 
     Args:
         suspects: a path, a glob, a loaded module or an iterable of these. A folder that holds a configuration
-            of transformers, open_clip or PEFT is one suspect; in any other, every file with a usual suffix
-            (.safetensors, .pt, .pth, .bin, .ckpt) is one. Folders within folders are searched, links
-            followed. What cannot be opened, and a link back to a folder it is in, is a suspect with an error.
+            of transformers, open_clip or PEFT is one suspect; in any other, every file with a suffix of
+            `SUFFIXES` is one. Folders within folders are searched, links followed. What trainers write
+            beside a model, under its usual name, is told to be none. What cannot be opened, and a link back
+            to a folder it is in, is a suspect with an error.
 
     Raises:
         TypeError: `suspects` holds something else.
@@ -110,5 +122,7 @@ def _under(path: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Suspect]:
         child = Path(entry.path)
         # A link that leads nowhere is somebody's checkpoint that is gone.
         is_suspect = child.suffix in SUFFIXES or (entry.is_symlink() and not os.path.exists(child))
-        if os.path.isdir(child) or (is_suspect and not is_model):
+        if is_suspect and not is_model and _BESIDE_MODELS.fullmatch(entry.name):
+            yield Suspect(str(child), skipped="not a model: what trainers write beside one")
+        elif os.path.isdir(child) or (is_suspect and not is_model):
             yield from _under(child, (*above, identity))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import threading
 import time
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import NotAViTError
-from activemark_fast.bulk.mapping import Plan, plan, shown_names
-from activemark_fast.bulk.reading import Checkpoint, HostBuffer
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect
-from activemark_fast.bulk.target import Target
-from activemark_fast.checkpoint import build_model
+from activemark_fast.checkpoints import build_model
+from activemark_fast.checkpoints.errors import NotAModelError, UnreadFormError
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.names import clean_name
+from activemark_fast.checkpoints.plan import Plan, plans, shown_names
+from activemark_fast.checkpoints.target import Target
+from activemark_fast.commitment import Commitment
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.runtime import resolve_device
@@ -53,6 +57,7 @@ class SweepSettings:
     device: str | torch.device | None
     precision: str
     max_bytes: int
+    commitment: Commitment | None = None
 
     def sweeper(self) -> Sweeper:
         """A sweeper with these settings. Raises what `verify_many` says of its arguments."""
@@ -70,6 +75,7 @@ class SweepSettings:
             tau=self.tau,
             power=self.power,
             align=self.align,
+            commitment=self.commitment,
             device=resolve_device(self.device, tensors[0].device if tensors else torch.device("cpu")),
             precision=self.precision,
         )
@@ -79,7 +85,12 @@ class SweepSettings:
     def to_dict(self) -> dict[str, object]:
         """What two sweeps with one journal must have in common, as JSON types."""
         model = self.model if self.model is not None else self.watermark.architecture
-        return {
+        committed = (
+            {}
+            if self.commitment is None
+            else {"commitment": hashlib.sha256(self.commitment.to_bytes()).hexdigest()}
+        )
+        return committed | {
             "watermark": self.watermark.digest().hex(),
             "model": model if isinstance(model, str) else type(model).__name__,
             "alpha": self.alpha,
@@ -119,44 +130,75 @@ class Sweeper:
         facts: dict[str, Any] = {}
         try:
             outcome = self._run(suspect, facts)
-        except (OSError, RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError) as error:
+        except Exception as error:  # whatever a suspect does to this program, the sweep goes on
             outcome = {"error": _one_line(error)}
         return SuspectResult(suspect.name, **outcome, **facts, seconds=time.perf_counter() - started)
 
     def _run(self, suspect: Suspect, facts: dict[str, Any]) -> dict[str, Any]:
         if suspect.error is not None:
             return {"error": suspect.error}
+        if suspect.skipped is not None:
+            return {"skipped": suspect.skipped}
         if suspect.module is not None:
             with self._judging:
                 return {"verdict": self._verifier.judge(suspect.module)}
         assert suspect.path is not None
-        with Checkpoint(suspect.path, self._max_bytes) as checkpoint:
-            facts |= {"size": checkpoint.size, "modified": checkpoint.modified}
-            chosen = plan(self._target.wanted, checkpoint.entries, checkpoint.lora_config)
-            shallow = self._too_shallow(chosen)
-            if shallow is not None:
-                return {"verdict": shallow, "fit": chosen.fit}
+        try:
+            with Checkpoint(suspect.path, self._max_bytes) as checkpoint:
+                facts |= {"size": checkpoint.size, "modified": checkpoint.modified}
+                return self._read(checkpoint, facts)
+        except NotAModelError as error:
+            return {"skipped": str(error)}
+        except UnreadFormError as error:
+            return {"verdict": self._verifier.inconclusive(str(error))}
+
+    def _read(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+        """Reads every image tower of a checkpoint; the verdict is on the one that shows most of a mark."""
+        every = plans(
+            self._target.wanted,
+            checkpoint.entries,
+            checkpoint.lora_config,
+            checkpoint.unread,
+            lambda names: checkpoint.read(names, self._buffer()),
+        )
+        first_tap = self._verifier.watermark.site.taps[0]
+        deep = [plan for plan in every if plan.depth > first_tap]
+        if not deep:
+            return {"verdict": self._too_shallow(every[0]), "fit": every[0].fit}
+        outcomes: list[tuple[Verdict, Plan]] = []
+        for chosen in deep:
             tensors = checkpoint.read(chosen.names, self._buffer())
-            facts["bytes_read"] = sum(checkpoint.entries[name].nbytes for name in chosen.names)
+            facts["bytes_read"] = facts.get("bytes_read", 0) + sum(
+                checkpoint.entries[name].nbytes for name in chosen.names
+            )
             tensors = self._on_device(tensors)
             with self._judging:
-                verdict = self._judge(chosen, tensors)
-            if verdict.decision == "match":
-                verdict = replace(verdict, identical=self._is_marked_model(checkpoint))
-        return {"verdict": verdict, "fit": chosen.fit}
+                outcomes.append((self._judge(chosen, tensors, len(deep)), chosen))
+            if outcomes[-1][0].decision == "match":
+                break
+        verdict, chosen = min(outcomes, key=lambda outcome: _rank(outcome[0]))
+        if verdict.decision == "match":
+            verdict = replace(verdict, identical=self._is_marked_model(checkpoint, chosen))
+        doubts = {doubt: None for plan in deep for doubt in plan.fit.doubts}
+        doubts |= {_unfit(plan): None for plan in every if plan not in deep and plan.blocks}
+        if verdict.decision == "no match" and doubts:
+            verdict = replace(
+                verdict,
+                decision="inconclusive",
+                reason="no sign of the mark, but the suspect does not quite fit the marked model: "
+                + ", ".join(shown_names(tuple(doubts))),
+            )
+        return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(p.fit.tower for _, p in outcomes)}
 
-    def _too_shallow(self, chosen: Plan) -> Verdict | None:
+    def _too_shallow(self, chosen: Plan) -> Verdict:
         """The verdict where too few blocks fit to read anything, with what is missing."""
-        if chosen.depth > self._verifier.watermark.site.taps[0]:
-            return None
-        missing = ", ".join(shown_names(chosen.fit.missing)) or "none"
         return self._verifier.inconclusive(
             f"too little of the suspect fits the marked model: {len(chosen.steps)} tensors, {chosen.depth} "
             f"whole blocks, and the mark is first read after {self._verifier.watermark.site.taps[0] + 1}; "
-            f"missing or of another shape: {missing}"
+            f"missing or of another shape: {', '.join(chosen.fit.missing_and_why) or 'none'}"
         )
 
-    def _judge(self, chosen: Plan, tensors: dict[str, Tensor]) -> Verdict:
+    def _judge(self, chosen: Plan, tensors: dict[str, Tensor], tries: int) -> Verdict:
         target, verifier = self._target, self._verifier
         target.load(chosen.tensors(tensors))
         target.fill(chosen.neutral)
@@ -164,18 +206,8 @@ class Sweeper:
             target.backbone.renew()
         except NotAViTError as error:
             return self._unreadable(chosen, f"the suspect cannot be read: {error}")
-        verdict = verifier.read(target.backbone, chosen.depth, self._activations())
-        if not verdict.images:
-            return self._unreadable(chosen, verdict.reason)
-        unsure = [*chosen.neutral, *chosen.fit.odd]
-        if verdict.decision == "no match" and unsure:
-            return replace(
-                verdict,
-                decision="inconclusive",
-                reason="no sign of the mark, but the suspect does not quite fit the marked model: "
-                + ", ".join(shown_names(tuple(unsure))),
-            )
-        return verdict
+        verdict = verifier.read(target.backbone, chosen.depth, self._activations(), tries)
+        return verdict if verdict.images else self._unreadable(chosen, verdict.reason)
 
     def _unreadable(self, chosen: Plan, reason: str) -> Verdict:
         for step in chosen.steps:
@@ -194,11 +226,19 @@ class Sweeper:
         self._prefixes = [_Prefix(kept, []), *self._prefixes][:_PREFIXES_KEPT]
         return self._prefixes[0].activations
 
-    def _is_marked_model(self, checkpoint: Checkpoint) -> bool:
+    def _is_marked_model(self, checkpoint: Checkpoint, chosen: Plan) -> bool:
         """Whether the checkpoint's tensors are the marked model's, bit for bit."""
+        inside = {
+            clean.removeprefix(chosen.root): name
+            for name in checkpoint.entries
+            if (clean := clean_name(name)[0]).startswith(chosen.root)
+        }
+        entries = {name: checkpoint.entries[stored] for name, stored in inside.items()}
+        if not self._target.holds({name: tuple(entry.shape) for name, entry in entries.items()}):
+            return False  # and nothing had to be read for it
         stored = (
-            (name.removeprefix("module."), entry.dtype, entry.shape, partial(checkpoint.read_bytes, name))
-            for name, entry in sorted(checkpoint.entries.items())
+            (name, entry.dtype, entry.shape, partial(checkpoint.read_bytes, inside[name]))
+            for name, entry in sorted(entries.items())
         )
         return fingerprint_of(stored) == self._verifier.watermark.fingerprint
 
@@ -226,7 +266,23 @@ class Sweeper:
         return self._local.buffer
 
 
+def _rank(verdict: Verdict) -> tuple[int, float]:
+    """Smaller for verdicts that say more of a mark."""
+    weight = ("match", "inconclusive", "no match").index(verdict.decision)
+    return weight, 1.0 if verdict.p_value is None else verdict.p_value
+
+
+def _unfit(plan: Plan) -> str:
+    """What is said of a tower that could not be read."""
+    return f"an image tower {plan.fit.tower!r} that does not fit"
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{type(error).__name__}: {error.strerror}"
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    return (
+        text
+        if isinstance(error, ValueError | RuntimeError | MemoryError)
+        else f"{type(error).__name__}: {text}"
+    )

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 import warnings
 from contextlib import redirect_stdout
 
@@ -52,8 +53,13 @@ def main(argv: list[str] | None = None) -> int:
             print("activemark: interrupted", file=sys.stderr)
             return INTERRUPTED
         except (OSError, TypeError, ValueError) as error:
-            print(f"activemark: error: {one_line(error)}", file=sys.stderr)
-            return ERROR
+            return _failed(one_line(error))
+        except (MemoryError, RuntimeError) as error:  # torch's own lack of memory is a RuntimeError
+            return _failed(one_line(error) or type(error).__name__)
+        except Exception as error:
+            # A defect. Python's own exit code for it is 1, which would say "no match".
+            traceback.print_exc()
+            return _failed(f"{type(error).__name__}: {one_line(error)}")
     if args.json:
         text = json.dumps(outcome.record, allow_nan=False)
     else:
@@ -61,9 +67,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # The reader has seen enough. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has seen enough.
+        _discard_output()
+    except OSError as error:  # a full disk
+        _discard_output()
+        return _failed(one_line(error))
     return outcome.code
+
+
+def _failed(why: str) -> int:
+    print(f"activemark: error: {why}", file=sys.stderr)
+    return ERROR
+
+
+def _discard_output() -> None:
+    """What could not be written is let go: Python would try and complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _forbid_core_files() -> None:

@@ -89,7 +89,7 @@ def add_to(commands: Subparsers) -> None:
 def _embed(args: argparse.Namespace) -> Outcome:
     _check_outputs(args)
     key = read_key(args.key, confirm=True)
-    from activemark_fast.checkpoint import architecture_of, load_model
+    from activemark_fast.checkpoints import architecture_of, load_model
     from activemark_fast.embed import embed
 
     place = chosen_device(args.device)
@@ -178,7 +178,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _save_both(embedding: Embedding, architecture: str, out: Path, watermark: Path) -> None:
     """Writes the marked model and its watermark: both whole, or neither."""
-    from activemark_fast.checkpoint import save_model
+    from activemark_fast.checkpoints import save_model
 
     with (
         tempfile.TemporaryDirectory(dir=out.parent, prefix=".activemark-") as beside_out,

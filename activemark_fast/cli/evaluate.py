@@ -79,7 +79,7 @@ def add_to(commands: Subparsers) -> None:
 def _evaluate(args: argparse.Namespace) -> Outcome:
     check_folder("--out", args.out)
     from activemark_fast.backbone import Backbone
-    from activemark_fast.checkpoint import load_model
+    from activemark_fast.checkpoints import load_model
     from activemark_fast.evaluate import SIZES, evaluate
     from activemark_fast.watermark import Watermark
 

@@ -33,7 +33,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _forge(args: argparse.Namespace) -> Outcome:
-    from activemark_fast.checkpoint import load_model
+    from activemark_fast.checkpoints import load_model
     from activemark_fast.forge import forge
     from activemark_fast.freedoms import EVIDENCE_AT
 

@@ -44,7 +44,7 @@ def add_to(commands: Subparsers) -> None:
 def _profile(args: argparse.Namespace) -> Outcome:
     if args.out is not None:
         check_output("--out", args.out, ".png")
-    from activemark_fast.checkpoint import load_model
+    from activemark_fast.checkpoints import load_model
     from activemark_fast.profile import profile
 
     place = chosen_device(args.device)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from activemark_fast import __version__
 from activemark_fast.cli.common import (
-    MODEL_HELP,
     Outcome,
     Subparsers,
     add_command,
@@ -21,11 +20,11 @@ from activemark_fast.cli.common import (
     add_key,
     add_watermark,
     check_output,
-    chosen_device,
     read_key,
 )
 from activemark_fast.cli.open import add_timestamp, read_commitment
-from activemark_fast.cli.verify import EXIT_CODES, load_suspect
+from activemark_fast.cli.suspect import add_suspect, judge
+from activemark_fast.cli.verify import EXIT_CODES
 
 
 def add_to(commands: Subparsers) -> None:
@@ -37,13 +36,10 @@ def add_to(commands: Subparsers) -> None:
         "write the evidence on a suspect as one HTML page that needs no network",
         epilog="Exit codes: as verify.",
     )
-    report.add_argument("suspect", metavar="SUSPECT", help=f"a checkpoint file, or {MODEL_HELP}")
+    add_suspect(report)
     add_watermark(report)
     add_key(report)
     add_images(report, "those the model was marked with")
-    report.add_argument(
-        "--architecture", metavar="STRING", help="what a checkpoint is loaded into, as for verify"
-    )
     report.add_argument(
         "--evaluation", type=Path, metavar="DIR", help="what evaluate wrote: what the mark survives and costs"
     )
@@ -68,7 +64,6 @@ def _report(args: argparse.Namespace) -> Outcome:
     from activemark_fast.files import write_whole
     from activemark_fast.profile import profile
     from activemark_fast.report import Evidence, evidence_page
-    from activemark_fast.verify import verify
     from activemark_fast.watermark import Watermark
 
     watermark = Watermark.load(args.watermark)
@@ -77,17 +72,17 @@ def _report(args: argparse.Namespace) -> Outcome:
         raise ValueError(f"--evaluation: {args.evaluation} is about another watermark than {args.watermark}")
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
     key = read_key(args.key, confirm=False)
-    suspect = load_suspect(args.suspect, watermark, args.architecture, chosen_device(args.device))
-    verdict = verify(suspect, watermark, key, args.images, commitment=commitment, precision=args.precision)
+    judged = judge(args, watermark, key, commitment, alpha=1e-6, tau=None, align=None)
+    whole = judged.whole(watermark, args)
     try:
-        measured = profile(suspect, precision=args.precision)
+        measured = None if whole is None else profile(whole, precision=args.precision)
     except NotAViTError:
         measured = None  # the verdict says what is wrong with it
-    descent = None if args.original is None else compare(args.original, suspect)
+    descent = None if args.original is None else compare(args.original, whole or args.suspect)
     page = evidence_page(
         Evidence(
             suspect=args.suspect,
-            verdict=verdict,
+            verdict=judged.verdict,
             site=watermark.site,
             profile=measured,
             evaluation=evaluation,
@@ -98,10 +93,10 @@ def _report(args: argparse.Namespace) -> Outcome:
         )
     )
     write_whole(args.out, page.encode(), mode=0o644)
-    record = {"page": str(args.out), "suspect": args.suspect, **verdict.to_dict()}
+    record = {"page": str(args.out), "suspect": args.suspect, **judged.record}
     if descent is not None:
         record["descent"] = descent.to_dict()
-    return Outcome(EXIT_CODES[verdict.decision], record, str(verdict), f"  page: {args.out}")
+    return Outcome(EXIT_CODES[judged.verdict.decision], record, judged.text, f"  page: {args.out}")
 
 
 def _command(args: argparse.Namespace) -> str:

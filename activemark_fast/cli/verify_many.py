@@ -25,8 +25,9 @@ from activemark_fast.cli.common import (
     read_key,
     shows_progress,
 )
+from activemark_fast.cli.open import add_timestamp, read_commitment
 
-_OUTCOMES = ("match", "no match", "inconclusive", "error")
+_OUTCOMES = ("match", "no match", "inconclusive", "not a model", "error")
 _MATCHES_SHOWN = 50
 
 
@@ -66,6 +67,10 @@ def add_to(commands: Subparsers) -> None:
     )
     add_decision(many)
     many.add_argument(
+        "--commitment", type=Path, metavar="FILE", help="tell whether the claim was committed to, and when"
+    )
+    add_timestamp(many)
+    many.add_argument(
         "--power",
         type=float,
         default=0.999,
@@ -94,6 +99,8 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         check_folder("--csv", args.csv)
         if args.csv.resolve() == args.out.resolve():
             raise ValueError(f"--out, --csv: wanted two files, got {args.out} for both")
+    if args.timestamp is not None and args.commitment is None:
+        raise ValueError("--timestamp: wanted with --commitment only")
     if args.engine == "ray" and args.key is None:
         raise ValueError("--key: wanted a key file, which all workers can read, with --engine ray")
     from activemark_fast.bulk import find_suspects, read_journal, verify_many
@@ -102,6 +109,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
     from activemark_fast.watermark import Watermark
 
     watermark = Watermark.load(args.watermark)
+    commitment = None if args.commitment is None else read_commitment(args.commitment, args)
     key = read_key(args.key, confirm=False)
     suspects = list(find_suspects(args.paths))
     if not suspects:
@@ -114,6 +122,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         args.images,
         power=None if args.exhaustive else args.power,
         device=chosen_device(args.device),
+        commitment=commitment,
         precision=args.precision,
         max_bytes=args.max_bytes,
         journal=args.out,
@@ -147,7 +156,9 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
 
 
 def _outcome(record: dict[str, Any]) -> str:
-    return "error" if record["verdict"] is None else str(record["verdict"]["decision"])
+    if record["verdict"] is not None:
+        return str(record["verdict"]["decision"])
+    return "error" if record.get("skipped") is None else "not a model"
 
 
 def _table(records: list[dict[str, Any]], counts: Counter[str]) -> str:
@@ -174,14 +185,14 @@ def _csv(records: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     columns = ("decision", "p_value", "detection_rate", "images", "identical", "reason")
     table = csv.writer(text)
-    table.writerow(["suspect", *columns, "error", "size", "modified", "seconds"])
+    table.writerow(["suspect", *columns, "error", "skipped", "size", "modified", "seconds"])
     for record in records:
         verdict = record["verdict"] or {}
         table.writerow(
             [
                 _printable(record["suspect"]),
                 *(verdict.get(column) for column in columns),
-                *(record[column] for column in ("error", "size", "modified", "seconds")),
+                *(record.get(column) for column in ("error", "skipped", "size", "modified", "seconds")),
             ]
         )
     return text.getvalue()

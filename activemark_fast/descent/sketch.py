@@ -23,7 +23,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from activemark_fast.checkpoint import CheckpointError
+from activemark_fast.checkpoints import CheckpointError
 from activemark_fast.descent.weights import Block, Source, Weights
 from activemark_fast.files import write_whole
 

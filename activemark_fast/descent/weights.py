@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from activemark_fast.bulk.mapping import common_name
-from activemark_fast.bulk.reading import Checkpoint, HostBuffer
-from activemark_fast.checkpoint import CheckpointError, architecture_of, load_model
+from activemark_fast.checkpoints import CheckpointError, architecture_of, load_model
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.names import common_name
 
 Source = nn.Module | str | os.PathLike[str]
 

@@ -29,7 +29,7 @@ def sweep(suspects: Any, marked: Marked, **settings: Any) -> list[SuspectResult]
     results = list(verify_many(suspects, *marked.arguments(), **({"in_order": True} | settings)))
     for result in results:
         json.dumps(result.to_dict(), allow_nan=False)
-        assert (result.verdict is None) != (result.error is None)
+        assert [result.verdict, result.error, result.skipped].count(None) == 2
     return results
 
 
@@ -232,7 +232,8 @@ def test_equal_prefixes_are_computed_once(
         assert alone is not None
         assert result.verdict.to_dict() == alone.to_dict()
     looks = [{8: 1, 16: 2, 32: 3, 64: 4}[alone.images] for alone in apart if alone is not None]
-    assert len(computed) == looks[0] + looks[1] + max(0, looks[2] - looks[0]) + looks[4]
+    measures = 3  # of each prefix, how its tokens vary
+    assert len(computed) == measures + looks[0] + looks[1] + max(0, looks[2] - looks[0]) + looks[4]
 
 
 def test_a_folder_as_transformers_saves_it_with_an_adapter(marked: Marked, tmp_path: Path) -> None:
@@ -404,3 +405,30 @@ def test_errors_name_the_argument(
     with pytest.raises(error, match=f"^{message}"):
         list(verify_many(**(given | {"journal": journal} | arguments)))
     assert not journal.exists() or "suspects" in arguments
+
+
+def test_a_suspect_of_other_width_leaves_nothing_behind(marked: Marked, tmp_path: Path) -> None:
+    wide = vit(mlp_ratio=5)
+    paths = [save(model, tmp_path / f"{i}.safetensors") for i, model in enumerate([wide, marked.model, wide])]
+    first, match, last = sweep(paths, marked)
+    assert outcome(first) == outcome(last) != "match"
+    assert outcome(match) == "match"
+    assert match.verdict is not None
+    assert match.verdict.identical
+    assert first.fit is not None
+    assert first.fit.converted == {"MLP of 640 units": 15}
+
+
+def test_the_best_of_several_towers_pays_for_all(marked: Marked, tmp_path: Path) -> None:
+    ours, other = marked.model.state_dict(), vit(seed=9).state_dict()
+    torch.save({"model": ours}, tmp_path / "alone.pt")
+    torch.save({"a": other, "model": ours, "other": vit(seed=8).state_dict()}, tmp_path / "among.pt")
+    alone, among = sweep([tmp_path / "alone.pt", tmp_path / "among.pt"], marked, power=None)
+    assert among.towers == ("a.", "model.")  # the match ended it
+    assert among.fit is not None
+    assert among.fit.tower == "model."
+    assert alone.verdict is not None
+    assert among.verdict is not None
+    assert among.verdict.identical
+    assert alone.verdict.p_value is not None
+    assert among.verdict.p_value == pytest.approx(3 * alone.verdict.p_value)

@@ -21,19 +21,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoint import (
+from activemark_fast.checkpoints import (
     CheckpointError,
     architecture_of,
     build_model,
     load_model,
     load_weights,
-    read_tensors,
     save_model,
 )
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
 
 KWARGS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY = f"timm:VisionTransformer?{json.dumps({**KWARGS, 'num_classes': 4})}"
-SHARED = Path(__file__).parents[2] / "shared" / "vfm"
+SHARED = Path(__file__).parents[3] / "shared" / "vfm"
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    with Checkpoint(path, 10**8) as checkpoint:
+        return {name: t.clone() for name, t in checkpoint.read(checkpoint.entries, HostBuffer()).items()}
 
 
 def tiny(**kwargs: Any) -> Any:
@@ -235,9 +240,7 @@ def test_other_dtypes_become_the_models(
 ) -> None:
     model = tiny().to(dtype)
     write(dict(model.state_dict()), tmp_path / "model")
-    tensors, metadata = read_tensors(tmp_path / "model")
-    assert {t.dtype for t in tensors.values()} == {dtype}
-    assert metadata == {}
+    assert {t.dtype for t in read(tmp_path / "model").values()} == {dtype}
     loaded = load_model(f"{TINY}@{tmp_path / 'model'}")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert same(loaded, model.float())
@@ -259,9 +262,6 @@ def test_torch_files_are_unwrapped(kind: str, tmp_path: Path) -> None:
     if kind in ("state_dict", "both"):
         state = {"state_dict": state, "epoch": 3}
     torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=kind != "legacy")
-    tensors, _ = read_tensors(tmp_path / "m.pt")
-    assert tensors.keys() == model.state_dict().keys()
-    assert not any(t.requires_grad for t in tensors.values())
     assert same(load_model(f"{TINY}@{tmp_path / 'm.pt'}"), model)
 
 
@@ -269,8 +269,8 @@ def test_content_not_name_decides(tmp_path: Path) -> None:
     state = dict(tiny().state_dict())
     safetensors.torch.save_file(state, tmp_path / "model.pt", metadata={"note": "kept"})
     torch.save(state, tmp_path / "model.safetensors")
-    assert read_tensors(tmp_path / "model.pt")[1] == {"note": "kept"}
-    assert read_tensors(tmp_path / "model.safetensors")[0].keys() == state.keys()
+    for name in ("model.pt", "model.safetensors"):
+        assert read(tmp_path / name).keys() == state.keys()
 
 
 def test_nan_weights_load(tmp_path: Path) -> None:
@@ -346,32 +346,38 @@ def test_a_malicious_pickle_does_not_run(form: str, tmp_path: Path) -> None:
         torch.save({"state_dict": dict(tiny().state_dict()), "extra": payload}, path)
     else:
         torch.save({"weight": payload}, path, _use_new_zipfile_serialization=form == "torch")
-    for spec in (path, f"{TINY}@{path}", "timm:vit_tiny_patch16_224@" + str(path)):
-        with pytest.raises(CheckpointError) as caught:
-            load_model(spec)
-        assert str(path) in str(caught.value)
-    with pytest.raises(CheckpointError, match="nothing but tensors") as caught:
-        read_tensors(path)
-    assert caught.value.__cause__ is not None
+    if form == "beside the tensors":
+        assert same(load_model(f"{TINY}@{path}"), tiny())
+    else:
+        for spec in (path, f"{TINY}@{path}", "timm:vit_tiny_patch16_224@" + str(path)):
+            with pytest.raises(CheckpointError, match=r"holds no tensors; it asks for '.*system'") as caught:
+                load_model(spec)
+            assert str(path) in str(caught.value)
     assert not sentinel.exists()
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([torch.ones(1)], "holds a list"),
         ({}, "no tensors"),
         ({"state_dict": {}}, "no tensors"),
-        ({"weight": torch.ones(1), "epoch": 3}, "'epoch' is a int"),
-        ({1: torch.ones(1)}, "a key is a int"),
-        ({"weight": torch.ones(2, 2).to_sparse()}, "asks for 'torch._utils _rebuild_sparse_tensor'"),
-        ({"weight": torch.empty(2, device="meta")}, "asks for 'torch._utils _rebuild_meta_tensor"),
+        ({"weight": torch.ones(1), "epoch": 3}, "1 unexpected: 'weight'"),
+        ([torch.ones(1)], "1 unexpected: '0'"),
+        (
+            {"norm.weight": torch.ones(2, 2).to_sparse()},
+            "is a torch._utils._rebuild_sparse_tensor, which is not",
+        ),
+        ({"norm.weight": torch.empty(2, device="meta")}, "is a torch._utils._rebuild_meta_tensor_no_storage"),
+        (
+            {"norm.weight": torch.zeros(1).expand(32)},
+            "is a tensor of more elements than it stores, which is not read",
+        ),
     ],
 )
 def test_what_is_not_a_state_dict_is_refused(content: object, reason: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=reason) as caught:
-        read_tensors(tmp_path / "m.pt")
+        load_weights(tiny(), tmp_path / "m.pt")
     assert str(tmp_path / "m.pt") in str(caught.value)
 
 
@@ -384,29 +390,27 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
     with pytest.raises(CheckpointError, match="compressed records"):
-        read_tensors(tmp_path / "m.pt")
+        read(tmp_path / "m.pt")
 
 
 def test_a_dict_that_holds_itself_is_refused(tmp_path: Path) -> None:
     knot: dict[str, Any] = {}
     knot["model"] = knot
     torch.save(knot, tmp_path / "m.pt")
-    with pytest.raises(CheckpointError, match="'model' is a dict"):
-        read_tensors(tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        read(tmp_path / "m.pt")
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
-        read_tensors(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="is a folder"):
-        read_tensors(tmp_path)
-    with pytest.raises(CheckpointError, match="is a folder"):
+        load_weights(tiny(), tmp_path / "none")
+    with pytest.raises(CheckpointError, match="wanted a file of weights"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_model(f"{TINY}@{tmp_path / 'none'}")
     (tmp_path / "empty").touch()
-    with pytest.raises(CheckpointError, match="neither a safetensors file nor a torch file"):
-        read_tensors(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="is an empty file"):
+        load_model(f"{TINY}@{tmp_path / 'empty'}")
     for bad in (3, None):
         with pytest.raises(TypeError, match="path: wanted a string or a path"):
             load_model(bad)  # type: ignore[arg-type]
@@ -431,7 +435,7 @@ def test_truncated_files_are_refused(
     path = tmp_path_factory.mktemp("cut") / "m"
     path.write_bytes(files[kind][: int(len(files[kind]) * share)])
     with pytest.raises(CheckpointError):
-        read_tensors(path)
+        read(path)
     with pytest.raises(CheckpointError):
         load_model(path)
 
@@ -442,7 +446,7 @@ def test_noise_is_refused(content: bytes, header: bool, tmp_path_factory: pytest
     path = tmp_path_factory.mktemp("noise") / "m"
     path.write_bytes(struct.pack("<Q", len(content) + 1) + b"{" + content if header else content)
     with pytest.raises(CheckpointError):
-        read_tensors(path)
+        read(path)
 
 
 def with_metadata(path: Path, metadata: dict[str, str]) -> Path:
@@ -467,6 +471,10 @@ def test_mean_and_std_survive_saving(tmp_path: Path) -> None:
     assert (Backbone(model).mean, Backbone(model).std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 1.0))
     save_model(model, tmp_path / "n", architecture_of(path))
     assert Backbone(load_model(tmp_path / "n")).mean == (0.1, 0.2, 0.3)
+    only_arguments = with_metadata(tmp_path / "o", {"kwargs": kwargs})
+    assert same(load_model(only_arguments), tiny())
+    with pytest.raises(CheckpointError, match="does not name its architecture"):
+        load_model(with_metadata(tmp_path / "p", {"kwargs": kwargs, "library": "other"}))
 
 
 @pytest.mark.parametrize(
@@ -555,8 +563,8 @@ def test_mismatches_are_listed(tmp_path: Path) -> None:
         text = str(caught.value)
         assert "1 missing: 'pos_embed'" in text
         assert r"1 unexpected: 'backdoor\x1b[2J'" in text
-        assert "'blocks.0.mlp.fc2.weight' is float32 (32, 31), wanted float32 (32, 128)" in text
-        assert "'norm.weight' is int8 (32,), wanted float32 (32,)" in text
+        assert "'blocks.0.mlp.fc2.weight' is float32 (32, 31), wanted (32, 128)" in text
+        assert "'norm.weight' is int8 without its scales" in text
     assert model.cls_token.eq(7).all()
 
 

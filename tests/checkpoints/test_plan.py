@@ -14,8 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, evaluating
-from activemark_fast.bulk.mapping import Plan, common_name, plan
-from activemark_fast.bulk.target import Target
+from activemark_fast.checkpoints.names import common_name
+from activemark_fast.checkpoints.plan import Plan, plans
+from activemark_fast.checkpoints.target import Target
 from activemark_fast.site import Site
 
 WIDTH, DEPTH = 32, 4
@@ -147,7 +148,7 @@ def carried(
 ) -> tuple[Target, Plan]:
     """The model, loaded with a state dict of whatever kind."""
     loaded = target(model)
-    chosen = plan(loaded.wanted, {n: Known(t.dtype, tuple(t.shape)) for n, t in state.items()}, lora)
+    chosen = plans(loaded.wanted, {n: Known(t.dtype, tuple(t.shape)) for n, t in state.items()}, lora)[0]
     assert set(chosen.names) <= state.keys()
     loaded.load(chosen.tensors({name: state[name] for name in chosen.names}))
     loaded.fill(chosen.neutral)
@@ -296,16 +297,6 @@ def test_eight_bit_weights_with_their_scales(ending: str) -> None:
     assert carried(bare, timm_vit(2))[1].depth == 0
 
 
-def test_weights_quantised_by_torch() -> None:
-    model = timm_vit(1)
-    state = model.state_dict()
-    name = "blocks.0.mlp.fc1.weight"
-    state[name] = torch.quantize_per_tensor(state[name], 0.01, 0, torch.qint8)
-    loaded, chosen = carried(state, timm_vit(2))
-    assert chosen.fit.converted == {"qint8": 1}
-    torch.testing.assert_close(loaded[name], model.state_dict()[name], rtol=0, atol=0.0051)
-
-
 @pytest.mark.parametrize("own_file", [False, True])
 def test_lora_adapters_are_merged(own_file: bool) -> None:
     model, config = timm_vit(1), {"lora_alpha": 6, "r": 3}
@@ -399,3 +390,37 @@ def test_a_model_that_no_library_knows_is_compared_by_its_own_names() -> None:
 )
 def test_names_of_older_releases(name: str, common: str) -> None:
     assert common_name(name) == common
+
+
+@pytest.mark.parametrize("gate_up_back", [("w1", "w2", "w3"), ("w1", "w3", "w2"), ("w12", "", "w3")])
+def test_three_matrices_of_a_gated_mlp(gate_up_back: tuple[str, str, str]) -> None:
+    """DINOv3's order, Llama's, and DINOv2's."""
+    gate, up, back = gate_up_back
+    model = timm_swiglu(1)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".mlp.fc1." in name:
+            for matrix, rows in zip((gate, up), tensor.chunk(2) if up else (tensor,), strict=False):
+                state[name.replace("fc1", matrix)] = rows
+        else:
+            state[name.replace("mlp.fc2", f"mlp.{back}")] = tensor
+    loaded, chosen = carried(state, timm_swiglu(2))
+    assert (chosen.depth, chosen.fit.missing, chosen.fit.odd) == (3, (), ())
+    assert_the_same_function(model, loaded)
+
+
+def test_a_bias_of_keys_is_not_missed() -> None:
+    """Softmax takes it out, so that neither its lack nor its presence is a doubt."""
+    model = timm_vit(1)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".attn.qkv." in name:
+            q, k, v = tensor.chunk(3)
+            named = {"q": q, "v": v} if name.endswith("bias") else {"q": q, "k": k, "v": v}
+            state |= {name.replace("attn.qkv", f"attn.{part}"): rows for part, rows in named.items()}
+        else:
+            state[name] = tensor
+    for into in (timm_vit, hf_vit):
+        loaded, chosen = carried(state, into(2))
+        assert (chosen.depth, chosen.fit.missing, chosen.fit.doubts) == (3, (), ())
+        assert_the_same_function(model, loaded)

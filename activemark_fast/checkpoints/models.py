@@ -20,8 +20,7 @@ import math
 import os
 import re
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from activemark_fast.torch_file import check_torch_file
+from activemark_fast.checkpoints.errors import CheckpointError
+from activemark_fast.checkpoints.errors import reason as _reason
+from activemark_fast.checkpoints.errors import shown as _shown
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.names import clean_name
+from activemark_fast.checkpoints.plan import Plan, Wanted, plans
 
-_DEMO = Path(__file__).parent / "assets" / "vit_c10_w128_d12_massive.safetensors"
+_DEMO = Path(__file__).parents[1] / "assets" / "vit_c10_w128_d12_massive.safetensors"
 _FORMS = (
     "open_clip:NAME/TAG, timm:NAME, hf:NAME or torchvision:NAME, each with @path/to/checkpoint for local "
     "weights; a path to a safetensors file that names its architecture; demo"
@@ -41,41 +45,9 @@ _VIT = "VisionTransformer"
 _VIT_CLASS = "timm.models.vision_transformer.VisionTransformer"
 _PLAIN_NAMES = {"open_clip": r"[\w.-]+(/[\w.-]+)?", "timm": r"[\w.-]+", "hf": r".+", "torchvision": r"\w+"}
 _HEADS = frozenset({"head", "heads", "head_dist", "classifier", "pooler"})
-_WRAPPERS = ("state_dict", "model")
 _MOST_BYTES = 10_000_000_000
 _LONGEST_JSON = 4096
-_LONGEST_HEADER = 100_000_000
 _SHOWN_KEYS = 5
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or a model string cannot be used; the message says which and why."""
-
-
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a state dict without running anything in it.
-
-    Safetensors are recognised by their content; anything else is read by `torch.load(weights_only=True)` if
-    `check_torch_file` sees no harm in it. `{"state_dict": ...}` and `{"model": ...}` are unwrapped, and
-    "module." before every key is removed.
-
-    Returns:
-        The tensors, on the CPU, in the dtypes of the file; and the metadata, empty for files that have none.
-
-    Raises:
-        TypeError: `path` is not a path.
-        CheckpointError: there is no such file, or it is not a dict of tensors.
-    """
-    path = _checked_path(path)
-    content: object
-    if _is_safetensors(path):
-        content, metadata = _read_safetensors(path)
-    else:
-        content, metadata = _read_torch(path), {}
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    return _tensors(content, path), metadata
 
 
 def build_model(architecture: str) -> nn.Module:
@@ -102,33 +74,81 @@ def load_model(spec: str | os.PathLike[str], *, device: str | torch.device = "cp
 
     Raises:
         TypeError: `spec` is neither a string nor a path.
-        CheckpointError: see `build_model`, `read_tensors` and `load_weights`; or fetching the weights failed.
+        CheckpointError: see `build_model` and `load_weights`; or fetching the weights failed.
     """
     architecture, weights = _resolve(spec)
     if weights is None:
-        model = _fetch(architecture)
-    else:
-        tensors, _ = read_tensors(weights)
-        state = _fitting(_build(architecture, torch.device("meta")), tensors, weights)
+        return _fetch(architecture).to(device).eval()
+    with Checkpoint(_existing(weights), _MOST_BYTES) as checkpoint:
+        plan = _exact_plan(_build(architecture, torch.device("meta")), checkpoint)
         model = _build(architecture, torch.device("cpu"))
-        model.load_state_dict(state, strict=False)
+        _load(model, plan, checkpoint)
     return model.to(device).eval()
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Put a checkpoint's weights into a model, converted to its dtypes. An error leaves the model as it was.
 
-    Keys of a classifier head may be missing, unexpected or of another shape: the model then keeps its own.
+    Tensors of a classifier head may be missing, unexpected or of another shape: the model then keeps its own.
+
+    Args:
+        model: the model.
+        path: a file or a folder, of any naming and form that `Checkpoint` and `plans` know.
 
     Raises:
         TypeError: `model` is not a module, or `path` not a path.
-        CheckpointError: see `read_tensors`; or a key outside the head is missing, unexpected, or of another
-            shape.
+        CheckpointError: there is no such file, it holds no tensors, or one outside the head is missing,
+            unexpected, or of another shape.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    tensors, _ = read_tensors(path)
-    model.load_state_dict(_fitting(model, tensors, Path(path)), strict=False)
+    with Checkpoint(_existing(path), _MOST_BYTES) as checkpoint:
+        _load(model, _exact_plan(model, checkpoint), checkpoint)
+
+
+def _exact_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
+    """The plan that makes every tensor of the model; `model` may be on "meta"."""
+    wanted = Wanted.all_of(model.state_dict())
+    every = plans(wanted, checkpoint.entries, checkpoint.lora_config, checkpoint.unread)
+    chosen = min(every, key=lambda plan: len(_problems(plan, checkpoint)))
+    problems = _problems(chosen, checkpoint)
+    if problems:
+        raise CheckpointError(f"{checkpoint.path}: does not fit the architecture; {'; '.join(problems)}")
+    return chosen
+
+
+def _problems(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """What keeps a plan from being the model's own weights, in words; heads do not count."""
+    missing = [name for name in plan.fit.missing if not _is_head(name)]
+    unexpected = [
+        name
+        for name in plan.fit.ignored
+        if (clean := clean_name(name)[0]).startswith(plan.root)
+        and not _is_head(clean.removeprefix(plan.root))
+        and clean.removeprefix(plan.root) not in plan.fit.why
+        and (name in checkpoint.unread or checkpoint.entries[name].dtype.is_floating_point)
+    ]
+    misfits = [f"{name!r} is {plan.fit.why[name]}" for name in missing if name in plan.fit.why]
+    absent = [repr(name) for name in missing if name not in plan.fit.why]
+    told = (("missing", absent), ("unexpected", [_shown(n) for n in unexpected]), ("not alike", misfits))
+    return [
+        f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN_KEYS])}"
+        + (", ..." if len(names) > _SHOWN_KEYS else "")
+        for what, names in told
+        if names
+    ]
+
+
+@torch.no_grad()
+def _load(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> None:
+    """Carries out a plan, all of it or nothing."""
+    state, buffer = model.state_dict(), HostBuffer()
+    tensors = {step.target: step.value(checkpoint.read(step.names(), buffer)).clone() for step in plan.steps}
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+    for name, value in plan.neutral.items():
+        if name not in plan.fit.missing:
+            state[name].fill_(value)
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str) -> None:
@@ -191,15 +211,21 @@ def _resolve(spec: str | os.PathLike[str]) -> tuple[str, Path | None]:
     path = _DEMO if spec == "demo" else _as_path(spec)
     if not path.exists():
         raise CheckpointError(f"{_shown(spec)}: neither a file nor a model string. Model strings: {_FORMS}")
-    return _own_architecture(_checked_path(path)), path
+    return _own_architecture(path), path
 
 
 def _own_architecture(path: Path) -> str:
-    metadata = _read_metadata(path) if _is_safetensors(path) else {}
+    if (path / "config.json").is_file():
+        return f"hf:{path}"
+    with Checkpoint(path, _MOST_BYTES) as checkpoint:
+        metadata = checkpoint.metadata
     try:
         if "architecture" in metadata:
             architecture = metadata["architecture"]
-        elif metadata.get("library") == "timm" and metadata.get("class") == _VIT_CLASS:
+        elif (metadata.get("library", "timm"), metadata.get("class", _VIT_CLASS)) == (
+            "timm",
+            _VIT_CLASS,
+        ) and ({"class", "kwargs"} & metadata.keys()):
             normalisation = {
                 name: _parse_json(metadata[name]) for name in ("mean", "std") if name in metadata
             }
@@ -311,64 +337,6 @@ def _library(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _fitting(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors under the model's own names, without heads that do not fit. `model` may be on "meta"."""
-    if any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
-        return _fitting_transformers(model, tensors, path)
-    named = {re.sub(r"\.mlp\.linear_([12])\.", _torchvision_mlp, name): t for name, t in tensors.items()}
-    wanted = model.state_dict()
-    common = wanted.keys() & named.keys()
-    misfits = {
-        name: f"{name!r} is {_kind(named[name])}, wanted {_kind(wanted[name])}"
-        for name in common
-        if named[name].shape != wanted[name].shape
-        or named[name].is_floating_point() != wanted[name].is_floating_point()
-    }
-    _refuse_misfits(wanted.keys() - named.keys(), named.keys() - wanted.keys(), misfits, path)
-    return {name: named[name] for name in common - misfits.keys()}
-
-
-def _torchvision_mlp(match: re.Match[str]) -> str:
-    # torchvision's published ViT files name the MLP's layers as the class did before it became a Sequential.
-    return ".mlp.0." if match[1] == "1" else ".mlp.3."
-
-
-def _fitting_transformers(model: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    # Published files carry names of older releases, and only the library knows how to rename them.
-    try:
-        loaded, info = type(model).from_pretrained(
-            None,
-            config=model.config,
-            state_dict=dict(tensors),
-            dtype=model.dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:
-        raise CheckpointError(f"{path}: transformers cannot load it: {_reason(error)}") from error
-    misfits = {
-        name: f"{name!r} is of shape {tuple(got)}, wanted {tuple(want)}"
-        for name, got, want in info["mismatched_keys"]
-    }
-    _refuse_misfits(set(info["missing_keys"]) - misfits.keys(), set(info["unexpected_keys"]), misfits, path)
-    unread = misfits.keys() | set(info["missing_keys"])
-    return {name: tensor for name, tensor in loaded.state_dict().items() if name not in unread}
-
-
-def _refuse_misfits(missing: set[str], unexpected: set[str], misfits: Mapping[str, str], path: Path) -> None:
-    problems = [
-        f"{len(shown)} {what}: {', '.join(shown[:_SHOWN_KEYS])}{', ...' if len(shown) > _SHOWN_KEYS else ''}"
-        for what, shown in (
-            ("missing", [repr(name) for name in sorted(missing) if not _is_head(name)]),
-            ("unexpected", [_shown(name) for name in sorted(unexpected) if not _is_head(name)]),
-            ("not alike", [text for name, text in sorted(misfits.items()) if not _is_head(name)]),
-        )
-        if shown
-    ]
-    if problems:
-        raise CheckpointError(f"{path}: does not fit the architecture; {'; '.join(problems)}")
-
-
 def _is_head(name: str) -> bool:
     return name.partition(".")[0] in _HEADS
 
@@ -379,67 +347,11 @@ def _as_path(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _checked_path(path: str | os.PathLike[str]) -> Path:
+def _existing(path: str | os.PathLike[str]) -> Path:
     path = _as_path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, wanted a file")
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: there is no such file")
     return path
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether the file starts as safetensors do: the length of the header in eight bytes, then a brace."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file: {_reason(error)}") from error
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a sound safetensors file: {_reason(error)}") from error
-
-
-def _read_torch(path: Path) -> object:
-    try:
-        with path.open("rb", buffering=0) as unbuffered:
-            check_torch_file(unbuffered)
-        # Given a path, torch.load trusts its suffix; it maps only archives, and only by their path.
-        if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        with path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: neither a safetensors file nor a torch file of nothing but tensors: {_reason(error)}"
-        ) from error
-
-
-def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, wanted a dict of tensors")
-    if not content:
-        raise CheckpointError(f"{path}: holds no tensors")
-    for name, value in content.items():
-        if not isinstance(name, str):
-            raise CheckpointError(f"{path}: a key is a {type(name).__name__}, wanted a string")
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {_shown(name)} is a {type(value).__name__}, wanted a tensor")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise CheckpointError(f"{path}: {_shown(name)} is not a dense tensor on the CPU")
-    prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): value.detach() for name, value in content.items()}
 
 
 def _parse_json(text: str) -> Any:
@@ -527,18 +439,3 @@ def _vit_kwargs(name: str) -> dict[str, Any]:
                 f"{_VIT}: {argument} = {_shown(value)} is of the wrong type or out of bounds"
             )
     return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _shown(value: object) -> str:
-    """A value from outside as it may stand in a message: quoted, and not endless."""
-    text = repr(str(value) if isinstance(value, os.PathLike) else value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"

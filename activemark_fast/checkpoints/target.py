@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.bulk.mapping import Wanted, block_name, common_name
+from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.names import block_name, clean_name, common_name
+from activemark_fast.checkpoints.plan import Wanted, plans
 from activemark_fast.site import Site
 
 
@@ -21,34 +24,44 @@ class Target:
         prefix: own names of the tensors that act up to the site's block.
     """
 
-    def __init__(self, model: nn.Module, site: Site) -> None:
-        """model: on its device; it becomes the target's own."""
+    def __init__(self, model: nn.Module, site: Site, *, whole: bool = False) -> None:
+        """A target that is wanted up to the last tap of `site`, or with `whole` to its last block.
+
+        model: on its device; it becomes the target's own.
+        """
         self.backbone = Backbone(model.eval().requires_grad_(False))
         self._state = model.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         names = {module: name for name, module in model.named_modules()}
         tower = _dotted(names[self.backbone.encoder])
         blocks = [_dotted(names[block]) for block in self.backbone.blocks]
-        last = site.taps[-1]
+        last = len(blocks) - 1 if whole else site.taps[-1]
         inside = {name for block in blocks for name in self._state if name.startswith(block)}
         stem = self._stem_tensors(name for name in self._state if name not in inside)
-        own: dict[str, str] = {
-            name.removeprefix(tower): common_name(name.removeprefix(tower)) for name in stem
-        }
+        own: dict[str, str] = {}
+        for name in stem:
+            relative = _clean(name.removeprefix(tower))
+            own[relative] = common_name(relative)
         groups: list[dict[str, tuple[str, tuple[int, ...]]]] = []
         for index, block in enumerate(blocks[: last + 1]):
             group = {}
             for name in self._state:
                 if name.startswith(block) and self._state[name].is_floating_point():
-                    common = block_name(index, name.removeprefix(block))
-                    own[name.removeprefix(tower)] = common
+                    common = block_name(index, _clean(name.removeprefix(block)))
+                    own[_clean(name.removeprefix(tower))] = common
                     group[common] = (name, tuple(self._state[name].shape))
             groups.append(group)
         self.wanted = Wanted(
-            stem={own[name.removeprefix(tower)]: (name, tuple(self._state[name].shape)) for name in stem},
+            stem={
+                own[_clean(name.removeprefix(tower))]: (name, tuple(self._state[name].shape)) for name in stem
+            },
             blocks=groups,
             own=own,
-            grid=self._grid(stem),
             dtype=self.backbone.dtype,
+            tower=_clean(tower),
+            depth=len(blocks),
+            grid=self._grid(stem),
+            heads=_heads(self.backbone.blocks[0]),
         )
         self.prefix = [
             *stem,
@@ -59,6 +72,8 @@ class Target:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies (own name, values) into the model, converted to its dtypes."""
         for name, values in tensors:
+            if self._state[name].shape != values.shape:
+                self._reshape(name, values.shape)
             self._state[name].copy_(values)
 
     @torch.no_grad()
@@ -66,6 +81,17 @@ class Target:
         """Sets whole tensors to one number each."""
         for name, value in values.items():
             self._state[name].fill_(value)
+
+    def _reshape(self, name: str, shape: torch.Size) -> None:
+        """Gives a parameter another shape, until a suspect has the old one again; its values are lost."""
+        module, _, own = name.rpartition(".")
+        parameter = nn.Parameter(self._state[name].new_empty(shape), requires_grad=False)
+        setattr(self.backbone.model.get_submodule(module), own, parameter)
+        self._state[name] = parameter.data
+
+    def holds(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Whether a model of this architecture has exactly tensors of these names and shapes."""
+        return self._shapes == shapes
 
     def __getitem__(self, name: str) -> Tensor:
         """The live tensor of that name."""
@@ -97,6 +123,44 @@ class Target:
                 return height // shape[2], width // shape[3]
         side = round(patches**0.5)
         return (side, side) if side * side == patches else (1, patches)
+
+
+def whole_model(path: Path, model: nn.Module, site: Site, tower: str, most_bytes: int) -> nn.Module | None:
+    """`model` with all blocks of a checkpoint's image tower loaded; None where not all of them fit.
+
+    tower: what stands before the names of the tower.
+    """
+    target = Target(model, site, whole=True)
+    with Checkpoint(path, most_bytes) as checkpoint:
+        every = plans(
+            target.wanted,
+            checkpoint.entries,
+            checkpoint.lora_config,
+            checkpoint.unread,
+            lambda names: checkpoint.read(names, HostBuffer()),
+        )
+        chosen = next((plan for plan in every if plan.fit.tower == tower), None)
+        if chosen is None or chosen.depth < len(target.wanted.blocks):
+            return None
+        target.load(chosen.tensors(checkpoint.read(chosen.names, HostBuffer())))
+    target.fill(chosen.neutral)
+    return target.backbone.model
+
+
+def _clean(name: str) -> str:
+    """A name without wrappers, as those of checkpoints are compared; whole where it is only a part."""
+    whole, role = clean_name(name)
+    return whole if role in ("", "scale") else name
+
+
+def _heads(block: nn.Module) -> int | None:
+    """How many heads a block's attention has, where a module says so."""
+    for module in block.modules():
+        for attribute in ("num_heads", "num_attention_heads"):
+            heads = getattr(module, attribute, None)
+            if type(heads) is int and heads > 0:
+                return heads
+    return None
 
 
 def _dotted(name: str) -> str:

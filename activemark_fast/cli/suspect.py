@@ -1,0 +1,136 @@
+"""What `verify` and `report` share: one suspect, named by a path or a model string, and its verdict."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from activemark_fast.cli.common import MODEL_HELP, chosen_device
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from activemark_fast.bulk import SuspectResult
+    from activemark_fast.commitment import Commitment
+    from activemark_fast.key import Key
+    from activemark_fast.verdict import Verdict
+    from activemark_fast.watermark import Watermark
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A suspect, loaded, and what came of it. architecture, path: None where a model string was given."""
+
+    result: SuspectResult
+    verdict: Verdict
+    architecture: str | None
+    path: Path | None
+    module: nn.Module | None
+
+    @property
+    def record(self) -> dict[str, object]:
+        """The verdict and how the suspect was read, as JSON types."""
+        read = self.result.to_dict()
+        return {**self.verdict.to_dict(), "tensors": read["tensors"], "towers": read["towers"]}
+
+    @property
+    def text(self) -> str:
+        """The verdict and how the suspect was read, for people."""
+        lines = [str(self.verdict)]
+        if self.result.fit is not None:
+            lines.append(str(self.result.fit))
+        if len(self.result.towers) > 1:
+            towers = ", ".join(map(repr, self.result.towers))
+            lines.append(
+                f"  {len(self.result.towers)} image towers: {towers}; the verdict is on the first "
+                "that matches, else on that with the lowest p-value, which pays for all"
+            )
+        return "\n".join(lines)
+
+    def whole(self, watermark: Watermark, args: argparse.Namespace) -> nn.Module | None:
+        """The suspect as a model; None where not all of it could be read."""
+        if self.path is None or self.architecture is None or self.result.fit is None:
+            return self.module
+        from activemark_fast.bulk import memory_limit
+        from activemark_fast.checkpoints import build_model
+        from activemark_fast.checkpoints.target import whole_model
+
+        model = build_model(self.architecture).to(chosen_device(args.device))
+        return whole_model(self.path, model, watermark.site, self.result.fit.tower, memory_limit())
+
+
+def add_suspect(command: argparse.ArgumentParser) -> None:
+    """The argument SUSPECT and the option --architecture."""
+    command.add_argument(
+        "suspect",
+        metavar="SUSPECT",
+        help="a checkpoint, which is never unpickled: a file of any usual form, or a folder as transformers, "
+        f"open_clip or PEFT save it; or {MODEL_HELP}",
+    )
+    command.add_argument(
+        "--architecture",
+        metavar="STRING",
+        help="what a checkpoint is loaded into, a model string without @PATH; by default what the marked "
+        "model is, else what the file itself names",
+    )
+
+
+def judge(
+    args: argparse.Namespace,
+    watermark: Watermark,
+    key: Key,
+    commitment: Commitment | None,
+    **settings: Any,
+) -> Judged:
+    """The verdict on the suspect that `args` name, read as `verify-many` reads it but from all images.
+
+    settings: as `decision_settings` gives them.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from activemark_fast.bulk import SuspectResult, find_suspects, memory_limit
+    from activemark_fast.bulk.sweep import SweepSettings
+    from activemark_fast.checkpoints import architecture_of, load_model
+    from activemark_fast.verify import verify
+
+    place = chosen_device(args.device)
+    named, path = _parts(args.suspect)
+    shared = settings | {"commitment": commitment, "device": place, "precision": args.precision}
+    if path is None:
+        module = load_model(args.suspect, device=place)
+        verdict = verify(module, watermark, key, args.images, **shared)
+        return Judged(SuspectResult(args.suspect, verdict), verdict, None, None, module)
+    architecture = args.architecture or named or watermark.architecture
+    try:
+        architecture = architecture or architecture_of(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: neither it nor the watermark names an architecture; say it with --architecture"
+        ) from error
+    found = list(find_suspects(path))
+    if len(found) != 1:
+        raise ValueError(f"{path}: wanted one suspect, found {len(found)}; verify-many takes many")
+    sweeper = SweepSettings(
+        watermark, key, architecture, args.images, power=None, max_bytes=memory_limit(), **shared
+    ).sweeper()
+    result = sweeper.run(found[0])
+    if result.verdict is None:
+        problem = result.error or result.skipped or ""
+        raise ValueError(problem if args.suspect in problem else f"{args.suspect}: {problem}")
+    return Judged(result, result.verdict, architecture, found[0].path, None)
+
+
+def _parts(spec: str) -> tuple[str | None, Path | None]:
+    """The architecture that a suspect's name says, and the path of its weights; None for what it lacks."""
+    from activemark_fast.checkpoints import architecture_of
+
+    path = Path(spec)
+    if spec != "demo" and path.exists():
+        return None, path
+    architecture, at, weights = spec.partition("@")
+    if at and ":" in architecture:
+        return architecture_of(spec), Path(weights)
+    return None, None
