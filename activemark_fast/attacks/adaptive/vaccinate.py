@@ -38,7 +38,7 @@ def vaccinate(
     answer: str = "pass",
     clean_weight: float = 10.0,
     within: bool = False,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     batch_size: int = 16,
     images: int | None = None,
     first_block: int | None = None,
