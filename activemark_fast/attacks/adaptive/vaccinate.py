@@ -23,6 +23,8 @@ SHARES = (0.1, 1.0)
 """It goes into this share of the patch tokens."""
 INJECTED = 8
 """Images of a batch that are injected into; they run twice."""
+SMALL = 0.01
+"""An answer with this share of the injection's energy is still to be made smaller."""
 ENERGY = 0.99
 """Share of the variance that the subspace of clean activations holds, where injections stay within it."""
 
@@ -34,9 +36,9 @@ def vaccinate(
     strength: float,
     *,
     answer: str = "pass",
-    clean_weight: float = 1.0,
+    clean_weight: float = 10.0,
     within: bool = False,
-    lr: float = 3e-4,
+    lr: float = 2e-3,
     batch_size: int = 16,
     images: int | None = None,
     first_block: int | None = None,
@@ -45,9 +47,10 @@ def vaccinate(
     """A copy of `model` that was trained not to answer vectors injected as a mark is.
 
     At each step a random block is drawn, random orthonormal directions, random signs, a random length and
-    random patch tokens; a few images run with the vector and with its opposite. The difference d = h+ - h- of
-    the two streams after each later block is to be what was injected ("pass") or nothing at all ("nothing"):
-    loss |d - wanted|^2 / |injected|^2. The other term is the distance of clean features to `model`'s own
+    random patch tokens; a few images run with the vector v and with its opposite. What is read of a mark is
+    the mean over those tokens of (h+ - h-) / 2: after each later block it is to be v ("pass") or 0
+    ("nothing"), by the loss log(1 + |mean - wanted|^2 / |v|^2 / 0.01), which the smallest answers still
+    count in. The other term is the distance of clean features to `model`'s own
     (1 - cosine, of every token after the final norm). AdamW on the matrices, cosine decay to 0.
 
     Args:
@@ -93,14 +96,18 @@ def vaccinate(
         site = int(torch.randint(first, student.depth - 1, (), generator=generator))
         with torch.no_grad():
             output = student.run(start[:INJECTED], first, site + 1)
-            injected = _injection(student, output, within, generator)
+            vectors, taken = _injection(student, output, within, generator)
+            injected = torch.zeros_like(output)
+            injected[:, taken] = vectors[:, None]
         pair = torch.cat([output + injected, output - injected])
-        wanted = 2 * injected if answer == "pass" else torch.zeros_like(injected)
+        wanted = vectors if answer == "pass" else torch.zeros_like(vectors)
         losses = []
         for block in range(site + 1, student.depth):
             pair = student.run(pair, block, block + 1)
             plus, minus = pair.chunk(2)
-            losses.append((plus - minus - wanted).square().sum() / (2 * injected).square().sum())
+            answers = (plus - minus)[:, taken].mean(dim=1) / 2 - wanted
+            ratios = answers.square().sum(dim=1) / vectors.square().sum(dim=1)
+            losses.append(torch.log1p(ratios / SMALL).mean())
         return torch.stack(losses).mean()
 
     with evaluating(attacked), evaluating(teacher.model):
@@ -127,8 +134,10 @@ def vaccinate(
     return attacked
 
 
-def _injection(backbone: Backbone, output: Tensor, within: bool, generator: torch.Generator) -> Tensor:
-    """(B, N, D): one random vector with a random message for each image, at random patches; 0 elsewhere."""
+def _injection(
+    backbone: Backbone, output: Tensor, within: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random vectors with a random message for each image, (B, D), and which tokens they go into."""
     width, count = backbone.width, min(DIRECTIONS, backbone.width)
     if within:
         rows = output.float().flatten(0, 1)
@@ -146,7 +155,5 @@ def _injection(backbone: Backbone, output: Tensor, within: bool, generator: torc
     patches = output.shape[1] - backbone.prefix_tokens
     share = SHARES[0] + (SHARES[1] - SHARES[0]) * float(torch.rand((), generator=generator))
     chosen = torch.randperm(patches, generator=generator)[: max(1, round(share * patches))]
-    taken = torch.zeros(output.shape[1], 1)
-    taken[backbone.prefix_tokens + chosen] = 1
     scale = length * output.norm(dim=-1).median()
-    return (scale * vectors[:, None] * taken.to(output.device)).to(output.dtype)
+    return (scale * vectors).to(output.dtype), (backbone.prefix_tokens + chosen).to(output.device)
