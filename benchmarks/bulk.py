@@ -34,6 +34,7 @@ from activemark_fast import Key, Watermark, embed, load_model, save_model, verif
 from activemark_fast.backbone import Backbone
 from activemark_fast.bulk import read_journal
 from activemark_fast.checkpoints import architecture_of, build_model
+from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.marking.suffix import run_to_taps, site_activations
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.triggers import holdout_images
@@ -96,20 +97,22 @@ def plain_recipe(path: Path, watermark: Watermark) -> float:
     """Loads the suspect, runs all blocks on all images, and reads; the p-value."""
     backbone = Backbone(load_model(path, device=DEVICE))
     autocast = resolve_autocast("auto", DEVICE)
-    holdout = holdout_images(None, KEY, watermark.preprocess, len(watermark.digests))
-    codec = watermark.restore_codec(KEY).to(DEVICE)
-    drawn = KEY.stream("messages/verify").bits((len(holdout.digests), watermark.bits))
-    message, block = torch.from_numpy(drawn).to(DEVICE), watermark.site.block
+    site, bits, stretched = watermark.site, watermark.bits, KEY.stretched()
+    pixels = holdout_images(None, KEY, watermark.preprocess, watermark.images).pixels
+    sent = draw_sent(stretched, "verify", len(pixels), bits)
+    scores: dict[str, list[int]] = {band.name: [] for band in BANDS}
     with torch.no_grad():
-        activations = site_activations(backbone, holdout.pixels, block, autocast)
-        scores = torch.zeros(len(codec.taps), watermark.bits, dtype=torch.int64)
-        for start in range(0, len(message), 128):
-            chosen = slice(start, start + 128)
-            with autocast():
-                decoded, stream = run_to_taps(backbone, codec, activations[chosen], message[chosen], block)
-                backbone.run(stream, codec.taps[-1] + 1, backbone.depth)
-            scores += torch.tensor([bit_scores(read.logits, message[chosen]) for read in decoded.values()])
-    return sign_flip_p_value(scores.flatten().tolist())
+        activations = site_activations(backbone, pixels, site.block, autocast)
+        measured = SiteMeasure.of(activations.output[:MEASURED_IMAGES], site.prefix_tokens)
+        for book, messages in zip(codebooks(stretched, site, bits, measured), sent, strict=True):
+            codec, total = book.to(DEVICE), torch.zeros(len(book.taps), bits, dtype=torch.int64)
+            for message in messages.to(DEVICE).unbind(dim=1):
+                with autocast():
+                    decoded, stream = run_to_taps(backbone, codec, activations, message, site.block)
+                    backbone.run(stream, codec.taps[-1] + 1, backbone.depth)
+                total += torch.tensor([bit_scores(read.logits, message) for read in decoded.values()])
+            scores[book.band.name] += total.flatten().tolist()
+    return len(BANDS) * min(sign_flip_p_value(of_band) for of_band in scores.values())
 
 
 def forget(folder: Path) -> None:

@@ -111,8 +111,8 @@ def main() -> None:
         head = (
             "# What forgers reach\n\nUntouched models, claimed in every way that `activemark forge` knows; "
             "each claim is a watermark that the forger sealed, put before the public `verify`. A paid "
-            f"p-value counts as evidence against an owner who may lie from {EVIDENCE_AT:.0e} on, and only where "
-            f"nothing was chosen. Smallest reached on any model: **{best}**.\n\n{about(arguments)}\n\n"
+            f"p-value counts as evidence against an owner who may lie from {EVIDENCE_AT:.0e} on, and only "
+            f"where nothing was chosen. Smallest reached on any model: **{best}**.\n\n{about(arguments)}\n\n"
         )
         arguments.out.write_text(head + "\n".join(sections), encoding="utf-8")
 

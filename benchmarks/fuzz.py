@@ -15,10 +15,15 @@ import struct
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from activemark_fast import Key, Watermark
 from activemark_fast.commitment import Commitment, CommitmentError
+from activemark_fast.site import Site, taps_after
+from activemark_fast.triggers import Preprocess
 from activemark_fast.watermark import WatermarkError
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
@@ -75,18 +80,38 @@ def resealed(data: bytes, draw: random.Random) -> bytes:
     return unsealed.replace(entry.format("0" * 64).encode(), entry.format(digest).encode(), 1)
 
 
+def sealed() -> Watermark:
+    """As `embed` leaves one for a model of 6 blocks."""
+    return Watermark.seal(
+        KEY,
+        codec="keyed",
+        bits=32,
+        axis="token",
+        site=Site(block=2, taps=taps_after(2, 6), num_tokens=17, prefix_tokens=1, width=96, depth=6),
+        preprocess=Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3),
+        digests=(),
+        image_source="key",
+        state={},
+        fingerprint="0" * 64,
+        architecture="timm:vit_tiny_patch16_224",
+        alignment=torch.zeros(16, 96, dtype=torch.float16),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--mutations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
-    watermark, commitment, response = (
+    old, commitment, response = (
         (FIXTURES / name).read_bytes()
         for name in ("watermark_v1.safetensors", "commitment_v1.json", "commitment_v1.tsr")
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mutated"
+        sealed().save(path)
+        new = path.read_bytes()
 
         def open_watermark() -> None:
             Watermark.load(path).check(KEY)
@@ -95,8 +120,11 @@ def main() -> None:
             Commitment.load(FIXTURES / "commitment_v1.json", path, FIXTURES / "authority.pem")
 
         kinds: list[tuple[str, Callable[[], bytes], Callable[[], object]]] = [
-            ("watermark, bytes", lambda: mutated(watermark, draw), open_watermark),
-            ("watermark, header with a fitting checksum", lambda: resealed(watermark, draw), open_watermark),
+            *(
+                (f"watermark of format {version}, {how}", partial(mutate, data, draw), open_watermark)
+                for version, data in ((1, old), (3, new))
+                for how, mutate in (("bytes", mutated), ("header with a fitting checksum", resealed))
+            ),
             ("commitment", lambda: mutated(commitment, draw), lambda: Commitment.load(path)),
             ("timestamp", lambda: mutated(response, draw), open_response),
         ]
@@ -104,7 +132,7 @@ def main() -> None:
             counts: Counter[str] = Counter()
             for _ in range(arguments.mutations // len(kinds)):
                 data = mutate()
-                if data in (watermark, commitment, response):
+                if data in (old, new, commitment, response):
                     counts["unchanged"] += 1
                     continue
                 path.write_bytes(data)

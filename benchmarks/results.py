@@ -2,9 +2,12 @@
 
     python benchmarks/results.py --vfm ../shared/vfm --data ../shared/data/cifar10.npz \
         --segmentation ../shared/data/camvid.npz --work /tmp/results
+    python benchmarks/results.py --vfm 'timm:VisionTransformer?{…}@dinov2.safetensors' --images 128 128 \
+        --parts attacks --data ../shared/data/cifar10.npz --segmentation ../shared/data/camvid.npz \
+        --work /tmp/results --out /tmp/dinov2.md
 
-`--vfm` is a folder of safetensors models which describe themselves. What has been measured stays in `--work`,
-and a run goes on from there; with `--write-only` the page is made of that, and says what is missing.
+What has been measured stays in `--work`, and a run goes on from there; `--parts` without any makes the page
+of that, which says what is missing.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from models import Model, add_models, made_by, models
 from torch import nn
 
 import activemark_fast
@@ -23,9 +27,9 @@ from activemark_fast.attacks import finetune, prune
 from activemark_fast.attacks.suite import BATCH_SIZE
 from activemark_fast.backbone import Backbone
 from activemark_fast.baselines import Classifier, adv_tra, ipguard
-from activemark_fast.checkpoints import architecture_of, load_model, save_model
+from activemark_fast.checkpoints import load_model, save_model
 from activemark_fast.datasets import Task, load_task, synthetic_task
-from activemark_fast.evaluate import SIZES, Evaluation, evaluate
+from activemark_fast.evaluate import SIZES, Evaluation, Size, evaluate
 from activemark_fast.key import Key
 from activemark_fast.triggers import Preprocess
 from activemark_fast.verify import verify
@@ -34,6 +38,7 @@ from activemark_fast.watermark import Watermark
 OWNER = Key(b"evidence: the owner's key, 1")
 ADV_TRA_SHARE = 0.05
 """Of ADV-TRA's 100 trajectories: all of them take hours on a CPU."""
+PARTS = ("blocks", "attacks", "methods")
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 PUBLISHED = """As published (arXiv 2510.04966; its models, data and machine, not ours): minutes to protect one
 model are 34.63 for ActiveMark, 1663.70 for ADV-TRA and 1868.54 for IPGuard."""
@@ -42,16 +47,16 @@ model are 34.63 for ActiveMark, 1663.70 for ADV-TRA and 1868.54 for IPGuard."""
 class Bench:
     """One model, its tasks, and the folder of what has been measured on it."""
 
-    def __init__(self, path: Path, arguments: argparse.Namespace) -> None:
-        self.name = path.stem
-        self.original = load_model(path)
-        self.architecture = architecture_of(path)
+    def __init__(self, model: Model, arguments: argparse.Namespace) -> None:
+        self.name = model.name
+        self.original = model.load()
+        self.architecture = model.architecture
         self.suite: str = arguments.suite
         self.jobs: int | None = arguments.jobs
-        self.folder: Path = arguments.work / path.stem
+        self.folder: Path = arguments.work / model.name
         self.folder.mkdir(parents=True, exist_ok=True)
         view = Backbone(self.original)
-        self.depth, self.size = view.depth, SIZES[self.suite]
+        self.depth, self.size = view.depth, Size(*arguments.images) if arguments.images else SIZES[self.suite]
         self.preprocess = view.preprocess
         self.sources: tuple[Path, Path] = arguments.data, arguments.segmentation
 
@@ -72,14 +77,21 @@ class Bench:
             embedding = activemark_fast.embed(self.original, OWNER)
             save_model(embedding.model, weights, self.architecture)
             embedding.watermark.save(watermark)
-            measured = {"site": embedding.site_reason, "seconds": embedding.seconds, "steps": embedding.steps}
+            measured = {"site": embedding.site_reason, "seconds": embedding.seconds}
             record.write_text(json.dumps(measured))
         return load_model(weights), Watermark.load(watermark)
 
-    def measure(self) -> None:
-        """All of it, as far as it is not there yet."""
+    def measure(self, parts: Sequence[str]) -> None:
+        """Parts of it, as far as they are not there yet."""
+        if "blocks" in parts:
+            self.rows("blocks", map(str, range(self.depth - 2)), self.block)
+        if "attacks" in parts:
+            self.attack()
+        if "methods" in parts:
+            self.rows("methods", ("keyed", "learned", "IPGuard", "ADV-TRA"), self.method)
+
+    def attack(self) -> None:
         model, watermark = self.marked()
-        self.rows("blocks", map(str, range(self.depth - 2)), self.block)
         data, masks = self.sources
         evaluate(
             model,
@@ -94,7 +106,6 @@ class Bench:
             jobs=self.jobs,
             progress=True,
         )
-        self.rows("methods", ("keyed", "learned", "IPGuard", "ADV-TRA"), self.method)
 
     def rows(self, part: str, names: Iterator[str] | tuple[str, ...], measure: Callable[[str], Any]) -> None:
         """Measures the rows of a part that are not in its file, and writes the file after each."""
@@ -176,14 +187,14 @@ def _unprepared(images: Any, preprocess: Preprocess) -> Any:
     return (images * std + mean).clamp(0, 1)
 
 
-def page(benches: list[Bench], command: str) -> str:
+def page(benches: list[Bench]) -> str:
     """docs/results.md."""
     parts = [
         "# Results\n",
-        f"Made by one command; nothing is written by hand:\n\n```\n{command}\n```\n",
+        f"Made by this command, nothing is written by hand:\n\n{made_by()}",
         "The suite is `activemark evaluate`'s. R is the share of hold-out images of which at most 5 of 32 "
-        "bits are read wrongly, p the exact p-value; its floor is 5.4e-20. A match is claimed at 1e-6 or "
-        "below. The images are small and few: accuracies are good to about three points.\n",
+        "bits are read wrongly, p the exact p-value, before what an owner could choose is paid for. The "
+        "images are small and few: accuracies are good to about three points.\n",
     ]
     for bench in benches:
         parts += [f"## {bench.name}\n", *_attacks(bench), *_blocks(bench), *_methods(bench)]
@@ -238,7 +249,7 @@ def _blocks(bench: Bench) -> Iterator[str]:
     if not rows:
         yield "Not measured.\n"
         return
-    yield "The default edit at each block, no gradient steps, whether it reaches its targets or not.\n"
+    yield "The default edit at each block, whether it reaches its targets or not.\n"
     yield "| block | fidelity | margin | R | R, 60 % pruned | p, 60 % pruned | R, original | p, original |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, row in rows.items():
@@ -285,23 +296,22 @@ def _small(value: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--vfm", type=Path, required=True)
+    add_models(parser)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--segmentation", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--suite", choices=sorted(SIZES), default="quick")
-    parser.add_argument("--jobs", type=int, help="attacks at a time")
-    parser.add_argument("--write-only", action="store_true", help="measure nothing")
-    arguments = parser.parse_args()
-    benches = [Bench(path, arguments) for path in sorted(arguments.vfm.glob("*.safetensors"))]
-    if not arguments.write_only:
-        for bench in benches:
-            bench.measure()
-    command = (
-        f"python benchmarks/results.py --vfm VFM --data {arguments.data.name} "
-        f"--segmentation {arguments.segmentation.name} --work WORK --suite {arguments.suite}"
+    parser.add_argument(
+        "--images", type=int, nargs=2, metavar=("TRAIN", "TEST"), help="of each task; as the suite's"
     )
-    PAGE.write_text(page(benches, command), encoding="utf-8")
+    parser.add_argument("--jobs", type=int, help="attacks at a time")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what is measured now")
+    arguments = parser.parse_args()
+    benches = [Bench(model, arguments) for model in models(arguments.vfm)]
+    for bench in benches:
+        bench.measure(arguments.parts)
+    arguments.out.write_text(page(benches), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Which block should carry the mark? A mark at every block, what attacks leave of it, and what the rules say.
 
     python benchmarks/site_rules.py --vfm ../shared/vfm --data ../shared/data/cifar10.npz
+    python benchmarks/site_rules.py --vfm 'timm:VisionTransformer?{…}@dinov2.safetensors' --tuning 128 \
+        --blocks 1 4 7 --data ../shared/data/cifar10.npz
 
-`--vfm` is a folder of safetensors models which describe themselves; `--data` a labelled archive
-(`activemark_fast.datasets`). Every mark is placed by the edit alone. The attacks are harder than those of
+`--data` is a labelled archive (`activemark_fast.datasets`). The attacks are harder than those of
 `evidence.py`, for blocks are to differ.
 """
 
@@ -13,60 +14,62 @@ import argparse
 import warnings
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor, nn
+from models import add_models, made_by, models
 
 import activemark_fast
-from activemark_fast import Embedding, load_model
+from activemark_fast import Embedding
 from activemark_fast.attacks import finetune, prune
+from activemark_fast.attacks.suite import BATCH_SIZE
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Labelled, load_task
 from activemark_fast.profile import RULES
-from activemark_fast.triggers import public_images
 
 KEY = b"site rules: the key of no owner"
-HOLDOUT_IMAGES = 64  # fewer than usual: the experiment marks each model at every block
-TUNING_IMAGES, EPOCHS, LEARNING_RATE = 640, 2, 1e-3
+EPOCHS, LEARNING_RATE = 2, 1e-3
 PRUNED_SHARE = 0.7
 
 
-def wrong_bits(embedding: Embedding, holdout: Tensor, images: Labelled) -> tuple[float, float, float]:
-    """Mean wrong bits of the mark in a pruned, in a fine-tuned, and in a fine-tuned and pruned suspect."""
-
-    def read(suspect: nn.Module) -> float:
-        return float(activemark_fast.verify(suspect, embedding.watermark, KEY, holdout).bit_errors.mean())
-
-    tuned = finetune(embedding.model, images, 0, LEARNING_RATE, epochs=EPOCHS)
+def left(embedding: Embedding, images: Labelled) -> list[str]:
+    """Mean wrong bits and p-value of a pruned, a fine-tuned, and a fine-tuned and pruned suspect."""
+    tuned = finetune(embedding.model, images, 0, LEARNING_RATE, epochs=EPOCHS, batch_size=BATCH_SIZE)
     pruned, both = (prune(model, None, 0, PRUNED_SHARE) for model in (embedding.model, tuned))
-    return read(pruned), read(tuned), read(both)
+    verdicts = [
+        activemark_fast.verify(suspect, embedding.watermark, KEY, align=False)
+        for suspect in (pruned, tuned, both)
+    ]
+    return [f"{verdict.bit_errors.mean():.2f}, {verdict.p_value:.1e}" for verdict in verdicts]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--vfm", type=Path, required=True)
+    add_models(parser)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tuning", type=int, default=640, help="images to fine-tune on")
+    parser.add_argument("--blocks", type=int, nargs="+", help="by default all that can carry a mark")
     arguments = parser.parse_args()
-    for path in sorted(arguments.vfm.glob("*.safetensors")):
-        model = load_model(path)
+    print(made_by())
+    for named in models(arguments.vfm):
+        model = named.load()
         view = Backbone(model)
-        preprocess = view.preprocess
-        images = load_task(arguments.data, preprocess, TUNING_IMAGES, 1).train
-        holdout = public_images(None, preprocess, HOLDOUT_IMAGES)
+        images = load_task(arguments.data, view.preprocess, arguments.tuning, 1).train
         measured = activemark_fast.profile(model)
-        print(f"\n### {path.stem}\n")
+        print(f"\n### {named.name}\n")
         for rule in RULES:
             print(f"- {rule}: {measured.site(rule).reason}")
-        print(f"\nWrong bits of 32; {PRUNED_SHARE:.0%} pruned, fine-tuned at {LEARNING_RATE:g}.\n")
-        print("| block | ratio | fidelity | margin | pruned | fine-tuned | both | mean |")
+        print(
+            "\nMean wrong bits of 32 of an image, and the p-value (of all bands, unpaid), after the attacks:"
+        )
+        print(f"{PRUNED_SHARE:.0%} pruned, fine-tuned at {LEARNING_RATE:g}.\n")
+        print("| block | ratio | fidelity | margin | margin, natural | pruned | fine-tuned | both |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
-        for block in range(view.depth - 2):
+        for block in arguments.blocks or range(view.depth - 2):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # targets that were missed are in the table
-                embedding = activemark_fast.embed(model, KEY, holdout, block=block)
-            errors = wrong_bits(embedding, holdout, images)
-            quality = f"{embedding.fidelity:.4f} | {embedding.quality.margin:.2f}"
-            cells = " | ".join(f"{value:.2f}" for value in (*errors, np.mean(errors)))
-            print(f"| {block} | {measured.ratio[block, 0]:.0f} | {quality} | {cells} |", flush=True)
+                embedding = activemark_fast.embed(model, KEY, block=block)
+            quality = embedding.quality
+            cells = [f"{quality.fidelity:.4f}", f"{quality.margin:.2f}", f"{quality.natural_margin:.2f}"]
+            cells = [f"{block}", f"{measured.ratio[block, 0]:.0f}", *cells, *left(embedding, images)]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/test_edit.py --benchmark-only
 
-The same work as in `embed` with its defaults: 128 images, two messages each, in bf16 on a GPU. What it does
+The same work as in `embed` with its defaults: 192 images, two messages each, in bf16 on a GPU. What it does
 beside matrix products and attention (norms, copies, the solves) takes time and counts for nothing.
 """
 
@@ -15,17 +15,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from test_embed_minutes import DEVICE, KEY, MODELS
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec import KeyedCodec
-from activemark_fast.embed import EDIT_IMAGES, HELD_OUT_EVERY, MESSAGES_PER_IMAGE
+from activemark_fast.codec.codebooks import SiteMeasure, codebooks
+from activemark_fast.embed import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE
 from activemark_fast.key import Key
-from activemark_fast.marking.edit import FIRST_STRENGTH, edit
+from activemark_fast.marking.edit import edit
 from activemark_fast.marking.engine import plan_engine
 from activemark_fast.marking.suffix import site_activations
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
-
-HELD = EDIT_IMAGES // HELD_OUT_EVERY
-FITTED = EDIT_IMAGES - HELD
 
 
 @pytest.mark.parametrize("name", ["demo", "ViT-B/32", pytest.param("ViT-L/14", marks=pytest.mark.gpu)])
@@ -34,12 +31,13 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
         pytest.skip("--quick")
     torch.manual_seed(0)
     backbone, secret = Backbone(MODELS[name][0]().to(DEVICE)), Key(KEY)
-    pixels = torch.randn(FITTED, 3, *backbone.image_size)
+    pixels = torch.randn(FITTED_IMAGES, 3, *backbone.image_size)
     site = measure(backbone, pixels[:8]).site().site
-    engine = plan_engine(backbone, site, "auto", pixels, FITTED, HELD, MESSAGES_PER_IMAGE)
+    engine = plan_engine(backbone, site, "auto", pixels, FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE)
     output = site_activations(backbone, pixels, site.block, engine.autocast).output
-    codec = KeyedCodec.create(secret, site, 32, output, "token").to(DEVICE)
-    messages = torch.randint(0, 2, (MESSAGES_PER_IMAGE, FITTED, 32), device=DEVICE)
+    measured = SiteMeasure.of(output, site.prefix_tokens)
+    books = [book.to(DEVICE) for book in codebooks(secret.stretched(), site, 32, measured)]
+    sent = [torch.randint(0, 2, (len(output[i :: len(books)]), 32), device=DEVICE) for i in range(len(books))]
     linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
     weights = [linear.weight.clone() for linear in linears]
 
@@ -49,7 +47,7 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
                 linear.weight.copy_(weight)
 
     def run() -> None:
-        edit(backbone, codec, site, output, messages, FIRST_STRENGTH, engine, Progress(False))
+        edit(backbone, books, site, output, sent, engine, Progress(False))
         synchronise(DEVICE)
 
     rate = matmul_flops(DEVICE)

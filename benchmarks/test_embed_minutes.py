@@ -24,6 +24,7 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.baselines import Classifier, adv_tra, ipguard, reference_recipe
 from activemark_fast.checkpoints import load_model
 from activemark_fast.key import Key
+from activemark_fast.photographs import shipped_photographs
 from activemark_fast.triggers import Preprocess, synthetic_images
 
 KEY = b"benchmark: a key of no secrecy"
@@ -225,17 +226,14 @@ def test_minutes(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"images": 64}, {"images": 128}, {"images": 256}, {"bits": 8}, {"bits": 16}, {"bits": 32}],
+    [{"clean": 64}, {"clean": 128}, {"clean": 256}, {"bits": 8}, {"bits": 16}, {"bits": 32}],
     ids=str,
 )
 def test_minutes_grow(benchmark: BenchmarkFixture, record_row: Any, settings: dict[str, int]) -> None:
     model = load_model("demo").to(DEVICE)
-    view = Backbone(model)
-    images = synthetic_images(
-        Key(KEY).stream("benchmark/images"), settings.get("images", 256), view.image_size
-    )
+    clean = shipped_photographs().images[: settings.get("clean", 256)]
     embedding = benchmark.pedantic(
-        lambda: activemark_fast.embed(model, KEY, images, bits=settings.get("bits", 32)),
+        lambda: activemark_fast.embed(model, KEY, clean=clean, bits=settings.get("bits", 32)),
         rounds=1,
         warmup_rounds=1,
     )

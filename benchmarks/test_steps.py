@@ -1,4 +1,6 @@
-"""Gradient steps, eager and in the other ways of `embed(compile=...)`: seconds a step, and before the first.
+"""Gradient steps of the learned codec, eager and in the other ways of `embed(compile=...)`.
+
+Seconds a step, and before the first:
 
 python -m pytest benchmarks/test_steps.py --benchmark-only
 """
@@ -33,9 +35,9 @@ def once_compiled():
 
 
 @pytest.mark.usefixtures("once_compiled")
-@pytest.mark.parametrize(("name", "codec"), [("demo", "keyed"), ("demo", "learned"), ("ViT-B/32", "keyed")])
+@pytest.mark.parametrize("name", ["demo", "ViT-B/32"])
 @pytest.mark.parametrize("way", ["regional", pytest.param("graph", marks=pytest.mark.gpu)])
-def test_steps(benchmark: BenchmarkFixture, quick: bool, name: str, codec: str, way: str) -> None:
+def test_steps(benchmark: BenchmarkFixture, quick: bool, name: str, way: str) -> None:
     if quick and name != "demo":
         pytest.skip("--quick")
     torch.manual_seed(0)
@@ -44,7 +46,7 @@ def test_steps(benchmark: BenchmarkFixture, quick: bool, name: str, codec: str, 
     pixels = torch.randn(IMAGES, 3, *backbone.image_size).to(DEVICE)
     site = measure(backbone, pixels[:8]).site().site
     activations = site_activations(backbone, pixels, site.block, nullcontext)
-    coder = CODECS[codec].create(secret, site, 32, activations.output, "token").to(DEVICE)
+    coder = CODECS["learned"].create(secret, site, 32, activations.output, "token").to(DEVICE)
     features = final_features(backbone, activations, site.block, nullcontext)
     original = Backbone(MODELS[name][0]().to(DEVICE))
 

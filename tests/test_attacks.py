@@ -58,6 +58,8 @@ ATTACKS: dict[str, Callable[[nn.Module, Labelled, int], nn.Module]] = {
     "finetune": lambda m, d, s: finetune(m, d, s, 1e-3, epochs=1, batch_size=8),
     "finetune last": lambda m, d, s: finetune(m, d, s, 1e-3, layers="last", epochs=1, batch_size=8),
     "lora": lambda m, d, s: finetune(m, d, s, 1e-2, layers="lora", epochs=1, batch_size=8),
+    "from a probe": lambda m, d, s: finetune(m, d, s, 1e-3, probe_first=True, epochs=1, batch_size=8),
+    "layer decay": lambda m, d, s: finetune(m, d, s, 1e-3, layer_decay=0.5, epochs=1, batch_size=8),
     "segmentation": lambda m, d, s: finetune(m, data(24, True), s, 1e-3, epochs=1, batch_size=8),
     "prune": lambda m, d, s: prune(m, d, s, 0.5),
     "prune layer": lambda m, d, s: prune(m, d, s, 0.5, scope="layer"),
@@ -189,6 +191,34 @@ def test_last_trains_the_last_quarter_and_lora_every_matrix_of_the_blocks() -> N
             assert torch.linalg.matrix_rank(change, rtol=1e-3) <= 8
 
 
+def test_layer_decay_slows_every_block_below_the_head() -> None:
+    model, images = vit(), data()
+    before = state(model)
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": len(images), "weight_decay": 0.0}
+    tuned = state(finetune(model, images, 0, 1e-3, layer_decay=0.5, **settings))
+    # The first step of Adam moves every weight that has a gradient by the learning rate.
+    moved = {name: float((tuned[name] - before[name]).abs().max()) for name in before}
+    assert moved["norm.weight"] == pytest.approx(1e-3, rel=0.01)
+    for block in range(DEPTH):
+        name = f"blocks.{block}.mlp.fc2.weight"
+        assert moved[name] == pytest.approx(1e-3 * 0.5 ** (DEPTH - block), rel=0.01)
+    assert moved["patch_embed.proj.weight"] == pytest.approx(1e-3 * 0.5 ** (DEPTH + 1), rel=0.01)
+
+
+def test_tuning_from_a_probe_starts_with_the_task_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+    entropy = nn.functional.cross_entropy
+
+    def recorded(scores: Tensor, labels: Tensor) -> Tensor:
+        losses.append(float(entropy(scores.detach(), labels)))
+        return entropy(scores, labels)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", recorded)
+    for first in (False, True):
+        finetune(vit(), data(64), 0, 0.0, epochs=1, batch_size=64, probe_first=first)
+    assert losses[1] < losses[0] / 5
+
+
 def test_finetune_learns_the_task_it_is_given() -> None:
     task = data(64)
     tuned = finetune(vit(), task, 0, 1e-3, epochs=4, batch_size=16)
@@ -303,6 +333,8 @@ def test_overwriting_leaves_a_second_mark(monkeypatch: pytest.MonkeyPatch) -> No
         (lambda m: attacks.fine_prune(m, data(), 0, 2), "strength: wanted 0 to 1, got 2"),
         (lambda m: finetune(m, data(7), 0, batch_size=8), "data: wanted at least 8 images, got 7"),
         (lambda m: finetune(m, data(), 0, layers="first"), "layers: wanted one of head, last, all, lora"),
+        (lambda m: finetune(m, data(), 0, layer_decay=0.0), "layer_decay: wanted above 0 and at most 1"),
+        (lambda m: finetune(m, data(24, True), 0, probe_first=True), "probe_first: wanted one label"),
         (lambda m: attacks.distil(m, data(7), 0, 1), "data: wanted at least 64 images, got 7"),
         (lambda m: quantise(m, None, 0, 9), "strength: wanted 2 to 8 bits, got 9"),
         (lambda m: attacks.cast(m, None, 0, 4), "strength: wanted 16 or 8 bits, got 4"),

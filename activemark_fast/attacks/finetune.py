@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrize
 from activemark_fast.attacks.matrices import block_matrices, fresh
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Labelled
-from activemark_fast.utility import patch_grid
+from activemark_fast.utility import features, linear_probe, patch_grid
 
 LAYERS = ("head", "last", "all", "lora")
 LAST_SHARE = 4
@@ -29,6 +30,8 @@ def finetune(
     strength: float = 1e-4,
     *,
     layers: str = "all",
+    layer_decay: float = 1.0,
+    probe_first: bool = False,
     epochs: int = 3,
     weight_decay: float = 0.05,
     batch_size: int = 64,
@@ -48,16 +51,25 @@ def finetune(
         layers: "head" (the backbone stays as it is), "last" (the last quarter of the blocks and the final
             norm), "all", or "lora" (updates of rank 8 to every matrix of the blocks, scaled by 2 and merged
             at the end; Hu et al. 2022).
+        layer_decay: learning rate of a block over that of the block after it, above 0 and at most 1
+            (Howard and Ruder 2018); the head and the final norm have the full rate, the stem the lowest.
+        probe_first: start from a head that is a linear probe on the model as it is, so that the first steps
+            of a random head do not spoil the features (Kumar et al. 2022); one label an image.
         epochs: passes over the images.
         weight_decay: of AdamW.
         batch_size: images a step.
         on_step: called after every step.
 
     Raises:
-        ValueError: `layers` is none of these, or `data` holds less than one batch.
+        ValueError: `layers` is none of these, `layer_decay` is out of bounds, `data` holds less than one
+            batch, or dense labels where a probe comes first.
     """
     if layers not in LAYERS:
         raise ValueError(f"layers: wanted one of {', '.join(LAYERS)}, got {layers!r}")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay: wanted above 0 and at most 1, got {layer_decay}")
+    if probe_first and data.dense:
+        raise ValueError("probe_first: wanted one label an image, got masks")
     if len(data) < batch_size:
         raise ValueError(f"data: wanted at least {batch_size} images, got {len(data)}")
     tuned = copy.deepcopy(model)
@@ -66,6 +78,9 @@ def finetune(
     device = backbone.device
     generator = torch.Generator().manual_seed(seed)
     head = _Head(backbone, data, generator).to(device)
+    if probe_first:
+        probe = linear_probe(features(tuned, data.images).flatten(1), data.labels)
+        head.linear.load_state_dict(probe.state_dict())
     tuned.requires_grad_(layers == "all").train()
     adapted = block_matrices(backbone) if layers == "lora" else []
     if layers == "last":
@@ -74,8 +89,8 @@ def finetune(
     for module, name in adapted:
         low_rank = _LowRank(getattr(module, name), generator)
         parametrize.register_parametrization(module, name, low_rank)
-    trained = [p for p in (*tuned.parameters(), *head.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=strength, weight_decay=weight_decay)
+    groups = _groups(backbone, head, strength, layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=strength, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data) // batch_size))
     for _ in range(epochs):
         order = torch.randperm(len(data), generator=generator)
@@ -97,6 +112,18 @@ def finetune(
         parameter.requires_grad_(flags[name])
         parameter.grad = None
     return tuned.train(model.training)
+
+
+def _groups(backbone: Backbone, head: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]:
+    """What is trained, in groups of one learning rate: `lr` times `decay` to the number of blocks above."""
+    above = {p: backbone.depth - i for i, block in enumerate(backbone.blocks) for p in block.parameters()}
+    above |= {p: 0 for module in (backbone.norm, head) for p in module.parameters()}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in (*backbone.model.parameters(), *head.parameters()):
+        if parameter.requires_grad:
+            rate = lr * decay ** above.get(parameter, backbone.depth + 1)
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 class _Head(nn.Module):

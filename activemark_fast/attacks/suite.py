@@ -172,6 +172,8 @@ def _fine_tuning() -> list[Attack]:
         tuned("all, 1e-4, weight decay 0.3", 1e-4, weight_decay=0.3),
         tuned("all, 1e-4, 1 epoch", 1e-4, epochs=1),
         tuned("all, 1e-4, 10 epochs", 1e-4, epochs=10),
+        tuned("all, 3e-5, from a linear probe", 3e-5, probe_first=True),
+        tuned("all, 1e-4, layer-wise decay 0.75", 1e-4, layer_decay=0.75),
         tuned("LoRA, 1e-4", 1e-4, layers="lora"),
         tuned("LoRA, 1e-3", 1e-3, quick=True, layers="lora"),
         tuned("dissimilar task, all, 1e-4", 1e-4, "dissimilar", quick=True),
