@@ -115,6 +115,8 @@ class Watermark:
 
     def _check_fields(self) -> None:
         """Raises WatermarkError for what no `embed` writes: whatever need not be chosen may not be."""
+        if type(self.version) is not int or not 1 <= self.version <= FORMAT_VERSION:
+            raise WatermarkError(f"version: wanted a format from 1 to {FORMAT_VERSION}, got {self.version!r}")
         if self.version < TWO_BANDS:
             return
         site, made = self.site, "no embed writes"

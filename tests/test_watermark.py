@@ -282,6 +282,8 @@ def test_hostile_headers(changes: dict[str, Any], data: bytes, folder: Path) -> 
         {"version": None},
         {"version": True},
         {"version": -1},
+        {"version": 2.5},
+        {"version": float("nan")},
         {"fingerprint": []},
         {"architecture": {"a": "\ud800"}},
         {"image_source": float("nan")},
