@@ -103,6 +103,7 @@ class Watermark:
         """Raises WatermarkError unless the watermark was made with `key`, and says what `embed` could say."""
         if not hmac.compare_digest(self.mac, key.mac("watermark", self._body())):
             raise WatermarkError("key: wanted the key this watermark was made with, got another one")
+        self._check_fields()
 
     def digest(self) -> bytes:
         """SHA-256 over all of it: every setting, the marked model's fingerprint, the MAC."""
@@ -111,7 +112,6 @@ class Watermark:
     def restore_codec(self, key: Key) -> Codec:
         """The codec, on the CPU."""
         return CODECS[self.codec].restore(key, self.site, self.bits, self.state, self.axis)
-        self._check_fields()
 
     def _check_fields(self) -> None:
         """Raises WatermarkError for what no `embed` writes: whatever need not be chosen may not be."""
