@@ -12,7 +12,7 @@ import torch
 from activemark_fast.forge.thief import Attempt, Thief
 from activemark_fast.site import taps_after
 from activemark_fast.triggers import MIN_IMAGES, Preprocess
-from activemark_fast.watermark import DEEPEST
+from activemark_fast.watermark import DEEPEST, FORMAT_VERSION
 
 CLOSE, OFF = 4e-4, 0.01
 """What is added to a normalisation: less than anybody would tell it from a published one by, and more."""
@@ -26,7 +26,7 @@ def fields(thief: Thief, deadline: float) -> list[Attempt]:
     it were not there, or to call it chosen. Which it does is the attempt's outcome; whether the p-value is
     that of the honest file is said, too.
     """
-    key = thief.key.subkey("fields")
+    key = thief.key.subkey("fields, one by one")
     started = thief.now()
     plain = thief.present(
         "fields", "none changed: the file that embed would write", 1, started, key, thief.seal(key)
@@ -35,7 +35,7 @@ def fields(thief: Thief, deadline: float) -> list[Attempt]:
     for name, changes in _changes(thief):
         started = thief.now()
         attempt = thief.present("fields", name, 1, started, key, thief.seal(key, **changes))
-        if attempt.p_value is not None and attempt.p_value == plain.p_value:
+        if attempt.p_value == plain.p_value and attempt.p_value is not None and not attempt.chosen:
             attempt = replace(attempt, said=f"{attempt.said}; the p-value is the honest file's")
         attempts.append(attempt)
         if thief.now() >= deadline:
@@ -68,6 +68,9 @@ def _changes(thief: Thief) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "image_source: none that there is", {"image_source": "elsewhere"}
     yield "bits: 9", {"bits": 9}
     yield "axis: channel", {"axis": "channel"}
+    yield "version: between two, with a scale", {"version": 2.5, "state": {"scale": torch.tensor(1e-3)}}
+    yield "version: not a number", {"version": math.nan}
+    yield "version: one that is to come", {"version": FORMAT_VERSION + 1}
     yield "site.block: the last", placed(block=site.depth - 1)
     yield "site.prefix_tokens: as many as there are tokens", placed(prefix_tokens=site.num_tokens)
     yield f"site.depth: {DEEPEST + 1}", placed(depth=DEEPEST + 1, taps=taps_after(site.block, DEEPEST + 1))
@@ -81,9 +84,6 @@ def _changes(thief: Thief) -> Iterator[tuple[str, dict[str, Any]]]:
     )
     yield "preprocess.mean: in the last digits", normalised(CLOSE)
     yield "preprocess.mean: a little off", normalised(OFF)
-    yield "version: 2.5", {"version": 2.5, "state": {"scale": torch.tensor(1.0)}}
-    yield "version: not a number", {"version": math.nan, "state": {"scale": torch.tensor(1.0)}}
-    yield "version: 3.5", {"version": 3.5}
     yield "fingerprint: another", {"fingerprint": "0" * 64}
     yield "architecture: any", {"architecture": "timm:vit_base_patch16_224"}
 

@@ -226,7 +226,7 @@ def own_alignment(thief: Thief, deadline: float) -> list[Attempt]:
         optimizer.step()
         steps += 1
         thief.bar.advance(1, loss=loss.item())
-        if float(scores.min()) > 1 - 1e-3:
+        if float(scores.detach().min()) > 1 - 1e-3:
             break
     sample = site_sample(thief.backbone, key, site, thief.preprocess, thief.autocast).double().cpu()
     watermark = thief.seal(key, alignment=(sample @ matrix().detach().T).half())

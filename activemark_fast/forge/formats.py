@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from activemark_fast.codec import KeyedCodec
-from activemark_fast.codec.codebooks import orthonormal
 from activemark_fast.codec.keyed import keyed_slots
 from activemark_fast.forge.jacobian import expected_scores, lead, mean_jacobian
 from activemark_fast.forge.thief import Attempt, Thief
@@ -27,7 +26,7 @@ ROOM = 0.8
 """Of the longest message for a model's width: what is left over is for channels to be called massive."""
 MOST_FLIPPED = 3
 """Channels that change at a step."""
-WARMTH = 0.03
+WARMTH = 0.01
 """How much worse a step may be at the start of the annealing; nothing at its end."""
 SCALES = (1.0, 0.3, 0.1, 0.03)
 """Lengths of the injected vector that are tried, over the usual one."""
@@ -90,39 +89,47 @@ def _climb(
     thief: Thief, key: Key, bits: int, jacobian: dict[int, Tensor], deadline: float
 ) -> tuple[Tensor, int]:
     """(D,) bool, the channels that are not called massive; and how many sets were tried."""
-    width, taps = thief.site.width, tuple(jacobian)
-    sets = 1 + len(taps)
+    width = thief.site.width
+    sets = 1 + len(jacobian)
     gaussian = torch.from_numpy(key.stream("directions").normal((sets * bits, width)))
-    fewest = 1 + sets * bits
+    rows = torch.cat([torch.ones(1, width, dtype=torch.float64), gaussian])
 
-    def worth(kept: Tensor) -> float:
-        # A row orthogonal to a channel is 0 there, so what is left is as if the channel were not.
-        rows = orthonormal(gaussian[:, kept], torch.ones(1, int(kept.sum()), dtype=torch.float64))
-        written, *read = rows.view(sets, bits, -1)
-        inner = [jacobian[tap][kept][:, kept] for tap in taps]
+    def worth(kept: Tensor, products: Tensor) -> float:
+        # Rows orthogonal to a channel are 0 there: what is left is made orthonormal, in order.
+        lower, failed = torch.linalg.cholesky_ex(products)
+        if int(failed):
+            return -math.inf
+        made = torch.linalg.solve_triangular(lower, rows * kept, upper=False)[1:]
+        written, *read = made.view(sets, bits, width)
         return float(
-            lead(torch.cat([expected_scores(written, r, j) for r, j in zip(read, inner, strict=True)]))
+            lead(
+                torch.cat(
+                    [expected_scores(written, r, j) for r, j in zip(read, jacobian.values(), strict=True)]
+                )
+            )
         )
 
     stream = thief.key.stream("climbing")
-    kept = torch.ones(width, dtype=torch.bool)
-    now = best = worth(kept)
+    kept, products = torch.ones(width, dtype=torch.float64), rows @ rows.T
+    now = best = worth(kept, products)
     found, tries, started = kept, 1, thief.now()
-    while thief.now() < deadline:
-        flipped = stream.integers(0, width, 1 + tries % MOST_FLIPPED)
+    while (left := deadline - thief.now()) > 0:
+        flipped = torch.from_numpy(stream.permutation(width)[: 1 + tries % MOST_FLIPPED])
         other = kept.clone()
-        other[flipped] = ~other[flipped]
-        if int(other.sum()) < fewest:
+        other[flipped] = 1 - other[flipped]
+        if int(other.sum()) < len(rows):
             continue
         tries += 1
-        left = max(0.0, (deadline - thief.now()) / max(deadline - started, 1e-9))
-        value = worth(other)
-        if value > now - WARMTH * left * float(-math.log(1 - stream.uniform(1)[0])):
-            kept, now = other, value
+        changed = rows[:, flipped]
+        others = products + (changed * (other - kept)[flipped]) @ changed.T
+        value = worth(other, others)
+        warmth = WARMTH * left / max(deadline - started, 1e-9)
+        if value > now + warmth * math.log(1 - stream.uniform(1)[0]):
+            kept, products, now = other, others, value
         if value > best:
             best, found = value, other
         thief.bar.advance(1, lead=best)
-    return found, tries
+    return found > 0, tries
 
 
 def _p_value(thief: Thief, key: Key, codec: KeyedCodec, site: Site, activations: SiteActivations) -> float:

@@ -12,6 +12,8 @@ from activemark_fast.site import Site
 
 COLUMNS = 64
 """Directions that are run at a time."""
+MOST_IMAGES = 16
+"""Images that each direction is run on, at most."""
 STEP = 0.3
 """Length of what is written, over the median length of a token less its mean."""
 
@@ -22,26 +24,26 @@ def mean_jacobian(
 ) -> tuple[dict[int, Tensor], int]:
     """What a vector that is written to all slots after the site becomes, in their mean, at each tap.
 
-    One pair of forward passes a direction, each on another image; then more of them while there is time.
+    One pair of forward passes a direction, each on another image; then on further ones while there is time.
 
     Args:
         thief: has the suspect.
         site: where to write, and the taps.
         slots: (S,) int64, tokens that are written to and read.
-        output: (n, N, D), what some images make of the stream at the site.
+        output: (n, N, D), what some images make of the stream at the site; the first 16 are used.
         deadline: until when to average; all directions are run at least once.
 
     Returns:
         For each tap J (D, D) float64 on the CPU, a row d at the site becoming d @ J; and how many pairs.
     """
-    width = site.width
+    width, output = site.width, output[:MOST_IMAGES]
     length = STEP * float((output - output.mean(dim=-1, keepdim=True))[:, slots].norm(dim=-1).median())
     sums = {tap: torch.zeros(width, width, dtype=torch.float64) for tap in site.taps}
     pairs = 0
-    while not pairs or thief.now() < deadline:
+    while not pairs or (pairs < width * len(output) and thief.now() < deadline):
         for start in range(0, width, COLUMNS):
             channels = torch.arange(start, min(start + COLUMNS, width))
-            chosen = (channels + pairs // width * 7) % len(output)
+            chosen = (channels + pairs // width) % len(output)
             written = torch.zeros(len(channels), 1, width, dtype=output.dtype, device=output.device)
             written[torch.arange(len(channels)), 0, channels] = length
             streams = []
