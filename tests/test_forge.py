@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from tiny import vit
 from torch import nn
 
+from activemark_fast.checkpoints import save_model
+from activemark_fast.cli import main
 from activemark_fast.codec.codebooks import SiteMeasure, codebooks
 from activemark_fast.forge import Attempt, Forgery, Thief, Way, forge
 from activemark_fast.forge import play as play_module
@@ -240,6 +244,22 @@ def test_expected_scores() -> None:
 
 def test_the_evidence_threshold_is_stricter_than_a_match() -> None:
     assert EVIDENCE_AT < 1e-6
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(play_module, "WAYS", (Way(padded_keys, 1),))
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 4, "num_classes": 3}
+    path = tmp_path / "suspect.safetensors"
+    save_model(vit(depth=3), path, f"timm:VisionTransformer?{json.dumps(sizes)}")
+    assert main(["forge", str(path), "--minutes", "1", "--json", "--device", "cpu"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["suspect"] == str(path)
+    assert said["smallest_paid_p_value"] > 1e-6
+    assert [attempt["way"] for attempt in said["attempts"]] == ["padded keys"]
+    assert main(["forge", str(path), "--quiet", "--device", "cpu"]) == 0
+    assert "smallest paid p-value of 1 claims" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
