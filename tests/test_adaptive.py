@@ -443,8 +443,8 @@ def test_the_frontier_is_in_points_from_the_marked_model_and_is_drawn() -> None:
     FigureCanvasAgg(figure).draw()
     left, right = figure.axes
     curves = {line.get_label(): line for line in left.lines}
-    assert curves["loudest"].get_xdata() == pytest.approx([1, 5])
-    assert curves["loudest"].get_ydata() == pytest.approx([3, -math.log10(0.5)])
+    assert curves["loudest"].get_xdata() == pytest.approx([5, 1])
+    assert curves["loudest"].get_ydata() == pytest.approx([-math.log10(0.5), 3])
     assert [list(line.get_ydata()) for line in right.lines[:2]] == [[0.5], [0.5, 0.5]]
     with pytest.raises(ValueError, match="points: wanted at least one attack"):
         frontier_figure([])

@@ -22,7 +22,8 @@ def frontier_figure(points: Sequence[dict[str, Any]], alpha: float = 1e-6) -> Fi
     """p-value and detection rate against points of accuracy lost, one curve an attack.
 
     Args:
-        points: what `Evaluation.frontier` returns, or a part of it; a curve joins those of one family.
+        points: what `Evaluation.frontier` returns, or a part of it; a curve joins those of one family, in
+            their order.
         alpha: p-value from which on it is a match.
 
     Raises:
@@ -34,7 +35,7 @@ def frontier_figure(points: Sequence[dict[str, Any]], alpha: float = 1e-6) -> Fi
     left, right = figure.subplots(1, 2)
     colours, markers = cycle(_COLOURS), cycle(_MARKERS)
     for family in dict.fromkeys(point["family"] for point in points):
-        curve = sorted((p for p in points if p["family"] == family), key=lambda p: p["lost"])
+        curve = [p for p in points if p["family"] == family]
         read = [p for p in curve if p["p_value"] is not None]
         style: dict[str, Any] = {
             "color": next(colours),
