@@ -298,9 +298,7 @@ def _embedding(record: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _utility(
-    record: dict[str, Any], columns: tuple[str, ...], arguments: argparse.Namespace
-) -> Iterator[str]:
+def _utility(record: dict[str, Any], columns: tuple[str, ...]) -> Iterator[str]:
     yield "### What it costs\n"
     utility, cosines = _named(record, "utility"), _named(record, "cosine")
     rows = {f"no images given: {name}": row for name, row in cosines.items()}

@@ -55,6 +55,7 @@ class Bench:
         self.jobs: int | None = arguments.jobs
         self.folder: Path = arguments.work / model.name
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.commands = self.folder / "commands.md"
         view = Backbone(self.original)
         self.depth, self.size = view.depth, Size(*arguments.images) if arguments.images else SIZES[self.suite]
         self.preprocess = view.preprocess
@@ -83,6 +84,9 @@ class Bench:
 
     def measure(self, parts: Sequence[str]) -> None:
         """Parts of it, as far as they are not there yet."""
+        if parts:
+            with self.commands.open("a", encoding="utf-8") as file:
+                file.write(f"{made_by()}\n")
         if "blocks" in parts:
             self.rows("blocks", map(str, range(self.depth - 2)), self.block)
         if "attacks" in parts:
@@ -191,13 +195,14 @@ def page(benches: list[Bench]) -> str:
     """docs/results.md."""
     parts = [
         "# Results\n",
-        f"Made by this command, nothing is written by hand:\n\n{made_by()}",
-        "The suite is `activemark evaluate`'s. R is the share of hold-out images of which at most 5 of 32 "
-        "bits are read wrongly, p the exact p-value, before what an owner could choose is paid for. The "
-        "images are small and few: accuracies are good to about three points.\n",
+        "Made by the commands below, nothing is written by hand. The suite is `activemark evaluate`'s. R is "
+        "the share of hold-out images of which at most 5 of 32 bits are read wrongly, p the exact p-value, "
+        "before what an owner could choose is paid for. The images are small and few: accuracies are good to "
+        "about three points.\n",
     ]
     for bench in benches:
-        parts += [f"## {bench.name}\n", *_attacks(bench), *_blocks(bench), *_methods(bench)]
+        commands = bench.commands.read_text(encoding="utf-8") if bench.commands.exists() else ""
+        parts += [f"## {bench.name}\n", commands, *_attacks(bench), *_blocks(bench), *_methods(bench)]
     return "\n".join([*parts, "## Published figures\n", PUBLISHED, ""])
 
 
