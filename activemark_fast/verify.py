@@ -287,11 +287,11 @@ class Verifier:
             tries: of how many readings of one suspect the best is reported; the p-value pays for them.
         """
         prefix = [] if prefix is None else prefix
-        taps = tuple(tap for tap in self.watermark.site.taps if tap < depth)
+        read_at = self.watermark.site.taps if self._codec is None else self._codec.taps
+        taps = tuple(tap for tap in read_at if tap < depth)
         if not taps:
             return self.inconclusive(
-                f"the suspect has {depth} blocks, the mark is first read after "
-                f"{self.watermark.site.taps[0] + 1}"
+                f"the suspect has {depth} blocks, the mark is first read after {read_at[0] + 1}"
             )
         measured = None
         if self._codec is None:
@@ -299,9 +299,7 @@ class Verifier:
                 prefix.append(self._at_site(backbone, self._measured_pixels))
             measured = SiteMeasure.of(prefix[0].output, self.watermark.site.prefix_tokens)
             if not measured.usable:
-                return self._unreadable(
-                    backbone.model, "the suspect's activations are constant or not finite"
-                )
+                return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
         readings = []
         if self._align is not True:
             price = 1.0 if self._align is False else PLAIN_PRICE

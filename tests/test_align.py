@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from activemark_fast.align import _procrustes, best_explained, find_alignment, site_sample
 from activemark_fast.attacks import permute_inside, permute_residual, rotate_residual
 from activemark_fast.backbone import Backbone
+from activemark_fast.codec.codebooks import Codebook, codebooks
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
 from activemark_fast.site import Site
@@ -186,7 +187,10 @@ def test_a_scaled_residual_stream_hides_no_mark(marked: Embedding) -> None:
         for name, parameter in scaled.named_parameters():
             if name.startswith(("patch_embed", "pos_embed", "cls_token")) or "fc2" in name or ".proj" in name:
                 parameter *= 1000
-    assert check(scaled, marked, align=False).detection_rate < check(marked.model, marked).detection_rate
+    # Lengths are measured on the suspect, so nothing has to be undone.
+    plain = check(scaled, marked, align=False)
+    assert plain.decision == "match"
+    assert plain.detection_rate == pytest.approx(check(marked.model, marked).detection_rate, abs=0.1)
     found = check(scaled, marked, align=True)
     assert (found.decision, found.aligned) == ("match", "scaling")
 
@@ -227,16 +231,23 @@ def test_the_alignment_never_sees_the_signs_of_the_read_out(
     module = sys.modules["activemark_fast.verify"]  # the package has a function of that name
     monkeypatch.setattr(module, "sign_flip_p_value", record_scores)
     monkeypatch.setattr(module, "find_alignment", record_matrix)
-    signs = torch.randint(0, 2, (2, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    for flipped in (False, True):
-        verifier = Verifier(marked.watermark, KEY, images(), align=True)
-        if flipped:
-            for tap, sign in zip((3, 4), signs, strict=True):
-                verifier._codec.read_directions[tap] *= sign[:, None]  # type: ignore[union-attr]
-        verifier.judge(attack(vit(5), None, 3, 1))
+    signs = torch.randint(0, 2, (3, 2, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def flipped(*arguments: Any) -> list[Codebook]:
+        books = codebooks(*arguments)
+        for book, of_book in zip(books, signs, strict=True):
+            for tap, sign in zip((3, 4), of_book, strict=True):
+                book.read_directions[tap] *= sign[:, None]
+        return books
+
+    for makes in (codebooks, flipped):
+        monkeypatch.setattr(module, "codebooks", makes)
+        Verifier(marked.watermark, KEY, images(), align=True).judge(attack(vit(5), None, 3, 1))
     assert torch.equal(*matrices)
-    assert (torch.tensor(seen[0]) * signs.flatten()).tolist() == seen[1]
-    assert seen[0] != seen[1]
+    plain, turned = seen[:2], seen[2:]  # of the loud band, then of the natural one
+    assert (torch.tensor(plain[0]) * signs[0].flatten()).tolist() == turned[0]
+    assert (torch.tensor(plain[1]) * signs[1:].flatten()).tolist() == turned[1]
+    assert plain != turned
 
 
 @pytest.mark.parametrize(
@@ -261,7 +272,7 @@ def test_who_is_explained_by_no_map_is_let_go_early(
 def test_without_activations_to_align_with(marked: Embedding) -> None:
     fields = {f.name: getattr(marked.watermark, f.name) for f in dataclasses.fields(Watermark)}
     del fields["mac"]
-    old = Watermark.seal(KEY, **(fields | {"alignment": None, "version": 1}))
+    old = Watermark.seal(KEY, **(fields | {"alignment": None}))
     plain = check(marked.model, marked, align=False)
     assert verify(marked.model, old, KEY, images()).to_dict() == plain.to_dict()
     assert verify(rotate_residual(marked.model, None, 3, 1), old, KEY, images()).decision == "no match"

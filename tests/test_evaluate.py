@@ -59,7 +59,6 @@ class Marked:
 def small() -> Any:
     """Few attacks, on few images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("activemark_fast.embed"), "IMAGES", 64)
         patch.setattr(MODULE, "SIZES", dict.fromkeys(("quick", "full", "adaptive"), Size(64, 32)))
         patch.setattr(MODULE, "suite", lambda name, depth: [a for a in suite(name, depth) if a.name in SMALL])
         yield

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import html
-import importlib
 import json
 import re
 import shutil
@@ -268,7 +267,6 @@ def test_it_prints(tmp_path: Path) -> None:
 def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("activemark_fast.embed"), "IMAGES", 32)
     monkeypatch.chdir(tmp_path)
     original = vit(embed_dim=64, depth=5)
     key = Key(bytes(range(32)))

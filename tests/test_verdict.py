@@ -207,12 +207,19 @@ def opening(committed: bool = True, trusted: bool | None = None) -> Opening:
 
 
 def test_evidence_of_a_keyed_match() -> None:
-    assert KEYED.evidence == "a forger would try about 2e+19 keys"
+    told = "an owner who lies would have to try about 2e+19 keys, 3.2e+10 years of one processor core"
+    assert KEYED.evidence == told
+    assert replace(KEYED, alternatives={"block": 10, "bits": 32}).evidence == told.replace(
+        "2e+19", "6.2e+16"
+    ).replace("3.2e+10", "9.9e+07")
+    weak = replace(KEYED, p_value=1e-9)
+    assert weak.evidence is not None
+    assert weak.evidence.startswith("weak by itself: an owner who lies would have to try about 1e+09 keys")
     assert LEARNED.evidence is None
     assert UNREADABLE.evidence is None
     assert str(replace(KEYED, opening=opening())).count("committed, signed by abab") == 1
     dated = replace(KEYED, opening=opening(trusted=True))
-    assert dated.evidence == "a forger would try about 2e+19 keys, and before 2026-11-25T18:00:00+00:00"
+    assert dated.evidence == f"{told}; and the owner was bound to this key before 2026-11-25T18:00:00+00:00"
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def test_the_marked_model(keyed: Embedding) -> None:
     verdict = check(keyed.model, keyed)
     assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")
     assert verdict.p_value is not None
-    assert PLAIN_PRICE * 2.0**-64 <= verdict.p_value < 1e-17
+    assert PLAIN_PRICE * 2 * 2.0**-128 <= verdict.p_value < 1e-17  # two bands, the larger of 128 rows
+    assert verdict.p_value == pytest.approx(PLAIN_PRICE * 2 * min(verdict.bands.values()))
     assert verdict.images == COUNT
     assert (verdict.bits, verdict.tau, verdict.alpha) == (32, 5, 1e-6)
     assert verdict.bit_errors.mean() < 8  # chance is 16
@@ -122,7 +123,7 @@ def test_suspects_with_their_last_blocks_cut_off(depth: int, taps: int, keyed: E
     verdict = check(marked_copy(keyed, depth=depth), keyed)
     assert verdict.decision == "match"
     assert verdict.p_value is not None
-    assert PLAIN_PRICE * 2.0 ** (-32 * taps) <= verdict.p_value < 1e-8
+    assert PLAIN_PRICE * 2 * 2.0 ** (-64 * taps) <= verdict.p_value < 1e-8
     assert check(vit(depth=depth), keyed).decision == "no match"
 
 
@@ -336,7 +337,7 @@ def test_a_prefix_is_computed_once_and_only_as_far_as_needed(keyed: Embedding, s
     backbone = Backbone(copy.deepcopy(keyed.model))
     prefix: list[SiteActivations] = []
     first = sequential.read(backbone, backbone.depth, prefix)
-    assert [len(look) for look in prefix] == [8]
+    assert [len(look) for look in prefix] == [32, 8]  # the first tell how the tokens vary
     prefix[0].output.zero_()  # what is there is used
     assert sequential.read(backbone, backbone.depth, prefix).to_dict() != first.to_dict()
 

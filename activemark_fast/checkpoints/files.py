@@ -346,7 +346,7 @@ class Checkpoint:
             self._add_safetensors(opened, int.from_bytes(start[:8], "little"))
         elif start[:4] == b"PK\x03\x04" or start[:4] == b"PK\x05\x06":
             self._add_zip(opened)
-        elif start[:1] == b"\x80" and start[1] <= 5 and start[1:2] != b"":
+        elif start[:1] == b"\x80" and b"\0" <= start[1:2] <= b"\5":
             self._add_pickles(opened)
         else:
             for error, kinds in ((CheckpointError, _BROKEN_DOWNLOADS), (UnreadFormError, _OTHER_FORMS)):

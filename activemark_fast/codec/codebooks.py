@@ -86,12 +86,15 @@ class SiteMeasure:
             torch.finfo(tokens.dtype).tiny
         )
         seen = (seen - seen.mean(dim=0)).double()
-        return cls((seen.T @ seen / len(seen)).cpu(), float(spread))
+        covariance = (seen.T @ seen / len(seen)).cpu()
+        if float(spread) == 0 or not bool(covariance.any()):  # a dead model is read as if it were alive
+            return cls(torch.eye(len(covariance), dtype=torch.float64), 1.0)
+        return cls(covariance, float(spread))
 
     @property
     def usable(self) -> bool:
-        """Whether the tokens are finite and vary at all."""
-        return math.isfinite(self.spread) and self.spread > 0 and bool(torch.isfinite(self.covariance).all())
+        """Whether the tokens are finite."""
+        return math.isfinite(self.spread) and bool(torch.isfinite(self.covariance).all())
 
     def turned_back(self, matrix: Tensor) -> SiteMeasure:
         """As it would be of a model whose stream is h where this one's is h @ `matrix` (orthogonal)."""

@@ -110,10 +110,19 @@ def test_what_is_measured_turns_with_the_stream() -> None:
     assert moved.spread == pytest.approx(plain.spread, rel=0.05)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_tokens_that_do_not_vary_or_are_not_finite_are_of_no_use(value: float) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_tokens_that_are_not_finite_are_of_no_use(value: float) -> None:
     assert not SiteMeasure.of(torch.full((4, TOKENS, WIDTH), value), 1).usable
     assert SiteMeasure.of(activations(), 1).usable
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_tokens_that_do_not_vary_are_read_all_the_same(value: float) -> None:
+    dead = SiteMeasure.of(torch.full((4, TOKENS, WIDTH), value), 1)
+    assert dead.usable
+    for book in codebooks(KEY, SITE, BITS, dead):
+        assert bool(torch.isfinite(book.inject_directions).all())
+        assert float(book.scale) > 0
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8, 33])

@@ -26,7 +26,7 @@ def planned(precision: str = "fp32", images: int = 256, fitted: int = 192, messa
     pixels = torch.empty(images, 3, 32, 32)
     backbone = Backbone(vit())
     site = measure(backbone, torch.randn(4, 3, 32, 32)).site().site
-    return plan_engine(backbone, site, precision, pixels, fitted, 64, messages)
+    return plan_engine(backbone, site, precision, pixels.nbytes, fitted, 64, 32, messages)
 
 
 def test_the_plan_grows_with_what_it_has_to_hold() -> None:
