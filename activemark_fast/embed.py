@@ -17,6 +17,7 @@ from activemark_fast.align import site_sample
 from activemark_fast.backbone import Backbone, non_finite_tensor
 from activemark_fast.codec import CODECS, Codec, KeyedCodec
 from activemark_fast.codec.codebooks import (
+    BANDS,
     MEASURED_IMAGES,
     SiteMeasure,
     balanced_bits,
@@ -266,6 +267,7 @@ def embed(
             len(subject.fitted),
             len(natural.held),
             MEASURED_IMAGES,
+            sum(band.books for band in BANDS),
             MESSAGES_PER_IMAGE,
         )
         if codec == KeyedCodec.name:
@@ -432,7 +434,11 @@ def _train(
     def reached(step: int, loss: float) -> bool:
         nonlocal quality
         quality = check(reference)
-        figures = {name: value for name, value in asdict(quality).items() if name != "features"}
+        figures = {
+            name: value
+            for name, value in asdict(quality).items()
+            if name not in ("features", "natural_margin")
+        }
         history.append({"stage": "fine-tuning", "step": step, "loss": loss, **figures})
         bar.advance(CHECK_EVERY, loss=loss, bit_error=quality.bit_error, fidelity=quality.fidelity)
         return quality.reaches(settings.fidelity)

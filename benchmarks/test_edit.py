@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from test_embed_minutes import DEVICE, KEY, MODELS
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec.codebooks import SiteMeasure, codebooks
+from activemark_fast.codec.codebooks import MEASURED_IMAGES, SiteMeasure, codebooks
 from activemark_fast.embed import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import edit
@@ -33,7 +33,17 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
     backbone, secret = Backbone(MODELS[name][0]().to(DEVICE)), Key(KEY)
     pixels = torch.randn(FITTED_IMAGES, 3, *backbone.image_size)
     site = measure(backbone, pixels[:8]).site().site
-    engine = plan_engine(backbone, site, "auto", pixels, FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE)
+    engine = plan_engine(
+        backbone,
+        site,
+        "auto",
+        pixels.nbytes,
+        FITTED_IMAGES,
+        HELD_IMAGES,
+        MEASURED_IMAGES,
+        3,
+        MESSAGES_PER_IMAGE,
+    )
     output = site_activations(backbone, pixels, site.block, engine.autocast).output
     measured = SiteMeasure.of(output, site.prefix_tokens)
     books = [book.to(DEVICE) for book in codebooks(secret.stretched(), site, 32, measured)]

@@ -850,7 +850,7 @@ def test_commit_open_and_verify_with_a_commitment(
     assert opened.out.startswith(f"committed, signed by {written['public_key']}; by the owner's own word")
     verdict = run(*ready.verify_args(ready.marked, "--commitment", published, "--json")).record()
     assert verdict["commitment"]["committed"] is True
-    assert verdict["evidence"].startswith("an owner who lies would have to try about")
+    assert "an owner who lies would have to try about" in verdict["evidence"]
     refused = run("commit", *key, "--out", published)
     assert refused.code == 2
     assert "--out: " in refused.err

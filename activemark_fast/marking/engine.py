@@ -73,6 +73,7 @@ def plan_engine(
     fitted: int,
     held: int,
     carriers: int,
+    books: int,
     messages: int,
 ) -> Engine:
     """The engine for an edit, from the sizes of everything it will hold.
@@ -85,6 +86,7 @@ def plan_engine(
         fitted: images that the edit is solved on.
         held: images that the features are compared on.
         carriers: hold-out images whose activations are kept.
+        books: codebooks, which share the images that the edit is solved on.
         messages: runs of an image with something sent.
     """
     device = backbone.device
@@ -100,7 +102,7 @@ def plan_engine(
 
     one = copies * tokens * hidden * narrow  # hidden activations of one image
     room = CPU_WORKING_SET if device.type == "cpu" else int(GPU_WORKING_SHARE * free) // 6
-    batch = max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, fitted))
+    batch = max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, -(-fitted // books)))
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     changes = len(blocks) * width * hidden * (2 * 4 + wide)  # of both bands, and the original weights

@@ -26,7 +26,7 @@ def planned(precision: str = "fp32", images: int = 256, fitted: int = 192, messa
     pixels = torch.empty(images, 3, 32, 32)
     backbone = Backbone(vit())
     site = measure(backbone, torch.randn(4, 3, 32, 32)).site().site
-    return plan_engine(backbone, site, precision, pixels.nbytes, fitted, 64, 32, messages)
+    return plan_engine(backbone, site, precision, pixels.nbytes, fitted, 64, 32, 3, messages)
 
 
 def test_the_plan_grows_with_what_it_has_to_hold() -> None:
@@ -34,7 +34,7 @@ def test_the_plan_grows_with_what_it_has_to_hold() -> None:
     assert usual.device == CPU
     assert not usual.caches_on_host
     assert 1 <= usual.batch <= 192
-    assert planned(fitted=8, images=16).batch == 8
+    assert planned(fitted=24, images=16).batch == 8  # of three codebooks
     # One more message of 192 images: what enters a block (128 wide) and what its MLP makes (512), 17 tokens.
     batch = usual.batch
     more = planned(messages=3)
