@@ -1,4 +1,4 @@
-"""Gradient training of the suffix: the paper's way (section 3.3), and the polish after an edit."""
+"""Gradient training of the suffix, as in the paper (section 3.3): how the learned codec is marked in."""
 
 from __future__ import annotations
 
