@@ -11,12 +11,15 @@ picks the paid settings after having seen it. Then P(paid p-value <= alpha) <= a
 each setting the p-value is exact (`verdict.sign_flip_p_value`); that settings share the key and the suspect
 does not matter to a union bound. Looks, bands and alignment are paid for in the same way, inside the p-value.
 It says nothing of an owner who picks the *key* after having seen the suspect: of N keys the best reaches
-1 / N by luck, at the price of stretching N keys (`Key.stretched`). That is what `EVIDENCE_AT` is for.
+1 / N by luck, at the price of stretching N keys (`Key.stretched`). That is what `EVIDENCE_AT` is for. Nor is
+the suspect the owner's to choose: of n innocent models the likeliest reaches p with a probability of n p, as
+in a sweep, and as for n keys against one model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from enum import Enum
 
 from activemark_fast.site import Site
@@ -51,7 +54,7 @@ FIELDS: dict[str, Kind] = {
     "preprocess.size": Kind.MEASURED,
     "preprocess.mean": Kind.PAID,  # a known one; any other is chosen
     "preprocess.std": Kind.PAID,
-    "architecture": Kind.PAID,
+    "architecture": Kind.PAID,  # a library's name; a configuration that comes with the watermark is chosen
     "image_source": Kind.FIXED,  # "key"; the owner's own images are chosen
     "digests": Kind.CHOSEN,  # none for images from the key
     "state": Kind.CHOSEN,  # of the learned codec; the keyed one has none
@@ -63,9 +66,10 @@ BITS = range(8, 257, 8)
 """Message lengths of a mark."""
 DEPTHS = 64
 """Depths of the marked model that are paid for: a suspect may have fewer blocks than it."""
-ARCHITECTURES = 1 << 12
+ARCHITECTURES = 1 << 16
 """Ways to run given weights that are paid for: names in the libraries' registries under which their shapes
-fit, or numbers of heads and the few other settings that shapes leave open."""
+fit, or numbers of heads and the few other settings that shapes leave open: some 26,000 of timm's for a
+ViT-S/14, counting image sizes, heads, pooling and norms."""
 NORMALISATIONS: tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...] = (
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet
     ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # CLIP
@@ -79,8 +83,9 @@ CLOSE = 1e-3
 """Two normalisations that differ by less are the same, and the published numbers are used: who could choose
 the last digits could try as many as they like."""
 
-EVIDENCE_AT = 1e-12
-"""A p-value, after what is paid, at or below which a match is evidence against an owner who may lie."""
+EVIDENCE_AT = 1e-15
+"""A p-value, after what is paid, at or below which a match is evidence against an owner who may lie: to
+find a key by trying takes centuries of a GPU then (`key.KEYS_A_SECOND`)."""
 
 
 def known_normalisation(preprocess: Preprocess) -> Preprocess | None:
@@ -91,6 +96,11 @@ def known_normalisation(preprocess: Preprocess) -> Preprocess | None:
         if all(math.isclose(a, b, rel_tol=0, abs_tol=CLOSE) for a, b in zip(given, known, strict=True)):
             return Preprocess(preprocess.size, mean, std)
     return None
+
+
+def paid(p_value: float, choices: Mapping[str, int]) -> float:
+    """The p-value times the number of settings that an owner could choose from (a union bound), at most 1."""
+    return min(1.0, p_value * math.prod(choices.values()))
 
 
 def alternatives(site: Site) -> dict[str, int]:

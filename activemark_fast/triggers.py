@@ -208,7 +208,6 @@ def holdout_images(
         raise TypeError(f"count: wanted int, got {type(count).__name__}")
     if count < MIN_IMAGES:
         raise ValueError(f"count: wanted at least {MIN_IMAGES} images, got {count}")
-    _check_size("size", preprocess.size)
 
     def drawn() -> Iterator[Tensor]:
         if synthetic:

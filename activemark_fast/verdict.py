@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from activemark_fast.commitment import Opening
-from activemark_fast.freedoms import EVIDENCE_AT
-from activemark_fast.key import SECONDS_A_KEY
+from activemark_fast.freedoms import EVIDENCE_AT, paid
+from activemark_fast.key import KEYS_A_SECOND, SECONDS_A_KEY
 
 Decision = Literal["match", "no match", "inconclusive"]
 
@@ -22,6 +22,8 @@ NO_MATCH_ABOVE = 1e-3
 
 CHANCE_PASS_RATE = 1e-4
 """How often the fair coin may pass an image: it sets tau, 5 for 32 bits."""
+
+SECONDS_A_YEAR = 31_557_600
 
 
 def sign_flip_p_value(scores: Sequence[int]) -> float:
@@ -136,7 +138,7 @@ class Verdict:
             or a suspect that could not be read.
         alpha: p-value at or below which a keyed mark is a match.
         codec: name of the codec.
-        identical: the suspect's weights are, bit for bit, those of the marked model.
+        identical: the suspect's weights are, bit for bit, those whose fingerprint the watermark holds.
         aligned: "permutation", "rotation" or "scaling" of the residual stream that was undone before reading.
         chosen: what the owner chose and could have fitted to a suspect that was already at hand.
         opening: whether the key and the watermark were committed to; None if no commitment was given.
@@ -163,9 +165,7 @@ class Verdict:
     @property
     def paid_p_value(self) -> float | None:
         """The p-value times the number of settings that an owner could choose from (a union bound)."""
-        return (
-            None if self.p_value is None else min(1.0, self.p_value * math.prod(self.alternatives.values()))
-        )
+        return None if self.p_value is None else paid(self.p_value, self.alternatives)
 
     @property
     def images(self) -> int:
@@ -204,7 +204,11 @@ class Verdict:
         if self.paid_p_value is None:
             return None
         keys = 1 / self.paid_p_value
-        cost = f"about {keys:.2g} keys, {keys * SECONDS_A_KEY / 31_557_600:.2g} years of one processor core"
+        core, gpu = keys * SECONDS_A_KEY / SECONDS_A_YEAR, keys / KEYS_A_SECOND / SECONDS_A_YEAR
+        cost = (
+            f"about {keys:.2g} keys against this one model, {core:.2g} years of one processor core or more "
+            f"than {gpu:.2g} of one H100"
+        )
         bound = "" if since is None else f"; and the owner was bound to this key before {since.isoformat()}"
         if self.paid_p_value > EVIDENCE_AT:
             return f"weak by itself: an owner who lies would have to try {cost}{bound}"
@@ -228,7 +232,7 @@ class Verdict:
             )
             lines += self._odds()
         if self.identical:
-            lines.append("  the suspect's weights are identical to the marked model's")
+            lines.append("  the suspect's weights are identical to those that the watermark names")
         if self.evidence is not None:
             lines.append(f"  evidence: {self.evidence}")
         if self.opening is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_fin
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.commitment import Commitment, Opening
-from activemark_fast.freedoms import alternatives, known_normalisation
+from activemark_fast.freedoms import alternatives, known_normalisation, paid
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import SiteActivations, site_activations
@@ -38,7 +37,7 @@ from activemark_fast.verdict import (
     default_tau,
     sign_flip_p_value,
 )
-from activemark_fast.watermark import Watermark, fingerprint
+from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
 
 LEARNED_MATCH_RATE = 0.5
 """Detection rate from which a learned mark counts as found."""
@@ -160,6 +159,7 @@ class Verifier:
 
     Args:
         watermark, key, images, alpha, tau, align, commitment, precision: as `verify` takes them.
+        chosen: what else of this verification the owner chose, in words; `Verdict.chosen` will have it.
         power: None to read every image. Otherwise the images are read in a secret random order and in growing
             steps, until the verdict is settled: a match, or no sign of a mark where a suspect with a mark of
             `sequential.WEAKEST_MARK` would be given up with a probability of at most 1 - `power`. The p-value
@@ -181,6 +181,7 @@ class Verifier:
         power: float | None = None,
         align: bool | None = None,
         commitment: Commitment | None = None,
+        chosen: tuple[str, ...] = (),
         device: str | torch.device | None = None,
         precision: str = "auto",
     ) -> None:
@@ -223,8 +224,9 @@ class Verifier:
             raise ImageMismatchError("images: wanted none, for this mark's are made from the key, got some")
         known = known_normalisation(watermark.preprocess)
         self._normalisation_chosen = known is None and watermark.two_bands
+        self._chosen = chosen
         self._preprocess = known if known is not None and watermark.two_bands else watermark.preprocess
-        old = watermark.version < 3
+        old = watermark.version < TWO_BANDS
         holdout = holdout_images(images, secret, self._preprocess, watermark.images, synthetic=old)
         if watermark.image_source != "key" or old:
             check_digests(holdout, watermark.digests)
@@ -234,6 +236,8 @@ class Verifier:
             self._stretched = secret.stretched()
             sent = draw_sent(self._stretched, "verify", count, bits)
             self._alternatives = alternatives(watermark.site)
+            if commitment is not None and len(commitment.claims) > 1:
+                self._alternatives["committed claim"] = len(commitment.claims)
         else:
             self._codec = watermark.restore_codec(secret).to(self.device)
             sent = [torch.from_numpy(secret.stream("messages/verify").bits((count, 1, bits)))]
@@ -347,7 +351,7 @@ class Verifier:
 
     def _matches(self, p_value: float) -> bool:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""
-        return p_value * math.prod(self._alternatives.values()) <= self.alpha
+        return paid(p_value, self._alternatives) <= self.alpha
 
     @cached_property
     def _sample_images(self) -> Tensor:
@@ -428,7 +432,7 @@ class Verifier:
             return self._decide_learned(reading.errors[-1])
         taps, images = reading.errors.shape
         p_value, alignment = min(1.0, reading.p_value), reading.alignment
-        books = max((band.books for band in BANDS), default=1) if self._codec is None else 1
+        books = max(band.books for band in BANDS) if self._codec is None else 1
         bits = taps * self.watermark.bits * books
         price = 1.0 if self._align is not None else ALIGNED_PRICE if alignment is not None else PLAIN_PRICE
         decision: Decision
@@ -525,6 +529,7 @@ class Verifier:
             chosen.append("the hold-out images")
         if self._normalisation_chosen:
             chosen.append("the normalisation of images")
+        chosen += self._chosen
         return Verdict(
             decision,
             reason,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from activemark_fast import Key, Watermark, embed, verify
+from activemark_fast.commitment import Commitment
 from activemark_fast.freedoms import FIELDS, NORMALISATIONS, Kind, alternatives, known_normalisation
 from activemark_fast.site import Site
 from activemark_fast.triggers import Preprocess
@@ -106,6 +107,16 @@ def test_the_p_value_pays_for_what_the_owner_could_choose(marked: tuple[nn.Modul
     assert verdict.paid_p_value == pytest.approx(min(1, verdict.p_value * factor))
     assert verdict.chosen == ()
     assert alternatives(watermark.site)["block"] == 4  # of 6 blocks
+
+
+def test_many_claims_in_a_commitment_are_paid_for(marked: tuple[nn.Module, Watermark]) -> None:
+    model, watermark = marked
+    others = [Key(bytes([n]) * 32) for n in range(3)]
+    claims = [(Key.of(KEY), watermark), *((key, embed(vit(), key, fidelity=0.9).watermark) for key in others)]
+    alone, among_four = (Commitment.make(Key.of(KEY), marks) for marks in (claims[:1], claims))
+    assert verify(model, watermark, KEY, commitment=alone).alternatives == alternatives(watermark.site)
+    paid = verify(model, watermark, KEY, commitment=among_four).alternatives
+    assert paid == alternatives(watermark.site) | {"committed claim": 4}
 
 
 def test_a_normalisation_of_ones_own_is_chosen(marked: tuple[nn.Module, Watermark]) -> None:

@@ -152,7 +152,7 @@ def test_every_attack_is_in_the_table_with_its_numbers() -> None:
         ({"verdict": verdict("inconclusive", 2e-5, 0.4)}, "Nothing can be concluded from this reading"),
         ({"verdict": verdict("match", 3e-7)}, "at most once in 3.3·10⁶ cases"),
         ({"verdict": verdict("match", None, codec="learned")}, "by itself this is no proof"),
-        ({"verdict": verdict("match", identical=True)}, "bit for bit, those of the marked model"),
+        ({"verdict": verdict("match", identical=True)}, "bit for bit, those that the watermark file names"),
         ({"descent": compare(vit(), vit(1))}, "No descent found : "),
         ({"evaluation": None}, "Not measured for this page"),
         ({"evaluation": None}, "fair coins"),

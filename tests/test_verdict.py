@@ -207,11 +207,15 @@ def opening(committed: bool = True, trusted: bool | None = None) -> Opening:
 
 
 def test_evidence_of_a_keyed_match() -> None:
-    told = "an owner who lies would have to try about 2e+19 keys, 3.2e+10 years of one processor core"
+    told = (
+        "an owner who lies would have to try about 2e+19 keys against this one model, 3.2e+10 years of one "
+        "processor core or more than 6.3e+06 of one H100"
+    )
     assert KEYED.evidence == told
-    assert replace(KEYED, alternatives={"block": 10, "bits": 32}).evidence == told.replace(
-        "2e+19", "6.2e+16"
-    ).replace("3.2e+10", "9.9e+07")
+    paid = replace(KEYED, alternatives={"block": 10, "bits": 32})
+    assert paid.evidence == told.replace("2e+19", "6.2e+16").replace("3.2e+10", "9.9e+07").replace(
+        "6.3e+06", "2e+04"
+    )
     weak = replace(KEYED, p_value=1e-9)
     assert weak.evidence is not None
     assert weak.evidence.startswith("weak by itself: an owner who lies would have to try about 1e+09 keys")

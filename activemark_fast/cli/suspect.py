@@ -103,9 +103,9 @@ def judge(
         module = load_model(args.suspect, device=place)
         verdict = verify(module, watermark, key, args.images, **shared)
         return Judged(SuspectResult(args.suspect, verdict), verdict, None, None, module)
-    architecture = args.architecture or named or watermark.architecture
+    given = args.architecture or named
     try:
-        architecture = architecture or architecture_of(path)
+        given = given if given or watermark.architecture else architecture_of(path)
     except ValueError as error:
         raise ValueError(
             f"{path}: neither it nor the watermark names an architecture; say it with --architecture"
@@ -114,13 +114,13 @@ def judge(
     if len(found) != 1:
         raise ValueError(f"{path}: wanted one suspect, found {len(found)}; verify-many takes many")
     sweeper = SweepSettings(
-        watermark, key, architecture, args.images, power=None, max_bytes=memory_limit(), **shared
+        watermark, key, given, args.images, power=None, max_bytes=memory_limit(), **shared
     ).sweeper()
     result = sweeper.run(found[0])
     if result.verdict is None:
         problem = result.error or result.skipped or ""
         raise ValueError(problem if args.suspect in problem else f"{args.suspect}: {problem}")
-    return Judged(result, result.verdict, architecture, found[0].path, None)
+    return Judged(result, result.verdict, given or watermark.architecture, found[0].path, None)
 
 
 def _parts(spec: str) -> tuple[str | None, Path | None]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from activemark_fast.codec.keyed import KeyedCodec
+from activemark_fast.codec.keyed import KeyedCodec, orthonormal
 from activemark_fast.key import Key, KeyStream
 from activemark_fast.site import Site
 
@@ -96,6 +97,14 @@ class SiteMeasure:
         """Whether the tokens are finite."""
         return math.isfinite(self.spread) and bool(torch.isfinite(self.covariance).all())
 
+    @cached_property
+    def root(self) -> Tensor:
+        """(D, D) float64, the square root of the covariance, its eigenvalues raised by `FLOOR`."""
+        values, vectors = np.linalg.eigh(self.covariance.numpy())
+        values = np.maximum(values, 0)
+        values += FLOOR * values.mean()
+        return torch.from_numpy((vectors * np.sqrt(values)) @ vectors.T)
+
     def turned_back(self, matrix: Tensor) -> SiteMeasure:
         """As it would be of a model whose stream is h where this one's is h @ `matrix` (orthogonal)."""
         turn = matrix.double().cpu()
@@ -118,7 +127,7 @@ class Codebook(KeyedCodec):
         written, *read = gaussian
         ones = torch.ones(1, site.width, dtype=torch.float64)
         if band.natural:
-            written = written @ _root(measured.covariance)
+            written = written @ measured.root
         u = orthonormal(written, ones)
         self.inject_directions = u.float()
         against = torch.cat([ones, u])
@@ -152,20 +161,6 @@ def codebooks(key: Key, site: Site, bits: int, measured: SiteMeasure) -> list[Co
             ]
             made.append(Codebook(band, bits, site, measured, gaussian))
     return made
-
-
-def orthonormal(rows: Tensor, fixed: Tensor) -> Tensor:
-    """`rows` (M, D) made orthonormal, in order, and orthogonal to `fixed` (F, D); each keeps its sign."""
-    q, r = np.linalg.qr(torch.cat([fixed, rows]).numpy().T)
-    return torch.from_numpy((q * np.sign(np.diag(r))).T[len(fixed) :].copy())
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """The square root of a symmetric positive semidefinite matrix, its eigenvalues raised by `FLOOR`."""
-    values, vectors = np.linalg.eigh(covariance.numpy())
-    values = np.maximum(values, 0)
-    values += FLOOR * values.mean()
-    return torch.from_numpy((vectors * np.sqrt(values)) @ vectors.T)
 
 
 def draw_sent(key: Key, purpose: str, images: int, bits: int) -> list[Tensor]:

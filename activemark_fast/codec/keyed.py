@@ -123,6 +123,11 @@ def keyed_directions(key: Key, site: Site, bits: int) -> np.ndarray:
     sets = 1 + len(site.taps)
     gaussian = key.stream("directions").normal((sets * bits, site.width))
     fixed = np.concatenate([np.ones((1, site.width)), np.eye(site.width)[list(site.massive_channels)]])
-    q, r = np.linalg.qr(np.concatenate([fixed, gaussian]).T)
-    rows = (q * np.sign(np.diag(r))).T[len(fixed) :]
-    return rows.reshape(sets, bits, site.width)
+    rows = orthonormal(torch.from_numpy(gaussian), torch.from_numpy(fixed))
+    return rows.numpy().reshape(sets, bits, site.width)
+
+
+def orthonormal(rows: Tensor, fixed: Tensor) -> Tensor:
+    """`rows` (M, D) made orthonormal, in order, and orthogonal to `fixed` (F, D); each keeps its sign."""
+    q, r = np.linalg.qr(torch.cat([fixed, rows]).numpy().T)
+    return torch.from_numpy((q * np.sign(np.diag(r))).T[len(fixed) :].copy())

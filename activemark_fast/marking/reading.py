@@ -11,6 +11,7 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
 from activemark_fast.marking.suffix import Autocast, SiteActivations, read_mark
+from activemark_fast.verdict import bit_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +48,6 @@ def wrong_bits(agreement: Tensor) -> Tensor:
 
 
 def row_scores(agreements: Sequence[Tensor]) -> list[int]:
-    """Of some channels: matches minus mismatches of each row over images and readings.
-
-    A logit of exactly 0 is neither: counting a tie for either side would favour one value of the bit, and
-    flipping a row of P could not turn it round: the exact test needs it left out.
-    """
-    return [int(s) for part in agreements for s in torch.sign(part).long().sum(dim=(1, 2)).flatten()]
+    """Of some channels: the scores of each row over images and readings (`bit_scores`)."""
+    sent = torch.ones((), dtype=torch.int64)  # an agreement has the sign of what was sent in it already
+    return [s for part in agreements for tap in part for s in bit_scores(tap.flatten(0, 1), sent)]

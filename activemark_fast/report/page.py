@@ -124,7 +124,7 @@ def _in_plain_words(verdict: Verdict) -> list[str]:
         f"{_odds(verdict.p_value)} cases."
     )
     if verdict.identical:
-        odds += " Its weights are, bit for bit, those of the marked model."
+        odds += " Its weights are, bit for bit, those that the watermark file names."
     if verdict.aligned is not None:
         odds += f" A {verdict.aligned} of its activations, which hides a mark, was undone before reading."
     said_by_owner = f"If the owner is not to be trusted: {verdict.evidence}."

@@ -8,12 +8,14 @@ import random
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from small import KEY, Marked, save
 from tiny import vit
@@ -21,6 +23,7 @@ from torch import nn
 
 from activemark_fast.bulk import JournalError, SuspectResult, find_suspects, read_journal, verify_many
 from activemark_fast.bulk import sweep as sweeping
+from activemark_fast.embed import embed
 from activemark_fast.verify import verify
 from activemark_fast.watermark import WatermarkError
 
@@ -248,6 +251,31 @@ def test_a_folder_as_transformers_saves_it_with_an_adapter(marked: Marked, tmp_p
     without, inner, outer = sorted(sweep(tmp_path, marked), key=outcome)
     assert (outcome(without), outcome(inner), outcome(outer)) == ("error", "match", "no match")
     assert "wanted a file of weights" in str(without.error)
+
+
+def test_a_configuration_that_the_watermark_names_is_chosen(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+    )
+    torch.manual_seed(0)
+    original = transformers.ViTModel(config, add_pooling_layer=False)
+    original.config.save_pretrained(tmp_path / "owners")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        made = embed(original, KEY, bits=16, fidelity=0.95, architecture=f"hf:{tmp_path / 'owners'}")
+    suspect = save(made.model, tmp_path / "suspect.safetensors")
+    (owners,) = verify_many(suspect, made.watermark, KEY)
+    (experts,) = verify_many(suspect, made.watermark, KEY, f"hf:{tmp_path / 'owners'}")
+    assert owners.verdict is not None
+    assert experts.verdict is not None
+    assert owners.verdict.p_value == experts.verdict.p_value
+    assert owners.verdict.chosen == ("the model's configuration",)
+    assert experts.verdict.chosen == ()
 
 
 def test_finding(tmp_path: Path) -> None:

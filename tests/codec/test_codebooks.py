@@ -17,8 +17,8 @@ from activemark_fast.codec.codebooks import (
     codebooks,
     draw_sent,
     most_bits,
-    orthonormal,
 )
+from activemark_fast.codec.keyed import orthonormal
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import row_scores
 from activemark_fast.site import Site
