@@ -107,7 +107,7 @@ class Backbone:
         self.mean, self.std = _normalisation(owners, self.family)
         self._sequence_first = False
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._linears: dict[int, nn.Linear] = {}
+        self._linears: dict[int, list[nn.Linear]] = {}  # of each block, in the order they are called
         self.norm: nn.Module = nn.Identity()
         with evaluating(self.encoder), torch.no_grad():
             tokens = self._probe_stem()
@@ -234,7 +234,27 @@ class Backbone:
             raise ValueError(f"index: wanted 0 <= index < {self.depth}, got {index}")
         if index not in self._linears:
             raise ValueError(f"block {index} called no torch.nn.Linear that maps to its width, {self.width}")
-        return self._linears[index]
+        return self._linears[index][-1]
+
+    def attention_out(self, index: int) -> tuple[nn.Linear, Tensor] | None:
+        """The live linear layer by which block `index` writes to the residual stream before `mlp_out` does.
+
+        Found by structure: the last linear layer of the block to `width` whose output, while `mlp_out` is
+        silenced, adds to the block's output channel by channel.
+
+        Returns:
+            The layer, and what one unit of its output adds, (width,) as of `mlp_gain`; None where there is
+            none that is called as a layer (torch.nn.MultiheadAttention calls none).
+
+        Raises:
+            ValueError: there is no such block, or it has no `mlp_out`.
+        """
+        last = self.mlp_out(index)
+        for linear in reversed(self._linears[index][:-1]):
+            gain = self._gain(index, linear, silent=last)
+            if gain is not None and bool(gain.any()):
+                return linear, gain
+        return None
 
     def mlp_gain(self, index: int) -> Tensor:
         """What one unit of `mlp_out(index)`'s output adds to the block's output, for each channel.
@@ -248,7 +268,19 @@ class Backbone:
         Raises:
             ValueError: there is no such block, or it is not pre-norm residual.
         """
-        linear = self.mlp_out(index)
+        gain = self._gain(index, self.mlp_out(index))
+        if gain is None:
+            raise ValueError(
+                f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
+                f"per-channel multiple of its last linear layer"
+            )
+        return gain
+
+    def _gain(self, index: int, linear: nn.Linear, silent: nn.Linear | None = None) -> Tensor | None:
+        """As `mlp_gain`, of any linear layer of a block; None where it does not add channel by channel.
+
+        silent: a layer whose output is taken for 0.
+        """
         generator = torch.Generator().manual_seed(index)
         shape = (1, self.num_tokens, self.width)
         tokens = torch.randn(shape, generator=generator).to(self.device, self.dtype)
@@ -260,20 +292,21 @@ class Backbone:
             return written[-1].clone()  # a LayerScale may work in place, which a leaf forbids
 
         block = self.blocks[index]
-        with evaluating(block), _removing([linear.register_forward_hook(cut)]), torch.enable_grad():
+        hooks = [linear.register_forward_hook(cut)]
+        if silent is not None:
+            hooks.append(
+                silent.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
+            )
+        with evaluating(block), _removing(hooks), torch.enable_grad():
             output = self.run(tokens, index, index + 1)
-        not_residual = ValueError(
-            f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
-            f"per-channel multiple of its last linear layer"
-        )
         if len(written) != 1 or not output.requires_grad:
-            raise not_residual
+            return None
         (plain,) = torch.autograd.grad(
             output, written, torch.ones_like(output), retain_graph=True, allow_unused=True
         )
         (signed,) = torch.autograd.grad(output, written, signs.to(output.dtype), allow_unused=True)
         if plain is None or signed is None:
-            raise not_residual
+            return None
         wide = torch.promote_types(plain.dtype, torch.float32)
         plain, signed = plain.reshape(-1, self.width).to(wide), signed.reshape(-1, self.width).to(wide)
         gain = plain[0]
@@ -283,7 +316,7 @@ class Backbone:
             torch.allclose(plain, gain.expand_as(plain), rtol=tolerance, atol=0)
             and torch.allclose(signed, expected, rtol=tolerance, atol=0)
         ):
-            raise not_residual
+            return None
         return gain.clone()
 
     def _first_matrix(self) -> Tensor:
@@ -404,7 +437,10 @@ class Backbone:
 
         def note_linear(index: int) -> Callable[..., None]:
             def hook(module: nn.Linear, _args: Any) -> None:
-                self._linears[index] = module
+                called = self._linears.setdefault(index, [])
+                if module in called:
+                    called.remove(module)
+                called.append(module)
 
             return hook
 

@@ -396,7 +396,7 @@ def _edit(
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
     check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
     history = search_edit(
-        backbone, books, site, output, sent, subject.fidelity, settings.fidelity, engine, bar
+        backbone, books, site, output, sent, subject.fidelity, check.margin, settings.fidelity, engine, bar
     )
     return check(), history
 

@@ -142,7 +142,8 @@ class Verdict:
         aligned: "permutation", "rotation" or "scaling" of the residual stream that was undone before reading.
         chosen: what the owner chose and could have fitted to a suspect that was already at hand.
         opening: whether the key and the watermark were committed to; None if no commitment was given.
-        alternatives: how many values the owner could choose from, for each thing that is paid for.
+        alternatives: what the p-value is multiplied with for each thing that the owner could choose
+            (`freedoms.alternatives`).
         bands: p-value of each band of the mark alone, on all images read, with nothing paid.
     """
 
@@ -164,7 +165,7 @@ class Verdict:
 
     @property
     def paid_p_value(self) -> float | None:
-        """The p-value times the number of settings that an owner could choose from (a union bound)."""
+        """The p-value times what is paid for everything that an owner could choose (a union bound)."""
         return None if self.p_value is None else paid(self.p_value, self.alternatives)
 
     @property
@@ -252,7 +253,7 @@ class Verdict:
         if self.alternatives:
             factors = ", ".join(f"{name} {count}" for name, count in self.alternatives.items())
             lines.append(
-                f"  paid p-value = {self.paid_p_value:.3g}, times what an owner could choose ({factors}); "
+                f"  paid p-value = {self.paid_p_value:.3g}, times what is paid for an owner's choices ({factors}); "
                 f"match at or below {self.alpha:.3g}, evidence at or below {EVIDENCE_AT:.0e}"
             )
         else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,12 +25,18 @@ from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_fin
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.commitment import Commitment, Opening
-from activemark_fast.freedoms import alternatives, known_normalisation, paid
+from activemark_fast.freedoms import EVIDENCE_AT, alternatives, known_normalisation, paid
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import SiteActivations, site_activations
 from activemark_fast.runtime import resolve_autocast, resolve_device
-from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties, mark_excluded
+from activemark_fast.sequential import (
+    WEAKEST_NATURAL,
+    images_to_exclude,
+    look_ends,
+    look_penalties,
+    mark_excluded,
+)
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
@@ -44,7 +52,7 @@ LEARNED_MATCH_RATE = 0.5
 LEARNED_ORIGINAL_RATE = 0.01
 """Detection rate on the unmarked original above which a learned codec can make no match."""
 MISS = 1e-3
-"""How often "no match" may be said of a mark of `sequential.WEAKEST_MARK` where all images are read."""
+"""How often "no match" may be said of a mark as faint as `sequential` has it where all images are read."""
 PLAIN_PRICE, ALIGNED_PRICE = 101 / 100, 101.0
 """What the p-values of the plain and of the aligned reading are multiplied with where both may be made.
 
@@ -65,10 +73,15 @@ def verify(
     tau: int | None = None,
     align: bool | None = None,
     commitment: Commitment | None = None,
+    exhaustive: bool = False,
     device: str | torch.device | None = None,
     precision: str = "auto",
 ) -> Verdict:
     """Reads the mark from `suspect` and says whether it is there.
+
+    Images are read in growing steps, in a secret random order, until a match is evidence even against a lying
+    owner (`freedoms.EVIDENCE_AT`); what is not is read to the end. The p-value stays exact
+    (`sequential.look_penalties`). How the suspect's architecture was found is the caller's responsibility.
 
     The suspect runs no further than the last tap, in eval mode, and is left as it was. What is wrong with a
     suspect (another architecture, too few blocks, non-finite weights or outputs) makes the verdict
@@ -87,15 +100,16 @@ def verify(
             well; the p-value pays for the second try.
         commitment: what the owner published; the verdict then tells whether this key and watermark are the
             committed ones, and since when.
+        exhaustive: read all images of every suspect, so that detection rates can be compared.
         device: where to compute; by default where the suspect is.
         precision: as in `embed`.
 
     Returns:
         The verdict. Keyed codec: "match" if the exact p-value is at most `alpha` after all that an owner
-        could choose is paid for (`freedoms`); "no match" if it is above
-        0.001 and the images exclude a mark of `sequential.WEAKEST_MARK`; else, and where the mark has too few
-        bits for `alpha`, "inconclusive". Learned codec: "match" if at least half of the images are detected,
-        "inconclusive" if the codec also reads the unmarked original; there is no p-value.
+        could choose is paid for (`freedoms`); "no match" if it is above 0.001 and the images exclude a mark
+        as faint as `sequential` has it; else, and where the mark has too few bits for `alpha`,
+        "inconclusive". Learned codec: "match" if at least half of the images are detected, "inconclusive" if
+        the codec also reads the unmarked original; there is no p-value.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -114,6 +128,7 @@ def verify(
         tau=tau,
         align=align,
         commitment=commitment,
+        power=None if exhaustive else 1.0,
         device=place,
         precision=precision,
     )
@@ -128,7 +143,7 @@ class _Reading:
         p_value: of all bands together, the reading's price paid; 1 for a codec without.
         bands: of each band alone, nothing paid.
         errors: (taps, n), wrong bits of each image's message, of the first band.
-        excluded: whether the images exclude a mark of `sequential.WEAKEST_MARK`.
+        excluded: whether the images exclude a mark that is as strong as `sequential` has it in either band.
         alignment: what was undone before.
     """
 
@@ -159,11 +174,14 @@ class Verifier:
 
     Args:
         watermark, key, images, alpha, tau, align, commitment, precision: as `verify` takes them.
-        chosen: what else of this verification the owner chose, in words; `Verdict.chosen` will have it.
+        architecture: the model string by which suspects are built, where it is the watermark's own word; None
+            where somebody else says how suspects are run. The p-value pays for it, and a configuration that
+            the owner may have written (`hf:`) counts as chosen.
         power: None to read every image. Otherwise the images are read in a secret random order and in growing
-            steps, until the verdict is settled: a match, or no sign of a mark where a suspect with a mark of
-            `sequential.WEAKEST_MARK` would be given up with a probability of at most 1 - `power`. The p-value
-            stays exact (`sequential.look_penalties`). Above 0 and below 1. A codec without p-value reads all.
+            steps, until the verdict is settled: 1, as `verify` does; below 1, a match at `alpha`, or no sign
+            of a mark where a suspect with the faintest mark that `sequential` has would be given up with a
+            probability of at most 1 - `power`. Above 0. The p-value stays exact
+            (`sequential.look_penalties`). A codec without p-value reads all.
         device: where to compute; by default the CPU.
 
     Raises:
@@ -181,7 +199,7 @@ class Verifier:
         power: float | None = None,
         align: bool | None = None,
         commitment: Commitment | None = None,
-        chosen: tuple[str, ...] = (),
+        architecture: str | None = None,
         device: str | torch.device | None = None,
         precision: str = "auto",
     ) -> None:
@@ -195,8 +213,8 @@ class Verifier:
             raise TypeError(f"tau: wanted int, got {type(tau).__name__}")
         if power is not None and not isinstance(power, (int, float)):
             raise TypeError(f"power: wanted a number, got {type(power).__name__}")
-        if power is not None and not 0 < power < 1:
-            raise ValueError(f"power: wanted above 0 and below 1, got {power}")
+        if power is not None and not 0 < power <= 1:
+            raise ValueError(f"power: wanted above 0 and at most 1, got {power}")
         if align is not None and not isinstance(align, bool):
             raise TypeError(f"align: wanted True, False or None, got {type(align).__name__}")
         if commitment is not None and not isinstance(commitment, Commitment):
@@ -224,7 +242,8 @@ class Verifier:
             raise ImageMismatchError("images: wanted none, for this mark's are made from the key, got some")
         known = known_normalisation(watermark.preprocess)
         self._normalisation_chosen = known is None and watermark.two_bands
-        self._chosen = chosen
+        self._architecture = architecture
+        self._claims = 1 if commitment is None else len(commitment.claims)
         self._preprocess = known if known is not None and watermark.two_bands else watermark.preprocess
         old = watermark.version < TWO_BANDS
         holdout = holdout_images(images, secret, self._preprocess, watermark.images, synthetic=old)
@@ -235,13 +254,9 @@ class Verifier:
         if watermark.two_bands:
             self._stretched = secret.stretched()
             sent = draw_sent(self._stretched, "verify", count, bits)
-            self._alternatives = alternatives(watermark.site)
-            if commitment is not None and len(commitment.claims) > 1:
-                self._alternatives["committed claim"] = len(commitment.claims)
         else:
             self._codec = watermark.restore_codec(secret).to(self.device)
             sent = [torch.from_numpy(secret.stream("messages/verify").bits((count, 1, bits)))]
-            self._alternatives = {}
         self._exact = self._codec is None or self._codec.exact
         self._power = power if self._exact else None
         if self._power is None:
@@ -304,23 +319,24 @@ class Verifier:
             measured = SiteMeasure.of(prefix[0].output, self.watermark.site.prefix_tokens)
             if not measured.usable:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
+        choices = self._choices(depth)
         readings = []
         if self._align is not True:
-            price = 1.0 if self._align is False else PLAIN_PRICE
-            plain = self._reading(backbone, self._means(taps, measured, None), prefix, price * tries, None)
+            price = tries * (1.0 if self._align is False else PLAIN_PRICE)
+            plain = self._reading(backbone, self._means(taps, measured, None), prefix, price, choices, None)
             if plain is None:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
             readings.append(plain)
-        if self._align is True or (self._align is None and not self._matches(readings[0].p_value)):
+        if self._align is True or (self._align is None and not self._matches(readings[0].p_value, choices)):
             alignment = self._alignment(backbone)
             if alignment is not None and self._exact:
-                price = 1.0 if self._align else ALIGNED_PRICE
+                price = tries * (1.0 if self._align else ALIGNED_PRICE)
                 means = self._means(taps, measured, alignment)
-                aligned = self._reading(backbone, means, prefix, price * tries, alignment)
+                aligned = self._reading(backbone, means, prefix, price, choices, alignment)
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
-        return self._decide(min(readings, key=lambda reading: reading.p_value))
+        return self._decide(min(readings, key=lambda reading: reading.p_value), choices)
 
     def _at_site(self, backbone: Backbone, pixels: Tensor) -> SiteActivations:
         with evaluating(backbone.model):
@@ -349,9 +365,24 @@ class Verifier:
         ends = np.cumsum(counts)
         return _Means([channels[end - count : end] for count, end in zip(counts, ends, strict=True)])
 
-    def _matches(self, p_value: float) -> bool:
+    def _choices(self, depth: int) -> dict[str, int]:
+        """What is paid for a suspect of `depth` blocks; nothing where all counts as chosen."""
+        watermark = self.watermark
+        if not watermark.two_bands:
+            return {}
+        choices = alternatives(watermark.site, watermark.bits, depth, self._architecture is not None)
+        return choices | ({"committed claim": self._claims} if self._claims > 1 else {})
+
+    def _matches(self, p_value: float, choices: Mapping[str, int]) -> bool:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""
-        return paid(p_value, self._alternatives) <= self.alpha
+        return paid(p_value, choices) <= self.alpha
+
+    def _settled(self, p_value: float, excluded: bool, choices: Mapping[str, int]) -> bool:
+        """Whether no further look is needed."""
+        if self._power == 1:
+            return paid(p_value, choices) <= min(self.alpha, EVIDENCE_AT)
+        given_up = p_value > NO_MATCH_ABOVE and excluded
+        return self._power is not None and (given_up or self._matches(p_value, choices))
 
     @cached_property
     def _sample_images(self) -> Tensor:
@@ -391,6 +422,7 @@ class Verifier:
         means: _Means,
         prefix: list[SiteActivations],
         price: float,
+        choices: Mapping[str, int],
         alignment: Alignment | None,
     ) -> _Reading | None:
         """Looks at more and more images until the verdict is settled; None where the suspect overflows.
@@ -420,14 +452,16 @@ class Verifier:
             if self._exact:
                 bands = tuple(sign_flip_p_value(row_scores(kept)) for kept in agreements)
                 p_value = min(p_value, price * penalty * len(bands) * min(bands))
-                excluded = mark_excluded(self._agreement(errors), self._miss(penalty))
-                settled = self._matches(p_value) or (p_value > NO_MATCH_ABOVE and excluded)
-                if settled and self._power is not None:
+                miss = self._miss(penalty)
+                excluded = mark_excluded(self._agreement(errors), miss) and all(
+                    mark_excluded(_single(kept), miss, WEAKEST_NATURAL) for kept in agreements[1:]
+                )
+                if self._settled(p_value, excluded, choices):
                     break
             start = end
         return _Reading(p_value, bands, errors, excluded, alignment)
 
-    def _decide(self, reading: _Reading) -> Verdict:
+    def _decide(self, reading: _Reading, choices: Mapping[str, int]) -> Verdict:
         if not self._exact:
             return self._decide_learned(reading.errors[-1])
         taps, images = reading.errors.shape
@@ -436,9 +470,9 @@ class Verifier:
         bits = taps * self.watermark.bits * books
         price = 1.0 if self._align is not None else ALIGNED_PRICE if alignment is not None else PLAIN_PRICE
         decision: Decision
-        if self._matches(p_value):
+        if self._matches(p_value, choices):
             decision, reason = "match", "the suspect carries the mark"
-        elif not self._matches(price * self._penalties[-1] * len(reading.bands) * 2.0**-bits):
+        elif not self._matches(price * self._penalties[-1] * len(reading.bands) * 2.0**-bits, choices):
             decision = "inconclusive"
             reason = (
                 f"{bits} bits are too few for a match at alpha = {self.alpha:g}, whatever they read: "
@@ -454,7 +488,7 @@ class Verifier:
         else:
             decision = "inconclusive"
             reason = "signs of the mark, but not enough to exclude chance: more hold-out images or bits might"
-        verdict = self._verdict(decision, reason, reading.errors[-1], p_value, reading.bands)
+        verdict = self._verdict(decision, reason, reading.errors[-1], p_value, reading.bands, choices)
         if alignment is None:
             return verdict
         kind = "scaling" if alignment.kind == "identity" else alignment.kind
@@ -489,7 +523,7 @@ class Verifier:
 
     def _miss(self, penalty: int) -> float:
         """The share of all misses that one look may make."""
-        return MISS if self._power is None else (1 - self._power) / penalty
+        return MISS if self._power in (None, 1) else (1 - self._power) / penalty
 
     def _decide_learned(self, errors: np.ndarray) -> Verdict:
         found = float((errors <= self.tau).mean()) >= LEARNED_MATCH_RATE
@@ -518,6 +552,7 @@ class Verifier:
         errors: np.ndarray | None = None,
         p_value: float | None = None,
         bands: tuple[float, ...] = (),
+        choices: Mapping[str, int] = MappingProxyType({}),
     ) -> Verdict:
         errors = np.zeros(0, dtype=np.int64) if errors is None else errors
         rate = float((errors <= self.tau).mean()) if len(errors) else float("nan")
@@ -529,7 +564,8 @@ class Verifier:
             chosen.append("the hold-out images")
         if self._normalisation_chosen:
             chosen.append("the normalisation of images")
-        chosen += self._chosen
+        if str(self._architecture).startswith("hf:"):
+            chosen.append("the model's configuration")
         return Verdict(
             decision,
             reason,
@@ -542,6 +578,12 @@ class Verifier:
             watermark.codec,
             chosen=tuple(chosen),
             opening=self._opening,
-            alternatives=self._alternatives,
-            bands={band.name: p for band, p in zip(BANDS, bands, strict=False)} if self._alternatives else {},
+            alternatives=choices,
+            bands={band.name: p for band, p in zip(BANDS, bands, strict=False)} if choices else {},
         )
+
+
+def _single(agreements: Sequence[Tensor]) -> np.ndarray:
+    """Of a band's (taps, n, reads, M): (n, taps), the mean of +1 for a right bit and -1 for a wrong one."""
+    right = torch.stack([torch.sign(part).double().mean(dim=(2, 3)) for part in agreements])
+    return np.asarray(right.mean(dim=0).T.cpu())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from activemark_fast.attacks import prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.embed import Embedding, embed
+from activemark_fast.freedoms import EVIDENCE_AT
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.triggers import ImageMismatchError
@@ -67,7 +68,7 @@ def check(suspect: nn.Module, keyed: Embedding, **settings: Any) -> Verdict:
 
 
 def test_the_marked_model(keyed: Embedding) -> None:
-    verdict = check(keyed.model, keyed)
+    verdict = check(keyed.model, keyed, exhaustive=True)
     assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")
     assert verdict.p_value is not None
     assert PLAIN_PRICE * 2 * 2.0**-128 <= verdict.p_value < 1e-17  # two bands, the larger of 128 rows
@@ -87,13 +88,21 @@ def test_innocent_models(seed: int, keyed: Embedding) -> None:
     assert verdict.detection_rate == 0
 
 
+def test_a_match_is_read_until_it_is_evidence_and_the_rest_to_the_end(keyed: Embedding) -> None:
+    match, innocent = check(keyed.model, keyed), check(vit(1), keyed)
+    assert match.images < COUNT
+    assert match.paid_p_value is not None
+    assert match.paid_p_value <= EVIDENCE_AT
+    assert (innocent.decision, innocent.images) == ("no match", COUNT)
+
+
 def test_tau_and_alpha(keyed: Embedding) -> None:
     strict, loose = check(keyed.model, keyed, tau=0), check(keyed.model, keyed, tau=31)
     assert strict.detection_rate == (strict.bit_errors == 0).mean()
     assert loose.detection_rate == 1
     # Below the floor of the test nothing can match, and such a p-value is no "no match" either.
-    floored = check(keyed.model, keyed, alpha=1e-30)
-    assert (floored.decision, floored.alpha) == ("inconclusive", 1e-30)
+    floored = check(keyed.model, keyed, alpha=1e-37)
+    assert (floored.decision, floored.alpha) == ("inconclusive", 1e-37)
     assert "too few for a match" in floored.reason
 
 
@@ -321,7 +330,7 @@ def test_a_verifier_that_reads_all_images_is_verify(keyed: Embedding, learned: E
     for made in (keyed, learned):
         verifier = Verifier(made.watermark, KEY, images())
         for suspect in (made.model, vit(1), vit(depth=3), vit(2), nn.Identity()):
-            verdict = verify(suspect, made.watermark, KEY, images())
+            verdict = verify(suspect, made.watermark, KEY, images(), exhaustive=True)
             assert verifier.judge(suspect).to_dict() == verdict.to_dict()
     early = Verifier(learned.watermark, KEY, images(), power=0.9)  # no p-value, so nothing to stop by
     assert early.judge(vit(1)).to_dict() == check(vit(1), learned).to_dict()

@@ -66,9 +66,9 @@ def verify_many(
         images: as in `verify`.
         alpha: as in `verify`.
         tau: as in `verify`.
-        power: images are read only until a verdict is settled, and a mark of the strength
-            `sequential.WEAKEST_MARK` is missed with a probability of at most 1 - `power` by that; the
-            p-value stays exact. None reads all images of every suspect.
+        power: images are read only until a verdict is settled, and a mark as faint as `sequential` has it is
+            missed with a probability of at most 1 - `power` by that; the p-value stays exact. None reads all
+            images of every suspect.
         align: as in `verify`.
         commitment: as in `verify`.
         device: where to compute; by default where `model` is, or the CPU.

@@ -62,7 +62,6 @@ class SweepSettings:
     def sweeper(self) -> Sweeper:
         """A sweeper with these settings. Raises what `verify_many` says of its arguments."""
         model = self.model if self.model is not None else self.watermark.architecture
-        owners = self.model is None and str(self.watermark.architecture).startswith("hf:")
         if model is None:
             raise ValueError("model: the watermark names no architecture, so wanted one, got None")
         if not isinstance(model, (str, nn.Module)):
@@ -77,7 +76,7 @@ class SweepSettings:
             power=self.power,
             align=self.align,
             commitment=self.commitment,
-            chosen=("the model's configuration",) if owners else (),
+            architecture=self.watermark.architecture if self.model is None else None,
             device=resolve_device(self.device, tensors[0].device if tensors else torch.device("cpu")),
             precision=self.precision,
         )

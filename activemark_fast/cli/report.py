@@ -72,7 +72,7 @@ def _report(args: argparse.Namespace) -> Outcome:
         raise ValueError(f"--evaluation: {args.evaluation} is about another watermark than {args.watermark}")
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
     key = read_key(args.key, confirm=False)
-    judged = judge(args, watermark, key, commitment, alpha=1e-6, tau=None, align=None)
+    judged = judge(args, watermark, key, commitment, exhaustive=True, alpha=1e-6, tau=None, align=None)
     whole = judged.whole(watermark, args)
     try:
         measured = None if whole is None else profile(whole, precision=args.precision)

@@ -57,7 +57,7 @@ def _verify(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     key = read_key(args.key, confirm=False)
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
-    judged = judge(args, watermark, key, commitment, **decision_settings(args))
+    judged = judge(args, watermark, key, commitment, args.exhaustive, **decision_settings(args))
     hints = ""
     if args.plot is not None:
         from activemark_fast.report import verdict_figure

@@ -77,7 +77,6 @@ def add_to(commands: Subparsers) -> None:
         metavar="P",
         help="chance that a suspect with a faint mark (12 of 32 bits wrong) is not given up early (0.999)",
     )
-    many.add_argument("--exhaustive", action="store_true", help="read all images of every suspect")
     many.add_argument(
         "--max-bytes",
         type=int,

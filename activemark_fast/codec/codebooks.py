@@ -59,7 +59,7 @@ class Band:
     natural: bool
 
 
-LOUD = Band("loud", books=1, reads=4, strength=2.3, natural=False)
+LOUD = Band("loud", books=1, reads=6, strength=2.3, natural=False)
 NATURAL = Band("natural", books=2, reads=2, strength=1.0, natural=True)
 BANDS = (LOUD, NATURAL)
 
