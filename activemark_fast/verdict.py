@@ -253,7 +253,7 @@ class Verdict:
         if self.alternatives:
             factors = ", ".join(f"{name} {count}" for name, count in self.alternatives.items())
             lines.append(
-                f"  paid p-value = {self.paid_p_value:.3g}, times what is paid for an owner's choices ({factors}); "
+                f"  paid p-value = {self.paid_p_value:.3g}, with what an owner could choose ({factors}); "
                 f"match at or below {self.alpha:.3g}, evidence at or below {EVIDENCE_AT:.0e}"
             )
         else:

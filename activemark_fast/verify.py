@@ -74,6 +74,7 @@ def verify(
     align: bool | None = None,
     commitment: Commitment | None = None,
     exhaustive: bool = False,
+    architecture: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
 ) -> Verdict:
@@ -81,7 +82,7 @@ def verify(
 
     Images are read in growing steps, in a secret random order, until a match is evidence even against a lying
     owner (`freedoms.EVIDENCE_AT`); what is not is read to the end. The p-value stays exact
-    (`sequential.look_penalties`). How the suspect's architecture was found is the caller's responsibility.
+    (`sequential.look_penalties`).
 
     The suspect runs no further than the last tap, in eval mode, and is left as it was. What is wrong with a
     suspect (another architecture, too few blocks, non-finite weights or outputs) makes the verdict
@@ -101,6 +102,8 @@ def verify(
         commitment: what the owner published; the verdict then tells whether this key and watermark are the
             committed ones, and since when.
         exhaustive: read all images of every suspect, so that detection rates can be compared.
+        architecture: the model string by which the suspect was built, where that is the owner's word, such as
+            the watermark's: heads, norms and the like, which weights leave open. The p-value pays for it.
         device: where to compute; by default where the suspect is.
         precision: as in `embed`.
 
@@ -128,6 +131,7 @@ def verify(
         tau=tau,
         align=align,
         commitment=commitment,
+        architecture=architecture,
         power=None if exhaustive else 1.0,
         device=place,
         precision=precision,

@@ -130,8 +130,8 @@ def search_edit(
 ) -> list[dict[str, float | str]]:
     """Edits `backbone` in place, as strongly as the fidelity asked for allows.
 
-    One edit is solved for, band by band. The loud band's change of the weights is then scaled until a share of
-    the allowed loss of fidelity is used up, or less where its reading is clearer than `LOUD_MARGIN`; the
+    One edit is solved for, band by band. The loud band's change of the weights is then scaled until its share
+    of the allowed loss of fidelity is used up, or less where its reading is clearer than `LOUD_MARGIN`; the
     natural one's until all of the loss is. Where even the weakest strength that was looked at costs too much,
     the band is left out: fidelity wins.
 

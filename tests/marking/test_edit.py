@@ -253,9 +253,7 @@ def by_the_formula(marked: Case, step: Step) -> dict[str, Tensor]:
         cross[book.band.name].append(flat.T @ delta.flatten(0, 1) / len(flat) / book.band.books)
     hook.remove()
     every = max(1, len(k_clean) * clean.shape[1] // (CLEAN_ROWS * step.linear.in_features))
-    k0 = torch.cat(
-        [k_clean[start : start + 16].flatten(0, 1)[::every] for start in range(0, len(k_clean), 16)]
-    )
+    k0 = torch.cat([part.flatten(0, 1)[::every] for part in k_clean.split(16)])
     matrix0 = k0.T @ k0 / len(k0)
     expected = {}
     for band in step.shares:
@@ -291,7 +289,7 @@ def test_search_keeps_the_fidelity_and_its_history(wanted: float) -> None:
     by_band = {band.name: [row for row in history if row["stage"] == f"edit: {band.name}"] for band in BANDS}
     assert all(by_band.values())
     assert all(0 < row["factor"] <= LARGEST_FACTOR for row in history)
-    # Half of what is allowed is the loud band's, all of it both bands'.
+    # A share of what is allowed is the loud band's, all of it both bands'.
     used = max(row["factor"] for row in by_band["natural"])
     assert used == LARGEST_FACTOR or check().loss >= (1 - 2 * UNUSED) * LOUD_SHARE * (1 - wanted)
     # The model holds the one edit there was, its bands scaled.
@@ -373,10 +371,10 @@ def of(mean: float) -> Fidelity:
 @pytest.mark.parametrize(
     ("loud", "natural", "kept"),
     [
-        ([0.9997, 0.9, 0.98, 0.99], [0.972], (3, 0)),  # the last look is the largest that is allowed
+        ([0.9997, 0.9, 0.98, 0.99], [0.9715], (3, 0)),  # the last look is the largest that is allowed
         ([0.9, 0.95, 0.96, 0.969], [0.972], (None, 0)),  # none is allowed: the band is left out
-        ([float("nan"), 0.9, 0.986], [0.9, 0.8, 0.96, 0.5], (2, None)),
-        ([0.986], [0.971], (0, 0)),
+        ([float("nan"), 0.9, 0.983], [0.9, 0.8, 0.96, 0.5], (2, None)),
+        ([0.983], [0.971], (0, 0)),
     ],
 )
 def test_search_ends_at_a_strength_that_is_allowed(
@@ -395,16 +393,12 @@ def test_search_ends_at_a_strength_that_is_allowed(
 def test_a_loud_band_that_is_read_clearly_leaves_more_to_the_natural_one() -> None:
     marked = case(timm_vit())
     before = marked.weights()
-    told = iter([0.986, 0.974, 0.971])
+    told = iter([0.983, 0.974, 0.971])
     history = marked.search(0.97, fidelity=lambda: of(next(told)), margin=lambda: 2 * LOUD_MARGIN)
+    assert [row["stage"] for row in history] == ["edit: loud", "edit: natural", "edit: natural"]
     loud, first, second = history
-    assert (loud["stage"], first["stage"], second["stage"]) == (
-        "edit: loud",
-        "edit: natural",
-        "edit: natural",
-    )
-    # A quarter of what the loud band lost is left; the natural one may lose 0.0265, not 0.016.
-    assert second["factor"] == pytest.approx(first["factor"] * (0.95 * 0.0265 / 0.0225) ** 0.5)
+    # A quarter of what the loud band lost is left; the natural one may lose 0.02575, not 0.013.
+    assert second["factor"] == pytest.approx(first["factor"] * (0.95 * 0.02575 / 0.02175) ** 0.5)
     assert_scaled(marked, before, {"loud": loud["factor"] / 2, "natural": second["factor"]})
 
 
