@@ -108,6 +108,7 @@ class Backbone:
         self._sequence_first = False
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._linears: dict[int, list[nn.Linear]] = {}  # of each block, in the order they are called
+        self._within: dict[nn.Linear, nn.MultiheadAttention] = {}  # what applies a layer without calling it
         self.norm: nn.Module = nn.Identity()
         with evaluating(self.encoder), torch.no_grad():
             tokens = self._probe_stem()
@@ -232,9 +233,10 @@ class Backbone:
         """
         if not 0 <= index < self.depth:
             raise ValueError(f"index: wanted 0 <= index < {self.depth}, got {index}")
-        if index not in self._linears:
+        called = self._linears.get(index, [])
+        if not called or called[-1] in self._within:
             raise ValueError(f"block {index} called no torch.nn.Linear that maps to its width, {self.width}")
-        return self._linears[index][-1]
+        return called[-1]
 
     def attention_out(self, index: int) -> tuple[nn.Linear, Tensor] | None:
         """The live linear layer by which block `index` writes to the residual stream before `mlp_out` does.
@@ -244,7 +246,7 @@ class Backbone:
 
         Returns:
             The layer, and what one unit of its output adds, (width,) as of `mlp_gain`; None where there is
-            none that is called as a layer (torch.nn.MultiheadAttention calls none).
+            none.
 
         Raises:
             ValueError: there is no such block, or it has no `mlp_out`.
@@ -255,6 +257,39 @@ class Backbone:
             if gain is not None and bool(gain.any()):
                 return linear, gain
         return None
+
+    @contextmanager
+    def inputs_of(self, linear: nn.Linear) -> Iterator[list[Tensor]]:
+        """A list to which each run of the block adds what `linear` takes, (..., in_features).
+
+        linear: as `mlp_out` or `attention_out` gives it. That of a torch.nn.MultiheadAttention is applied
+        without a call; while the list is there it is the identity inside, and is applied to what comes out.
+        """
+        seen: list[Tensor] = []
+        attention = self._within.get(linear)
+        if attention is None:
+            hooks = [linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))]
+        else:
+            weight, bias = linear.weight, linear.bias
+            same = nn.Parameter(torch.eye(*weight.shape, out=torch.empty_like(weight)), requires_grad=False)
+            zero = None if bias is None else nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+
+            def before(_module: nn.Module, _args: Any) -> None:
+                linear.weight, linear.bias = same, zero
+
+            def after(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+                linear.weight, linear.bias = weight, bias
+                seen.append(output[0])
+                return linear(output[0]), output[1]
+
+            hooks = [attention.register_forward_pre_hook(before)]
+            hooks.append(attention.register_forward_hook(after))
+        try:
+            with _removing(hooks):
+                yield seen
+        finally:
+            if attention is not None:  # a run may have failed half way
+                linear.weight, linear.bias = weight, bias
 
     def mlp_gain(self, index: int) -> Tensor:
         """What one unit of `mlp_out(index)`'s output adds to the block's output, for each channel.
@@ -287,12 +322,13 @@ class Backbone:
         signs = (torch.randint(0, 2, shape, generator=generator) * 2 - 1).to(self.device)
         written: list[Tensor] = []
 
-        def cut(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            written.append(output.detach().requires_grad_())
-            return written[-1].clone()  # a LayerScale may work in place, which a leaf forbids
+        def cut(_module: nn.Module, _args: Any, output: Any) -> Any:
+            written.append(_hidden(output).detach().requires_grad_())
+            made = written[-1].clone()  # a LayerScale may work in place, which a leaf forbids
+            return (made, *output[1:]) if isinstance(output, tuple) else made
 
         block = self.blocks[index]
-        hooks = [linear.register_forward_hook(cut)]
+        hooks = [self._within.get(linear, linear).register_forward_hook(cut)]
         if silent is not None:
             hooks.append(
                 silent.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
@@ -436,11 +472,16 @@ class Backbone:
             return hook
 
         def note_linear(index: int) -> Callable[..., None]:
-            def hook(module: nn.Linear, _args: Any) -> None:
+            def hook(module: nn.Linear | nn.MultiheadAttention, _args: Any) -> None:
                 called = self._linears.setdefault(index, [])
-                if module in called:
-                    called.remove(module)
-                called.append(module)
+                if isinstance(module, nn.MultiheadAttention):
+                    linear: nn.Linear = module.out_proj
+                    self._within[linear] = module
+                else:
+                    linear = module
+                if linear in called:
+                    called.remove(linear)
+                called.append(linear)
 
             return hook
 
@@ -456,7 +497,8 @@ class Backbone:
             handles.append(block.register_forward_hook(leave(index)))
             for module in block.modules():
                 inside.add(module)
-                if isinstance(module, nn.Linear) and module.out_features == self.width:
+                last = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
+                if isinstance(last, nn.Linear) and last.out_features == self.width:
                     handles.append(module.register_forward_pre_hook(note_linear(index)))
         for module in self.encoder.modules():
             if module not in inside and "norm" in type(module).__name__.lower():

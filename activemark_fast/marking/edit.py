@@ -344,7 +344,6 @@ def _moments(
     Returns:
         The moments; of the last step, its layer's inputs (3, b, N, H) for each batch.
     """
-    seen: list[Tensor] = []
     linear, tap = step.linear, step.tap
     size, device = linear.in_features, backbone.device
     clean = torch.zeros(size, size, device=device)
@@ -362,8 +361,7 @@ def _moments(
     stride = max(1, count * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in running)
     hidden: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
+    with backbone.inputs_of(linear) as seen:
         for stream in running:
             book = books[stream.book]
             dials, share = DIALS[book.band.name], step.shares[book.band.name]
@@ -387,8 +385,6 @@ def _moments(
             if step.last:
                 stream.values = engine.keep(after.to(values.dtype))
                 hidden.append(engine.keep(k))
-    finally:
-        hook.remove()
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
         if not dials.whole:
