@@ -659,6 +659,8 @@ def test_inconclusive_suspects(ready: Ready, run: Callable[..., Result], tmp_pat
         assert result.code == 3
         assert result.out.startswith("INCONCLUSIVE: ")
         assert reason in result.out
+        assert "activemark compare" not in result.out
+        assert "  activemark compare ORIGINAL SUSPECT tells " in run(*ready.verify_args(suspect)).out
         record = run(*ready.verify_args(suspect, "--json")).record()
         assert record["decision"] == "inconclusive"
         assert record["p_value"] is record["detection_rate"] is None
