@@ -373,7 +373,7 @@ class _Bench:
         ]
 
     def _descent(self, model: nn.Module | None) -> Row:
-        """What the weights alone say of a descent from the original; None of a model that has none to read."""
+        """What the weights alone say of a descent from the original; None of weights that are not read."""
         try:
             found = None if model is None else compare(self._original, model)
         except ValueError:

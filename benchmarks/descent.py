@@ -10,8 +10,8 @@
 - *Same initialisation*: pairs from one seed whose data came in another order. They are relatives.
 - *Descendants*: the demo model through every attack of the full suite (merges with a stranger in place of the
   original, which would be no change).
-- *Removals*: the same through the adaptive suite, what a thief does to be rid of a mark. Not the slicing: that
-  is done by hooks, which leave the weights as they are.
+- *Removals*: the same through the adaptive suite, what a thief does to be rid of a mark. Not the slicing:
+  that is done by hooks, which leave the weights as they are.
 - *Hostile*: what a thief does to hide a descent, and a forger to make one up.
 - *Cost*: two ViT-L/14; 1,000 sketches.
 

@@ -148,8 +148,7 @@ def _tasks(
 
 
 def _table(evaluation: Evaluation) -> str:
-    """One line an attack: the owner's reading of both models, the other key's, what `compare` still shows of
-    the original in the marked model's weights, and the utility."""
+    """One line an attack: the owner's reading of both models, the other key's, the descent, the utility."""
     head = ["attack", "marked", "R", "p-value", "original", "other key", "compare", "cosine", "probe", "task"]
     cells = [[*head, "images", "steps", "seconds"]]
     for row in evaluation.rows:
@@ -200,7 +199,8 @@ def _frontier(points: Sequence[dict[str, Any]]) -> str:
             shown = sum(p["descent"] == "descent" for p in cheap)
             lines.append(
                 f"attacks that cost at most {allowed} of 100 points of the probe: a match after {held} of "
-                f"{len(cheap)}, `compare` still shows the descent after {shown}; worst p-value {worst['p_value']:.1e} ({worst['attack']}: {worst['lost']:.1f} "
+                f"{len(cheap)}, `compare` still shows the descent after {shown}; worst p-value "
+                f"{worst['p_value']:.1e} ({worst['attack']}: {worst['lost']:.1f} "
                 f"points, R {worst['detection_rate']:.3f}, {worst['seconds']:.0f} s)"
             )
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def add_to(commands: Subparsers) -> None:
         "verify-many",
         _verify_many,
         "tell which of many suspects carry the mark",
-        epilog="Exit codes: 0 all suspects were judged, 1 some could not be read, 2 error.",
+        epilog="Exit codes: 0 all suspects were judged, 2 some could not be read, or another error.",
     )
     many.add_argument(
         "paths",
@@ -152,7 +152,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         "judged_now": done,
         "seconds": time.perf_counter() - started,
     }
-    return Outcome(1 if counts["error"] else 0, record, _table(records, counts))
+    return Outcome(2 if counts["error"] else 0, record, _table(records, counts))
 
 
 def _outcome(record: dict[str, Any]) -> str:
