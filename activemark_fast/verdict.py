@@ -282,3 +282,9 @@ class Verdict:
             "commitment": None if self.opening is None else self.opening.to_dict(),
             "bit_errors": self.bit_errors.tolist(),
         }
+
+
+def rank(verdict: Verdict) -> tuple[int, float]:
+    """Smaller for verdicts that say more of a mark."""
+    weight = ("match", "inconclusive", "no match").index(verdict.decision)
+    return weight, 1.0 if verdict.p_value is None else verdict.p_value

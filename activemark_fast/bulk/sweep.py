@@ -27,7 +27,7 @@ from activemark_fast.commitment import Commitment
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.runtime import resolve_device
-from activemark_fast.verdict import Verdict
+from activemark_fast.verdict import Verdict, rank
 from activemark_fast.verify import Verifier
 from activemark_fast.watermark import Watermark, fingerprint_of
 
@@ -122,6 +122,7 @@ class Sweeper:
         if misfit is not None:
             raise ValueError(f"model: {misfit.replace('the suspect', 'it')}")
         self._max_bytes = max_bytes
+        self._deeper: dict[int, Target] = {}  # the last one only
         self._prefixes: list[_Prefix] = []
         self._judging = threading.Lock()
         self._local = threading.local()
@@ -156,15 +157,13 @@ class Sweeper:
 
     def _read(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
         """Reads every image tower of a checkpoint; the verdict is on the one that shows most of a mark."""
-        every = plans(
-            self._target.wanted,
-            checkpoint.entries,
-            checkpoint.lora_config,
-            checkpoint.unread,
-            lambda names: checkpoint.read(names, self._buffer()),
-        )
-        first_tap = self._verifier.watermark.site.taps[0]
-        deep = [plan for plan in every if plan.depth > first_tap]
+        target = self._target
+        every = self._plans(target, checkpoint)
+        more = max(plan.blocks for plan in every) - target.wanted.depth
+        if more > 0:
+            target = self._with_more(min(more, target.wanted.depth))
+            every = self._plans(target, checkpoint)
+        deep = [plan for plan in every if self._verifier.sites(plan.blocks, plan.depth)]
         if not deep:
             return {"verdict": self._too_shallow(every[0]), "fit": every[0].fit}
         outcomes: list[tuple[Verdict, Plan]] = []
@@ -175,10 +174,10 @@ class Sweeper:
             )
             tensors = self._on_device(tensors)
             with self._judging:
-                outcomes.append((self._judge(chosen, tensors, len(deep)), chosen))
+                outcomes.append((self._judge(target, chosen, tensors, len(deep)), chosen))
             if outcomes[-1][0].decision == "match":
                 break
-        verdict, chosen = min(outcomes, key=lambda outcome: _rank(outcome[0]))
+        verdict, chosen = min(outcomes, key=lambda outcome: rank(outcome[0]))
         if verdict.decision == "match":
             verdict = replace(verdict, identical=self._is_marked_model(checkpoint, chosen))
         doubts = {doubt: None for plan in deep for doubt in plan.fit.doubts}
@@ -192,6 +191,25 @@ class Sweeper:
             )
         return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(p.fit.tower for _, p in outcomes)}
 
+    def _plans(self, target: Target, checkpoint: Checkpoint) -> list[Plan]:
+        return plans(
+            target.wanted,
+            checkpoint.entries,
+            checkpoint.lora_config,
+            checkpoint.unread,
+            lambda names: checkpoint.read(names, self._buffer()),
+        )
+
+    def _with_more(self, more: int) -> Target:
+        """A target with more blocks; the usual one where the model does not take any."""
+        with self._judging:
+            if more not in self._deeper:
+                try:
+                    self._deeper = {more: self._target.deeper(more)}
+                except NotAViTError:
+                    return self._target
+            return self._deeper[more]
+
     def _too_shallow(self, chosen: Plan) -> Verdict:
         """The verdict where too few blocks fit to read anything, with what is missing."""
         return self._verifier.inconclusive(
@@ -200,20 +218,20 @@ class Sweeper:
             f"missing or of another shape: {', '.join(chosen.fit.missing_and_why) or 'none'}"
         )
 
-    def _judge(self, chosen: Plan, tensors: dict[str, Tensor], tries: int) -> Verdict:
-        target, verifier = self._target, self._verifier
+    def _judge(self, target: Target, chosen: Plan, tensors: dict[str, Tensor], tries: int) -> Verdict:
         target.load(chosen.tensors(tensors))
         target.fill(chosen.neutral)
         try:
             target.backbone.renew()
         except NotAViTError as error:
-            return self._unreadable(chosen, f"the suspect cannot be read: {error}")
-        verdict = verifier.read(target.backbone, chosen.depth, self._activations(), tries)
-        return verdict if verdict.images else self._unreadable(chosen, verdict.reason)
+            return self._unreadable(target, chosen, f"the suspect cannot be read: {error}")
+        prefix = self._activations() if target is self._target else None
+        verdict = self._verifier.read(target.backbone, chosen.depth, prefix, tries, chosen.blocks)
+        return verdict if verdict.images else self._unreadable(target, chosen, verdict.reason)
 
-    def _unreadable(self, chosen: Plan, reason: str) -> Verdict:
+    def _unreadable(self, target: Target, chosen: Plan, reason: str) -> Verdict:
         for step in chosen.steps:
-            if not bool(torch.isfinite(self._target[step.target]).all()):
+            if not bool(torch.isfinite(target[step.target]).all()):
                 reason = f"the suspect has NaN or infinite weights in {step.target!r}"
                 break
         return self._verifier.inconclusive(reason)
@@ -266,12 +284,6 @@ class Sweeper:
         if not hasattr(self._local, "buffer"):
             self._local.buffer = HostBuffer(pinned=self._verifier.device.type == "cuda")
         return self._local.buffer
-
-
-def _rank(verdict: Verdict) -> tuple[int, float]:
-    """Smaller for verdicts that say more of a mark."""
-    weight = ("match", "inconclusive", "no match").index(verdict.decision)
-    return weight, 1.0 if verdict.p_value is None else verdict.p_value
 
 
 def _unfit(plan: Plan) -> str:

@@ -738,6 +738,28 @@ names("an identity block in the middle", lambda s: more_blocks(s, 2))
 names("the last block dropped", lambda s: {n: t for n, t in s.items() if not n.startswith("blocks.5.")})
 
 
+def in_order(*order: int, noise: float = 0) -> Callable[[State], State]:
+    """The state with these of its blocks; those that are negative add `noise` of themselves only."""
+
+    def made(state: State) -> State:
+        out = {n: t for n, t in state.items() if not n.startswith("blocks.")}
+        for new, old in enumerate(order):
+            prefix = f"blocks.{abs(old)}."
+            for name in [n for n in state if n.startswith(prefix)]:
+                writes = old < 0 and ("proj" in name or "fc2" in name)
+                out[name.replace(prefix, f"blocks.{new}.", 1)] = state[name] * (noise if writes else 1)
+        return out
+
+    return made
+
+
+names("the first block dropped", in_order(1, 2, 3, 4, 5))
+names("a block of the mark dropped, of two", in_order(0, 1, 2, 4, 5), "signs? of the mark, but")
+names("a block doubled", in_order(0, 0, 1, 2, 3, 4, 5))
+names("the first two blocks exchanged", in_order(1, 0, 2, 3, 4, 5))
+names("blocks that add next to nothing in front and between", in_order(-5, 0, 1, 2, -5, 3, 4, 5, noise=1e-3))
+
+
 def units(state: State, change: Callable[[Tensor], Tensor]) -> State:
     """`change` of the units, which come first, of every tensor of the MLPs that has them."""
     out = dict(state)
