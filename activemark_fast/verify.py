@@ -243,9 +243,7 @@ class Verifier:
             self._codec = watermark.restore_codec(secret).to(self.device)
             sent = [torch.from_numpy(secret.stream("messages/verify").bits((count, 1, bits)))]
             self._alternatives = {}
-        self._own = (
-            watermark.site if self._codec is None else replace(watermark.site, taps=self._codec.taps)
-        )
+        self._own = watermark.site if self._codec is None else replace(watermark.site, taps=self._codec.taps)
         self._exact = self._codec is None or self._codec.exact
         self._power = power if self._exact else None
         if self._power is None:
@@ -348,9 +346,7 @@ class Verifier:
                 for ways in combinations_with_replacement(steps, 1 + len(own.taps))
             ]
             moves.append(
-                tuple(
-                    round((place + 1) * blocks / own.depth) - 1 - place for place in (own.block, *own.taps)
-                )
+                tuple(round((place + 1) * blocks / own.depth) - 1 - place for place in (own.block, *own.taps))
             )
         found = {}
         for move, *tap_moves in moves:
@@ -361,9 +357,7 @@ class Verifier:
                 found[places] = replace(own, block=places[0], taps=places[1:])
         return list(found.values())
 
-    def _read_at(
-        self, site: Site, backbone: Backbone, prefix: list[SiteActivations], tries: int
-    ) -> Verdict:
+    def _read_at(self, site: Site, backbone: Backbone, prefix: list[SiteActivations], tries: int) -> Verdict:
         """See `read`; the taps of `site` can all be run."""
         measured = None
         if self._codec is None:

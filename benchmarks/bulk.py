@@ -10,8 +10,8 @@
 `--loop` of the readable suspects, per suspect, and with the disk: the files are read from it, not from the
 system's cache. `--bf16`: the models' weights are. All in one run, on CUDA if there is a device. `stacking`
 runs models through their first 11 blocks, one after the other and with stacked weights, on as many images as
-looks take. `blocks` reads marked demo models of which each block in turn was dropped, doubled or exchanged with
-the next, or has a block that adds next to nothing (1/1000 of what it wrote) before it.
+looks take. `blocks` reads marked demo models of which each block in turn was dropped, doubled or exchanged
+with the next, or has a block that adds next to nothing (1/1000 of what it wrote) before it.
 """
 
 from __future__ import annotations

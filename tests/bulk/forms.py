@@ -773,12 +773,25 @@ def units(state: State, change: Callable[[Tensor], Tensor]) -> State:
 
 names("MLPs widened by units that are zero", lambda s: units(s, lambda t: torch.cat([t, 0 * t[:8]])))
 names("MLPs of which units were pruned", lambda s: units(s, lambda t: t[:-32]))
+
+
+def fewer_heads(state: State, kept: int) -> State:
+    """Without the last of the 128 channels of the attention."""
+    out = dict(state)
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            out[name] = tensor.unflatten(0, (3, 128))[:, :kept].flatten(0, 1)
+        elif name.endswith(".attn.proj.weight"):
+            out[name] = tensor[:, :kept]
+    return out
+
+
+names("heads of the attention that were pruned", lambda s: fewer_heads(s, 96))
+names("the same in three matrices, `q`, `k`, `v`", lambda s: apart(fewer_heads(s, 96), "q", "k", "v"))
 names(
-    "heads of the attention that were pruned",
-    lambda s: {
-        n: t[:-96] if ".attn.qkv." in n else t[:, :-32] if "attn.proj.w" in n else t for n, t in s.items()
-    },
-    r"float32 \(288, 128\), wanted \(384, 128\)",
+    "channels of the attention that were pruned, not whole heads",
+    lambda s: fewer_heads(s, 120),
+    r"float32 \(360, 128\), wanted \(384, 128\)",
 )
 
 # ---- refused

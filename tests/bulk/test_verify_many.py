@@ -151,7 +151,7 @@ def zeros() -> nn.Module:
         (nan_weights, r"NaN or infinite weights in 'blocks\.1\.mlp\.fc1\.weight'"),
         (zeros, "no token .* depends on the image"),
         (lambda: vit(embed_dim=64), "too little .* missing or of another shape: .*patch_embed"),
-        (lambda: vit(depth=3), "3 whole blocks, and the mark is first read after 4"),
+        (lambda: vit(depth=3), "no sign of the mark, but the suspect has 3 blocks, the marked model 6"),
         (lambda: vit(init_values=1.0), "does not quite fit the marked model: .*ls1"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), "too little"),
     ],
@@ -179,7 +179,7 @@ def test_a_mark_is_found_in_what_does_not_quite_fit(marked: Marked, tmp_path: Pa
 
 
 def test_only_what_is_needed_is_read(marked: Marked, tmp_path: Path) -> None:
-    (result,) = sweep(save(vit(depth=9, num_classes=999), tmp_path / "a.safetensors"), marked)
+    (result,) = sweep(save(vit(num_classes=9999), tmp_path / "a.safetensors"), marked)
     needed = [n for n in vit().state_dict() if not n.startswith(("blocks.5", "norm", "head"))]
     assert result.bytes_read == sum(vit().state_dict()[n].nbytes for n in needed)
     assert result.bytes_read < result.size / 1.7
