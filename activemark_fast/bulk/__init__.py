@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from activemark_fast.bulk.engines import run_local, run_ray
-from activemark_fast.bulk.journal import Journal, JournalError, read_journal
+from activemark_fast.bulk.journal import Journal, JournalError, journal_line, read_journal
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect, find_suspects
 from activemark_fast.bulk.sweep import SweepSettings
@@ -24,6 +24,7 @@ __all__ = [
     "Suspect",
     "SuspectResult",
     "find_suspects",
+    "journal_line",
     "memory_limit",
     "read_journal",
     "verify_many",
