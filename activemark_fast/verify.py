@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations_with_replacement
@@ -287,6 +288,7 @@ class Verifier:
         prefix: list[SiteActivations] | None = None,
         tries: int = 1,
         blocks: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Verdict:
         """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
 
@@ -298,6 +300,7 @@ class Verifier:
             tries: of how many readings of one suspect the best is reported; the p-value pays for them.
             blocks: how many blocks the suspect has in all; by default as many as the marked model. Where it
                 has others, the mark is looked for at all of `sites`, which the p-value pays for, too.
+            check: called now and then; what it raises ends the reading.
         """
         own = self._own
         blocks = own.depth if blocks is None else blocks
@@ -310,7 +313,7 @@ class Verifier:
         known = {own.block: [] if prefix is None else prefix}
         for site in sites:
             before = known.setdefault(site.block, [])
-            verdict = self._read_at(site, backbone, before, tries * len(sites))
+            verdict = self._read_at(site, backbone, before, tries * len(sites), check)
             if site.block != own.block or site.taps != own.taps[: len(site.taps)]:
                 at = ", ".join(str(tap + 1) for tap in site.taps)
                 verdict = replace(
@@ -357,7 +360,14 @@ class Verifier:
                 found[places] = replace(own, block=places[0], taps=places[1:])
         return list(found.values())
 
-    def _read_at(self, site: Site, backbone: Backbone, prefix: list[SiteActivations], tries: int) -> Verdict:
+    def _read_at(
+        self,
+        site: Site,
+        backbone: Backbone,
+        prefix: list[SiteActivations],
+        tries: int,
+        check: Callable[[], None],
+    ) -> Verdict:
         """See `read`; the taps of `site` can all be run."""
         measured = None
         if self._codec is None:
@@ -370,7 +380,7 @@ class Verifier:
         if self._align is not True:
             price = 1.0 if self._align is False else PLAIN_PRICE
             means = self._means(site, measured, None)
-            plain = self._reading(site, backbone, means, prefix, price * tries, None)
+            plain = self._reading(site, backbone, means, prefix, price * tries, None, check)
             if plain is None:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
             readings.append(plain)
@@ -379,7 +389,7 @@ class Verifier:
             if alignment is not None and self._exact:
                 price = 1.0 if self._align else ALIGNED_PRICE
                 means = self._means(site, measured, alignment)
-                aligned = self._reading(site, backbone, means, prefix, price * tries, alignment)
+                aligned = self._reading(site, backbone, means, prefix, price * tries, alignment, check)
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
@@ -454,6 +464,7 @@ class Verifier:
         prefix: list[SiteActivations],
         price: float,
         alignment: Alignment | None,
+        check: Callable[[], None],
     ) -> _Reading | None:
         """Looks at more and more images until the verdict is settled; None where the suspect overflows.
 
@@ -470,6 +481,7 @@ class Verifier:
             with evaluating(backbone.model):
                 for band, kept in zip(means.bands, parts, strict=True):
                     for channel, seen in zip(band, kept, strict=True):
+                        check()
                         seen.append(
                             channel.agreement(backbone, prefix[ahead + look], start, block, self._autocast)
                         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -58,6 +61,7 @@ class SweepSettings:
     precision: str
     max_bytes: int
     commitment: Commitment | None = None
+    timeout: float | None = None
 
     def sweeper(self) -> Sweeper:
         """A sweeper with these settings. Raises what `verify_many` says of its arguments."""
@@ -82,7 +86,7 @@ class SweepSettings:
             precision=self.precision,
         )
         own = build_model(model) if isinstance(model, str) else copy.deepcopy(model)
-        return Sweeper(verifier, own.to(verifier.device), self.max_bytes)
+        return Sweeper(verifier, own.to(verifier.device), self.max_bytes, self.timeout)
 
     def to_dict(self) -> dict[str, object]:
         """What two sweeps with one journal must have in common, as JSON types."""
@@ -103,6 +107,27 @@ class SweepSettings:
         }
 
 
+class _Deadline:
+    """When a suspect is given up; the time that it waits for another one is not its own."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._at = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raises TimeoutError where it has passed."""
+        if time.monotonic() > self._at:
+            raise TimeoutError(f"took more than {self._seconds:g} s")
+
+    @contextmanager
+    def holding(self, lock: threading.Lock) -> Iterator[None]:
+        """Waits for a lock and holds it."""
+        started = time.monotonic()
+        with lock:
+            self._at += time.monotonic() - started
+            yield
+
+
 class Sweeper:
     """Judges suspects with one model, which they are loaded into in place.
 
@@ -114,14 +139,20 @@ class Sweeper:
     stacking`: 0.5 to 1.2 times as fast, mostly below 1, for 2 to 16 demo models); on a GPU it is unmeasured.
     """
 
-    def __init__(self, verifier: Verifier, model: nn.Module, max_bytes: int) -> None:
-        """model: of the marked architecture, on the verifier's device; it becomes the sweeper's own."""
+    def __init__(
+        self, verifier: Verifier, model: nn.Module, max_bytes: int, timeout: float | None = None
+    ) -> None:
+        """model: of the marked architecture, on the verifier's device; it becomes the sweeper's own.
+
+        timeout: seconds after which a suspect is given up, at the next step of its reading.
+        """
         self._verifier = verifier
         self._target = Target(model, verifier.watermark.site)
         misfit = verifier.misfit(self._target.backbone)
         if misfit is not None:
             raise ValueError(f"model: {misfit.replace('the suspect', 'it')}")
         self._max_bytes = max_bytes
+        self._timeout = timeout
         self._deeper: dict[int, Target] = {}  # the last one only
         self._prefixes: list[_Prefix] = []
         self._judging = threading.Lock()
@@ -146,22 +177,23 @@ class Sweeper:
             with self._judging:
                 return {"verdict": self._verifier.judge(suspect.module)}
         assert suspect.path is not None
+        deadline = _Deadline(self._timeout)
         try:
             with Checkpoint(suspect.path, self._max_bytes) as checkpoint:
                 facts |= {"size": checkpoint.size, "modified": checkpoint.modified}
-                return self._read(checkpoint, facts)
+                return self._read(checkpoint, facts, deadline)
         except NotAModelError as error:
             return {"skipped": str(error)}
         except UnreadFormError as error:
             return {"verdict": self._verifier.inconclusive(str(error))}
 
-    def _read(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, checkpoint: Checkpoint, facts: dict[str, Any], deadline: _Deadline) -> dict[str, Any]:
         """Reads every image tower of a checkpoint; the verdict is on the one that shows most of a mark."""
         target = self._target
         every = self._plans(target, checkpoint)
         more = max(plan.blocks for plan in every) - target.wanted.depth
         if more > 0:
-            target = self._with_more(min(more, target.wanted.depth))
+            target = self._with_more(min(more, target.wanted.depth), deadline)
             every = self._plans(target, checkpoint)
         deep = [plan for plan in every if self._verifier.sites(plan.blocks, plan.depth)]
         if not deep:
@@ -173,8 +205,9 @@ class Sweeper:
                 checkpoint.entries[name].nbytes for name in chosen.names
             )
             tensors = self._on_device(tensors)
-            with self._judging:
-                outcomes.append((self._judge(target, chosen, tensors, len(deep)), chosen))
+            with deadline.holding(self._judging):
+                verdict = self._judge(target, chosen, tensors, len(deep), deadline)
+            outcomes.append((verdict, chosen))
             if outcomes[-1][0].decision == "match":
                 break
         verdict, chosen = min(outcomes, key=lambda outcome: rank(outcome[0]))
@@ -200,9 +233,9 @@ class Sweeper:
             lambda names: checkpoint.read(names, self._buffer()),
         )
 
-    def _with_more(self, more: int) -> Target:
+    def _with_more(self, more: int, deadline: _Deadline) -> Target:
         """A target with more blocks; the usual one where the model does not take any."""
-        with self._judging:
+        with deadline.holding(self._judging):
             if more not in self._deeper:
                 try:
                     self._deeper = {more: self._target.deeper(more)}
@@ -218,7 +251,9 @@ class Sweeper:
             f"missing or of another shape: {', '.join(chosen.fit.missing_and_why) or 'none'}"
         )
 
-    def _judge(self, target: Target, chosen: Plan, tensors: dict[str, Tensor], tries: int) -> Verdict:
+    def _judge(
+        self, target: Target, chosen: Plan, tensors: dict[str, Tensor], tries: int, deadline: _Deadline
+    ) -> Verdict:
         target.load(chosen.tensors(tensors))
         target.fill(chosen.neutral)
         try:
@@ -226,7 +261,9 @@ class Sweeper:
         except NotAViTError as error:
             return self._unreadable(target, chosen, f"the suspect cannot be read: {error}")
         prefix = self._activations() if target is self._target else None
-        verdict = self._verifier.read(target.backbone, chosen.depth, prefix, tries, chosen.blocks)
+        verdict = self._verifier.read(
+            target.backbone, chosen.depth, prefix, tries, chosen.blocks, deadline.check
+        )
         return verdict if verdict.images else self._unreadable(target, chosen, verdict.reason)
 
     def _unreadable(self, target: Target, chosen: Plan, reason: str) -> Verdict:

@@ -85,6 +85,12 @@ def add_to(commands: Subparsers) -> None:
         help="most bytes of one suspect in memory (an eighth of the machine's memory)",
     )
     many.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give a suspect up that takes longer: an error in its line, and the sweep goes on",
+    )
+    many.add_argument(
         "--engine",
         choices=("local", "ray"),
         default="local",
@@ -125,6 +131,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         commitment=commitment,
         precision=args.precision,
         max_bytes=args.max_bytes,
+        timeout=args.timeout,
         journal=args.out,
         resume=args.resume,
         engine=args.engine,

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -339,6 +340,25 @@ def test_whatever_goes_wrong_with_one_suspect_the_sweep_goes_on(
     ]
 
 
+def test_a_suspect_that_takes_too_long_is_given_up(marked: Marked, tmp_path: Path) -> None:
+    path = save(marked.model, tmp_path / "a.safetensors")
+    (slow,) = sweep(path, marked, timeout=1e-6)
+    assert slow.error == "TimeoutError: took more than 1e-06 s"
+    (result,) = sweep(path, marked, timeout=600)
+    assert outcome(result) == "match"
+
+
+def test_a_suspect_that_waits_for_another_takes_no_time() -> None:
+    deadline, lock = sweeping._Deadline(0.2), threading.Lock()
+    lock.acquire()
+    threading.Timer(0.3, lock.release).start()
+    with deadline.holding(lock):
+        deadline.check()
+    time.sleep(0.25)
+    with pytest.raises(TimeoutError, match=r"took more than 0\.2 s"):
+        deadline.check()
+
+
 def test_memory_is_capped(marked: Marked, tmp_path: Path) -> None:
     paths = [save(marked.model, tmp_path / "a.safetensors"), tmp_path / "b.pt"]
     torch.save(marked.model.state_dict(), paths[1])
@@ -417,6 +437,8 @@ def test_killed_at_random_moments(marked: Marked, fifty_suspects: Path, tmp_path
         ({"alpha": 1}, ValueError, "alpha: wanted"),
         ({"power": 1}, ValueError, "power: wanted above 0 and below 1, got 1"),
         ({"power": "high"}, TypeError, "power: wanted a number, got str"),
+        ({"timeout": 0}, ValueError, "timeout: wanted above 0, got 0"),
+        ({"timeout": "1"}, TypeError, "timeout: wanted a number, got str"),
         ({"max_bytes": 0}, ValueError, "max_bytes: wanted at least 1, got 0"),
         ({"max_bytes": 1.5}, TypeError, "max_bytes: wanted int, got float"),
         ({"engine": "spark"}, ValueError, "engine: wanted 'local' or 'ray', got 'spark'"),
