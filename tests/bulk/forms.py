@@ -223,6 +223,59 @@ def _(model: Any, path: Path) -> None:
     path.write_bytes(flax_bytes({f"params/{name}": array for name, array in arrays.items()}))
 
 
+def message(*fields: tuple[int, int | bytes | str]) -> bytes:
+    """A message of protobuf."""
+
+    def varint(value: int) -> bytes:
+        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+
+    out = b""
+    for number, value in fields:
+        content = value.encode() if isinstance(value, str) else value
+        whole = isinstance(content, int)
+        out += varint(number << 3 | (0 if whole else 2))
+        out += varint(content) if isinstance(content, int) else varint(len(content)) + content
+    return out
+
+
+def onnx_bytes(state: State, beside: Path | None = None) -> bytes:
+    """A state as torch's exporters write it: matrices are transposed and have lost their names.
+
+    beside: where the numbers go; they go into the model without.
+    """
+    graph, numbers = [], b""
+    for index, (name, tensor) in enumerate(state.items()):
+        own, values = name, tensor.float()
+        if tensor.ndim == 2 and name.startswith("blocks."):
+            own, values = f"onnx::MatMul_{index}", values.T
+            bias, product = f"{name.removesuffix('weight')}bias", f"product_{index}"
+            graph.append((1, message((1, f"in_{index}"), (1, own), (2, product), (4, "MatMul"))))
+            graph.append((1, message((1, bias), (1, product), (2, f"out_{index}"), (4, "Add"))))
+        elif name == "cls_token":
+            own = "expand"
+            graph.append((1, message((1, own), (1, "patches"), (2, "tokens"), (4, "Concat"))))
+        content = values.contiguous().numpy().tobytes()
+        place: list[tuple[int, int | bytes | str]] = [(9, content)]
+        if beside is not None:
+            at = {"location": beside.name, "offset": str(len(numbers)), "length": str(len(content))}
+            place = [(13, message((1, key), (2, value))) for key, value in at.items()]
+            numbers += content
+        graph.append((5, message(*((1, size) for size in values.shape), (2, 1), (8, own), *place)))
+    if beside is not None:
+        beside.write_bytes(numbers)
+    return message((1, 8), (2, "pytorch"), (7, message(*graph)))
+
+
+@form("ONNX, as torch exports it")
+def _(model: Any, path: Path) -> None:
+    path.write_bytes(onnx_bytes(state_of(model)))
+
+
+@form("ONNX with its numbers in a file beside it")
+def _(model: Any, path: Path) -> None:
+    path.write_bytes(onnx_bytes(state_of(model), path.with_suffix(".data")))
+
+
 # ---- folders
 _group = "Folders"
 
@@ -798,9 +851,6 @@ names(
 _group = "Other formats"
 form("HDF5, `.h5`", "an HDF5 file")(lambda _, path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)))
 form("GGUF", "a GGUF file")(lambda _, path: path.write_bytes(b"GGUF" + bytes(99)))
-form("ONNX", "an ONNX model")(
-    lambda _, path: path.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(99))
-)
 form("a compressed file", "unpack it first")(lambda _, path: path.write_bytes(b"\x1f\x8b\x08" + bytes(99)))
 
 
