@@ -10,8 +10,9 @@
 `--loop` of the readable suspects, per suspect, and with the disk: the files are read from it, not from the
 system's cache. `--bf16`: the models' weights are. All in one run, on CUDA if there is a device. `stacking`
 runs models through their first 11 blocks, one after the other and with stacked weights, on as many images as
-looks take. `blocks` reads marked demo models of which each block in turn was dropped, doubled or exchanged
-with the next, or has a block that adds next to nothing (1/1000 of what it wrote) before it.
+looks take. `blocks` reads marked demo models of which each block in turn was dropped, doubled, exchanged with
+the next, dropped while another was doubled, or has one before it that adds next to nothing (1/1000 of what it
+wrote).
 """
 
 from __future__ import annotations
@@ -269,16 +270,19 @@ def blocks(args: argparse.Namespace, folder: Path) -> None:
         "dropped": [(f"{i}", [*whole[:i], *whole[i + 1 :]]) for i in whole],
         "doubled": [(f"{i}", [*whole[: i + 1], *whole[i:]]) for i in whole],
         "exchanged": [(f"{i}", [*whole[:i], i + 1, i, *whole[i + 2 :]]) for i in whole[:-1]],
+        "dropped, the fifth after it doubled": [
+            (f"{i}", [j for j in whole if j != i for _ in range(1 + (j == (i + 5) % depth))]) for i in whole
+        ],
         "quiet": [(f"{i}", [*whole[:i], -1, *whole[i:]]) for i in whole],
     }
     for change, orders in changes.items():
         for name, order in orders:
             torch.save(rearranged(state, order), folder / f"{change}-{name}.pt")
-    paths = sorted(folder.glob("*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
+    paths = sorted(folder.glob("*.pt"), key=lambda path: int(path.stem.rpartition("-")[2]))
     architecture = architecture_of(args.architecture)
     told: dict[str, list[str]] = {change: [] for change in changes}
     for result in verify_many(paths, marked.watermark, KEY, architecture, device=DEVICE, in_order=True):
-        change, _, name = Path(result.suspect).stem.partition("-")
+        change, _, name = Path(result.suspect).stem.rpartition("-")
         verdict = result.verdict
         assert verdict is not None, result.error
         told[change].append(f"{name} {verdict.decision} {verdict.p_value:.1e}")
