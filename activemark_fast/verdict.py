@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -283,3 +284,36 @@ class Verdict:
             "commitment": None if self.opening is None else self.opening.to_dict(),
             "bit_errors": self.bit_errors.tolist(),
         }
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Verdict:
+        """The verdict that `to_dict` wrote.
+
+        Raises:
+            ValueError: it is something else, or does not agree with itself.
+        """
+        same = (
+            *("decision", "reason", "bits", "tau", "p_value", "alpha", "codec", "identical", "aligned"),
+            *("alternatives", "bands"),
+        )
+        try:
+            rate, opening = written["detection_rate"], written["commitment"]
+            verdict = cls(
+                **{name: written[name] for name in same},
+                bit_errors=np.array(written["bit_errors"], dtype=np.int64),
+                detection_rate=math.nan if rate is None else rate,
+                chosen=tuple(written["chosen"]),
+                opening=None if opening is None else Opening.from_dict(opening),
+            )
+            agrees = json.loads(json.dumps(verdict.to_dict())) == dict(written)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"no verdict: {type(error).__name__}: {error}") from error
+        if not agrees or verdict.decision not in get_args(Decision):
+            raise ValueError("no verdict: its parts do not agree")
+        return verdict
+
+
+def rank(verdict: Verdict) -> tuple[int, float]:
+    """Smaller for verdicts that say more of a mark."""
+    weight = ("match", "inconclusive", "no match").index(verdict.decision)
+    return weight, 1.0 if verdict.p_value is None else verdict.p_value

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations_with_replacement
 from types import MappingProxyType
 
 import numpy as np
@@ -37,12 +38,14 @@ from activemark_fast.sequential import (
     look_penalties,
     mark_excluded,
 )
+from activemark_fast.site import Site
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
     Decision,
     Verdict,
     default_tau,
+    rank,
     sign_flip_p_value,
 )
 from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
@@ -59,6 +62,8 @@ PLAIN_PRICE, ALIGNED_PRICE = 101 / 100, 101.0
 Weighted Bonferroni: the inverses sum to 1, so the smaller product is a p-value whenever the second reading is
 made, for whatever reason, and however the two depend on one another.
 """
+MOST_MOVED = 4
+"""Blocks more or fewer than the marked model's for which every place is tried that the mark may have."""
 FIRST_SAMPLED = 4
 """Images on which no map must explain the suspect for it to be let go without a look at the others."""
 
@@ -164,10 +169,6 @@ class _Means:
 
     bands: list[list[Channel]]
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.bands[0][0].codec.taps
-
 
 class Verifier:
     """Judges suspects under one watermark and key.
@@ -261,6 +262,7 @@ class Verifier:
         else:
             self._codec = watermark.restore_codec(secret).to(self.device)
             sent = [torch.from_numpy(secret.stream("messages/verify").bits((count, 1, bits)))]
+        self._own = watermark.site if self._codec is None else replace(watermark.site, taps=self._codec.taps)
         self._exact = self._codec is None or self._codec.exact
         self._power = power if self._exact else None
         if self._power is None:
@@ -290,7 +292,7 @@ class Verifier:
         misfit = self.misfit(backbone)
         if misfit is not None:
             return self.inconclusive(misfit)
-        verdict = self.read(backbone, backbone.depth)
+        verdict = self.read(backbone, backbone.depth, blocks=backbone.depth)
         return replace(
             verdict,
             identical=verdict.images > 0 and fingerprint(suspect) == self.watermark.fingerprint,
@@ -298,7 +300,13 @@ class Verifier:
 
     @torch.no_grad()
     def read(
-        self, backbone: Backbone, depth: int, prefix: list[SiteActivations] | None = None, tries: int = 1
+        self,
+        backbone: Backbone,
+        depth: int,
+        prefix: list[SiteActivations] | None = None,
+        tries: int = 1,
+        blocks: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Verdict:
         """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
 
@@ -308,55 +316,118 @@ class Verifier:
             prefix: the activations of each look's images at the site, in order, as far as an earlier call got
                 them from weights that were equal up to the site's block; those that are needed are added.
             tries: of how many readings of one suspect the best is reported; the p-value pays for them.
+            blocks: how many blocks the suspect has in all; by default as many as the marked model. Where it
+                has others, the mark is looked for at all of `sites`, which the p-value pays for, too.
+            check: called now and then; what it raises ends the reading.
         """
-        prefix = [] if prefix is None else prefix
-        read_at = self.watermark.site.taps if self._codec is None else self._codec.taps
-        taps = tuple(tap for tap in read_at if tap < depth)
-        if not taps:
+        own = self._own
+        blocks = own.depth if blocks is None else blocks
+        sites = self.sites(blocks, depth)
+        if not sites:
             return self.inconclusive(
-                f"the suspect has {depth} blocks, the mark is first read after {read_at[0] + 1}"
+                f"the suspect has {depth} blocks, the mark is first read after {own.taps[0] + 1}"
             )
+        choices = self._choices(blocks)
+        verdicts = []
+        known = {own.block: [] if prefix is None else prefix}
+        for site in sites:
+            before = known.setdefault(site.block, [])
+            verdict = self._read_at(site, backbone, before, tries * len(sites), choices, check)
+            if site.block != own.block or site.taps != own.taps[: len(site.taps)]:
+                at = ", ".join(str(tap + 1) for tap in site.taps)
+                verdict = replace(
+                    verdict,
+                    reason=f"{verdict.reason} (written after block {site.block + 1} and read after {at}: it "
+                    f"has {blocks} blocks, the marked model {own.depth})",
+                )
+            verdicts.append(verdict)
+            if verdict.decision == "match":
+                break
+        best = min(verdicts, key=rank)
+        if best.decision == "no match" and own.depth not in (0, blocks):
+            reason = f"no sign of the mark, but the suspect has {blocks} blocks, the marked model {own.depth}"
+            return replace(best, decision="inconclusive", reason=reason)
+        return best
+
+    def sites(self, blocks: int, depth: int) -> list[Site]:
+        """Where the mark may lie in a suspect of `blocks` blocks of which the first `depth` can be run.
+
+        Blocks that were dropped, doubled or put in before the site move it and its taps by as many; those
+        between the site and a tap, that tap. Up to `MOST_MOVED` blocks, every way there is; of more, all in
+        one place or spread evenly. The first is the place that the mark was given; there is none where the
+        suspect is too short.
+        """
+        own = self._own
+        more = blocks - own.depth
+        moves = [(0,) * (1 + len(own.taps))]
+        if self._codec is None and more:
+            steps = range(abs(more) + 1) if abs(more) <= MOST_MOVED else (0, abs(more))
+            sign = 1 if more > 0 else -1
+            moves = [
+                tuple(sign * move for move in ways)
+                for ways in combinations_with_replacement(steps, 1 + len(own.taps))
+            ]
+            moves.append(
+                tuple(round((place + 1) * blocks / own.depth) - 1 - place for place in (own.block, *own.taps))
+            )
+        found = {}
+        for move, *tap_moves in moves:
+            taps = (tap + moved for tap, moved in zip(own.taps, tap_moves, strict=True))
+            places = (own.block + move, *(tap for tap in taps if tap < depth))
+            rises = all(before < after for before, after in zip((-1, *places), places, strict=False))
+            if rises and len(places) > 1:
+                found[places] = replace(own, block=places[0], taps=places[1:])
+        return list(found.values())
+
+    def _read_at(
+        self,
+        site: Site,
+        backbone: Backbone,
+        prefix: list[SiteActivations],
+        tries: int,
+        choices: Mapping[str, int],
+        check: Callable[[], None],
+    ) -> Verdict:
+        """See `read`; the taps of `site` can all be run."""
         measured = None
         if self._codec is None:
             if not prefix:
-                prefix.append(self._at_site(backbone, self._measured_pixels))
-            measured = SiteMeasure.of(prefix[0].output, self.watermark.site.prefix_tokens)
+                prefix.append(self._at_site(site, backbone, self._measured_pixels))
+            measured = SiteMeasure.of(prefix[0].output, site.prefix_tokens)
             if not measured.usable:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
-        choices = self._choices(depth)
         readings = []
         if self._align is not True:
             price = tries * (1.0 if self._align is False else PLAIN_PRICE)
-            plain = self._reading(backbone, self._means(taps, measured, None), prefix, price, choices, None)
+            means = self._means(site, measured, None)
+            plain = self._reading(site, backbone, means, prefix, price, choices, None, check)
             if plain is None:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
             readings.append(plain)
         if self._align is True or (self._align is None and not self._matches(readings[0].p_value, choices)):
-            alignment = self._alignment(backbone)
+            alignment = self._alignment(site, backbone)
             if alignment is not None and self._exact:
                 price = tries * (1.0 if self._align else ALIGNED_PRICE)
-                means = self._means(taps, measured, alignment)
-                aligned = self._reading(backbone, means, prefix, price, choices, alignment)
+                means = self._means(site, measured, alignment)
+                aligned = self._reading(site, backbone, means, prefix, price, choices, alignment, check)
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
         return self._decide(min(readings, key=lambda reading: reading.p_value), choices)
 
-    def _at_site(self, backbone: Backbone, pixels: Tensor) -> SiteActivations:
+    def _at_site(self, site: Site, backbone: Backbone, pixels: Tensor) -> SiteActivations:
         with evaluating(backbone.model):
-            return site_activations(backbone, pixels, self.watermark.site.block, self._autocast)
+            return site_activations(backbone, pixels, site.block, self._autocast)
 
-    def _means(
-        self, taps: tuple[int, ...], measured: SiteMeasure | None, alignment: Alignment | None
-    ) -> _Means:
-        """What reads a suspect at `taps`, after undoing `alignment`. `measured`: on it, for two bands."""
+    def _means(self, site: Site, measured: SiteMeasure | None, alignment: Alignment | None) -> _Means:
+        """What reads a suspect at `site`, after undoing `alignment`. `measured`: on it, for two bands."""
         if measured is None:
             assert self._codec is not None
             codecs: list[Codec] = [copy.copy(self._codec)]
             counts = [1]
         else:
             back = measured if alignment is None else measured.turned_back(alignment.matrix)
-            codecs = list(codebooks(self._stretched, self.watermark.site, self.watermark.bits, back))
+            codecs = list(codebooks(self._stretched, site, self.watermark.bits, back))
             counts = [band.books for band in BANDS]
         channels = []
         for codec, sent in zip(codecs, self._sent, strict=True):
@@ -364,17 +435,17 @@ class Verifier:
             if alignment is not None and isinstance(codec, KeyedCodec):
                 scale = alignment.scale if measured is None else 1.0  # measured on the suspect already
                 codec = codec.aligned(alignment.matrix.to(self.device), scale)
-            codec.taps = taps
+            codec.taps = site.taps
             channels.append(Channel(codec, sent))
         ends = np.cumsum(counts)
         return _Means([channels[end - count : end] for count, end in zip(counts, ends, strict=True)])
 
-    def _choices(self, depth: int) -> dict[str, int]:
-        """What is paid for a suspect of `depth` blocks; nothing where all counts as chosen."""
+    def _choices(self, blocks: int) -> dict[str, int]:
+        """What is paid for a suspect of `blocks` blocks; nothing where all counts as chosen."""
         watermark = self.watermark
         if not watermark.two_bands:
             return {}
-        choices = alternatives(watermark.site, watermark.bits, depth, self._architecture is not None)
+        choices = alternatives(watermark.site, watermark.bits, blocks, self._architecture is not None)
         return choices | ({"committed claim": self._claims} if self._claims > 1 else {})
 
     def _matches(self, p_value: float, choices: Mapping[str, int]) -> bool:
@@ -400,12 +471,12 @@ class Verifier:
         stored = self.watermark.alignment
         return None if stored is None else stored.to(self.device).float()
 
-    def _alignment(self, backbone: Backbone) -> Alignment | None:
+    def _alignment(self, site: Site, backbone: Backbone) -> Alignment | None:
         """How the suspect's residual stream lies to the original's; None if it is not worth a reading."""
         stored = self._original_sample
         if stored is None:
             return None
-        site, preprocess = self.watermark.site, self._preprocess
+        preprocess = self._preprocess
 
         def sampled(images: Tensor) -> Tensor:
             with evaluating(backbone.model):
@@ -422,28 +493,31 @@ class Verifier:
 
     def _reading(
         self,
+        site: Site,
         backbone: Backbone,
         means: _Means,
         prefix: list[SiteActivations],
         price: float,
         choices: Mapping[str, int],
         alignment: Alignment | None,
+        check: Callable[[], None],
     ) -> _Reading | None:
         """Looks at more and more images until the verdict is settled; None where the suspect overflows.
 
         price: what a p-value is multiplied with besides the penalty of its look and the number of bands.
         """
-        block = self.watermark.site.block
+        block = site.block
         ahead = int(self._codec is None)  # what comes first in `prefix` tells how the tokens vary
         parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in means.bands]
         p_value = 1.0
         start = 0
         for look, (end, penalty) in enumerate(zip(self._ends, self._penalties, strict=True)):
             if ahead + look == len(prefix):
-                prefix.append(self._at_site(backbone, self._pixels[start:end]))
+                prefix.append(self._at_site(site, backbone, self._pixels[start:end]))
             with evaluating(backbone.model):
                 for band, kept in zip(means.bands, parts, strict=True):
                     for channel, seen in zip(band, kept, strict=True):
+                        check()
                         seen.append(
                             channel.agreement(backbone, prefix[ahead + look], start, block, self._autocast)
                         )

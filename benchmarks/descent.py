@@ -10,6 +10,8 @@
 - *Same initialisation*: pairs from one seed whose data came in another order. They are relatives.
 - *Descendants*: the demo model through every attack of the full suite (merges with a stranger in place of the
   original, which would be no change).
+- *Removals*: the same through the adaptive suite, what a thief does to be rid of a mark. Not the slicing:
+  that is done by hooks, which leave the weights as they are.
 - *Hostile*: what a thief does to hide a descent, and a forger to make one up.
 - *Cost*: two ViT-L/14; 1,000 sketches.
 
@@ -197,10 +199,10 @@ def relabelled(pool: Pool, times: int) -> dict[str, Any]:
 
 
 def attacked(
-    model: nn.Module, tasks: dict[str, Task], stranger: nn.Module
+    model: nn.Module, tasks: dict[str, Task], stranger: nn.Module, suite_name: str
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for attack in suite("full", Backbone(model).depth):
-        if attack.run is None:
+    for attack in suite(suite_name, Backbone(model).depth):
+        if attack.run is None or attack.family == "slicing":
             continue
 
         def run(attack: Any = attack) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def attacked(
             return row | {"sketch": Sketch.of(model).likeness(Sketch.of(suspect))}
 
         name = attack.name.replace("of the original", "of a stranger") if attack.other else attack.name
-        yield f"{attack.family}: {name}", run
+        yield name if name.startswith(attack.family) else f"{attack.family}: {name}", run
 
 
 def refitted(model: nn.Module, data: Labelled, steps: int) -> nn.Module:
@@ -519,6 +521,7 @@ def page(found: dict[str, Any], attacks: int, images: int) -> str:
     trained_on = f"attacks trained on {images} images"
     for title, prefix in (
         (f"Descendants of the demo model ({measured} of {attacks} attacks; {trained_on})", "descendant: "),
+        (f"The demo model after the removals of the adaptive suite ({trained_on})", "removal: "),
         ("Thieves: the demo model, hidden", "thief: "),
         ("Forgers: an innocent model, made to look like a descendant", "forger: "),
     ):
@@ -584,9 +587,11 @@ def main() -> None:
     hostile(pool, tasks["similar"], results)
     torch.manual_seed(1)
     stranger = build_model(architecture_of("demo"))
-    attacks = list(attacked(demo, tasks, stranger))
-    for name, run in attacks:
-        results.measure(f"descendant: {name}", run)
+    attacks = list(attacked(demo, tasks, stranger, "full"))
+    removals = list(attacked(demo, tasks, stranger, "adaptive"))
+    every = [("descendant", attack) for attack in attacks] + [("removal", attack) for attack in removals]
+    for kind, (name, run) in every:
+        results.measure(f"{kind}: {name}", run)
         # After each, for it takes long: what is there is shown with how much of it is there.
         arguments.out.write_text(page(results.rows, len(attacks), arguments.images))
     results.measure("cost", lambda: cost(arguments.work))

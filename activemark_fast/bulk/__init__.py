@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from activemark_fast.bulk.engines import run_local, run_ray
-from activemark_fast.bulk.journal import Journal, JournalError, read_journal
+from activemark_fast.bulk.journal import Journal, JournalError, journal_line, read_journal
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect, find_suspects
 from activemark_fast.bulk.sweep import SweepSettings
@@ -24,6 +24,7 @@ __all__ = [
     "Suspect",
     "SuspectResult",
     "find_suspects",
+    "journal_line",
     "memory_limit",
     "read_journal",
     "verify_many",
@@ -45,6 +46,7 @@ def verify_many(
     device: str | torch.device | None = None,
     precision: str = "auto",
     max_bytes: int | None = None,
+    timeout: float | None = None,
     in_order: bool = False,
     journal: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -75,6 +77,8 @@ def verify_many(
         precision: as in `verify`.
         max_bytes: most bytes of one suspect in memory; what needs more is an error. Two are in memory at a
             time. By default an eighth of the machine's memory.
+        timeout: seconds after which a suspect is given up, at the next step of its reading; that is an error
+            in its result. Without, none is. It does not count for loaded modules.
         in_order: results come in the order of the suspects, not as they finish.
         journal: a file to which each result is written, safely, before it is returned.
         resume: go on with the journal that is there: suspects that it has are skipped.
@@ -94,6 +98,10 @@ def verify_many(
         raise ValueError(f"engine: wanted 'local' or 'ray', got {engine!r}")
     if engine == "ray" and not isinstance(key, os.PathLike):
         raise TypeError(f"key: wanted the path of a key file for the engine 'ray', got {type(key).__name__}")
+    if timeout is not None and (not isinstance(timeout, (int, float)) or isinstance(timeout, bool)):
+        raise TypeError(f"timeout: wanted a number, got {type(timeout).__name__}")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout: wanted above 0, got {timeout}")
     if not isinstance(watermark, Watermark):
         raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
     settings = SweepSettings(
@@ -109,6 +117,7 @@ def verify_many(
         precision,
         _checked_limit(max_bytes),
         commitment,
+        timeout,
     )
     sweeper = settings.sweeper()  # with ray, too: what is wrong with an argument is found before any work
     found = find_suspects(suspects)

@@ -38,7 +38,7 @@ def add_to(commands: Subparsers) -> None:
         "verify-many",
         _verify_many,
         "tell which of many suspects carry the mark",
-        epilog="Exit codes: 0 all suspects were judged, 1 some could not be read, 2 error.",
+        epilog="Exit codes: 0 all suspects were judged, 2 some could not be read, or another error.",
     )
     many.add_argument(
         "paths",
@@ -84,6 +84,12 @@ def add_to(commands: Subparsers) -> None:
         help="most bytes of one suspect in memory (an eighth of the machine's memory)",
     )
     many.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give a suspect up that takes longer: an error in its line, and the sweep goes on",
+    )
+    many.add_argument(
         "--engine",
         choices=("local", "ray"),
         default="local",
@@ -124,6 +130,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         commitment=commitment,
         precision=args.precision,
         max_bytes=args.max_bytes,
+        timeout=args.timeout,
         journal=args.out,
         resume=args.resume,
         engine=args.engine,
@@ -151,7 +158,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         "judged_now": done,
         "seconds": time.perf_counter() - started,
     }
-    return Outcome(1 if counts["error"] else 0, record, _table(records, counts))
+    return Outcome(2 if counts["error"] else 0, record, _table(records, counts))
 
 
 def _outcome(record: dict[str, Any]) -> str:
