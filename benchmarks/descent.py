@@ -526,7 +526,7 @@ def page(found: dict[str, Any], attacks: int, images: int) -> str:
     trained_on = f"attacks trained on {images} images"
     for title, prefix in (
         (f"Descendants of the demo model ({measured} of {attacks} attacks; {trained_on})", "descendant: "),
-        (f"The demo model after the removals of the adaptive suite ({trained_on})", "removal: "),
+        (f"The demo model after the adaptive suite, slicing left out ({trained_on})", "removal: "),
         ("Thieves: the demo model, hidden", "thief: "),
         ("Forgers: an innocent model, made to look like a descendant", "forger: "),
     ):
