@@ -190,7 +190,8 @@ class Sweeper:
         """Reads every image tower of a checkpoint; the verdict is on the one that shows most of a mark."""
         target = self._target
         every = self._plans(target, checkpoint)
-        more = max(plan.blocks for plan in every) - target.wanted.depth
+        whole = [plan.blocks for plan in every if plan.depth == len(target.wanted.blocks)]
+        more = max(whole, default=0) - target.wanted.depth
         if more > 0:
             target = self._with_more(min(more, target.wanted.depth), deadline)
             every = self._plans(target, checkpoint)
