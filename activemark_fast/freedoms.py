@@ -11,7 +11,7 @@ The theorem, with its conditions: take a suspect that was made without the key, 
 picks the paid settings after having seen it. Then P(paid p-value <= alpha) <= alpha over the random key. For
 each setting the p-value is exact (`verdict.sign_flip_p_value`); that settings share the key and the suspect
 does not matter to a union bound: P(some p_c <= w_c alpha) <= sum_c w_c alpha <= alpha. Looks, bands,
-alignment and the places of a mark in a suspect of other depth are paid for in the same way, inside the p-value.
+alignment and the places of a mark in a suspect of other depth are paid for in the same way, in the p-value.
 It says nothing of an owner who picks the *key* after having seen the suspect: of N keys the best reaches
 1 / N by luck, at the price of stretching N keys (`Key.stretched`). That is what `EVIDENCE_AT` is for. Nor is
 the suspect the owner's to choose: of n innocent models the likeliest reaches p with a probability of n p, as
