@@ -27,8 +27,10 @@ from activemark_fast.freedoms import alternatives, known_normalisation, paid
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import SiteActivations, site_activations
+from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties, mark_excluded
+from activemark_fast.tracing import Register, RegisterError, Trace, trace_answers
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
@@ -37,7 +39,7 @@ from activemark_fast.verdict import (
     default_tau,
     sign_flip_p_value,
 )
-from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
+from activemark_fast.watermark import HOLDOUT_IMAGES, TWO_BANDS, Watermark, fingerprint
 
 LEARNED_MATCH_RATE = 0.5
 """Detection rate from which a learned mark counts as found."""
@@ -65,6 +67,7 @@ def verify(
     tau: int | None = None,
     align: bool | None = None,
     commitment: Commitment | None = None,
+    register: Register | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
 ) -> Verdict:
@@ -87,6 +90,8 @@ def verify(
             well; the p-value pays for the second try.
         commitment: what the owner published; the verdict then tells whether this key and watermark are the
             committed ones, and since when.
+        register: of the recipients of copies (`Embedding.register`, `Register.load`); `Verdict.trace` then
+            tells whose copy the suspect was made from. A recipient is accused at `alpha`, all of them paid.
         device: where to compute; by default where the suspect is.
         precision: as in `embed`.
 
@@ -100,6 +105,7 @@ def verify(
     Raises:
         TypeError, ValueError: an argument is not as described.
         WatermarkError: `key` is not the key of `watermark`.
+        RegisterError: `register` is of another key or another marked model.
         ImageMismatchError: `images` are not those of the embedding.
     """
     if not isinstance(suspect, nn.Module):
@@ -114,6 +120,7 @@ def verify(
         tau=tau,
         align=align,
         commitment=commitment,
+        register=register,
         device=place,
         precision=precision,
     )
@@ -158,7 +165,7 @@ class Verifier:
     own tokens vary, so they are made for each suspect.
 
     Args:
-        watermark, key, images, alpha, tau, align, commitment, precision: as `verify` takes them.
+        watermark, key, images, alpha, tau, align, commitment, register, precision: as `verify` takes them.
         chosen: what else of this verification the owner chose, in words; `Verdict.chosen` will have it.
         power: None to read every image. Otherwise the images are read in a secret random order and in growing
             steps, until the verdict is settled: a match, or no sign of a mark where a suspect with a mark of
@@ -181,6 +188,7 @@ class Verifier:
         power: float | None = None,
         align: bool | None = None,
         commitment: Commitment | None = None,
+        register: Register | None = None,
         chosen: tuple[str, ...] = (),
         device: str | torch.device | None = None,
         precision: str = "auto",
@@ -201,10 +209,17 @@ class Verifier:
             raise TypeError(f"align: wanted True, False or None, got {type(align).__name__}")
         if commitment is not None and not isinstance(commitment, Commitment):
             raise TypeError(f"commitment: wanted a Commitment, got {type(commitment).__name__}")
+        if register is not None and not isinstance(register, Register):
+            raise TypeError(f"register: wanted a Register, got {type(register).__name__}")
         self.device = resolve_device(device, torch.device("cpu"))
         self._autocast = resolve_autocast(precision, self.device)
         secret = Key.of(key)
         watermark.check(secret)  # before anything in it is relied on
+        if register is not None:
+            register.check(secret)
+            if register.fingerprint != watermark.fingerprint:
+                raise RegisterError("register: wanted that of the marked model, got another model's")
+        self._register = register
         self.watermark = watermark
         self.alpha = alpha
         self.tau = default_tau(watermark.bits) if tau is None else tau
@@ -252,6 +267,12 @@ class Verifier:
         self._pixels = holdout.pixels[order].to(self.device)
         self._measured_pixels = holdout.pixels[:MEASURED_IMAGES].to(self.device)
         self._sent = [part[order].to(self.device) for part in sent]
+        if register is not None:
+            pixels = holdout_images(None, secret, watermark.preprocess, HOLDOUT_IMAGES).pixels
+            self._traced_pixels = pixels.to(self.device)
+            self._traced = traced_channels(
+                self._stretched, watermark.site, bits, register.measured, len(pixels), self.device
+            )
 
     @torch.no_grad()
     def judge(self, suspect: nn.Module) -> Verdict:
@@ -320,7 +341,29 @@ class Verifier:
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
-        return self._decide(min(readings, key=lambda reading: reading.p_value))
+        reading = min(readings, key=lambda reading: reading.p_value)
+        verdict = self._decide(reading)
+        if self._register is None:
+            return verdict
+        return replace(verdict, trace=self._trace(self._register, backbone, taps, reading.alignment))
+
+    def _trace(
+        self, register: Register, backbone: Backbone, taps: tuple[int, ...], alignment: Alignment | None
+    ) -> Trace:
+        """What the suspect tells of the recipients, read at `taps` after undoing `alignment`."""
+        block = self.watermark.site.block
+        channels = []
+        for channel in self._traced:
+            codec = copy.copy(channel.codec)
+            if alignment is not None and isinstance(codec, KeyedCodec):
+                codec = codec.aligned(alignment.matrix.to(self.device), alignment.scale)
+            codec.taps = taps
+            channels.append(Channel(codec, channel.sent))
+        read = self._at_site(backbone, self._traced_pixels)
+        answers = np.full(register.reference.shape, np.nan)
+        with evaluating(backbone.model):
+            answers[: len(taps)] = row_answers(backbone, channels, read, block, self._autocast).numpy()
+        return trace_answers(register, self._secret, answers, self.alpha)
 
     def _at_site(self, backbone: Backbone, pixels: Tensor) -> SiteActivations:
         with evaluating(backbone.model):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, Codebook
+from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
 from activemark_fast.marking.engine import GROUPS, Engine, halving
 from activemark_fast.marking.quality import Fidelity
 from activemark_fast.progress import Progress
@@ -43,19 +44,21 @@ class Dials:
         protection: weight of the clean activations, which the edit should not react to: lambda in `edit`.
         ridge: identity term of the solve, over the mean diagonal of its matrix. A small one hides the edit in
             directions that clean images hardly use.
-        whole: whether the edit also takes away what the model answers by itself; else it only adds what each
-            row lacks on average.
+        answer: what the edit adds: "whole" what is missing in every answer of a row, also to what is sent
+            along other rows; "lack" what a row's mean answer to its own bit lacks of the gain; "all" the gain,
+            whatever the model answers by itself.
     """
 
     gain: float
     protection: float
     ridge: float
-    whole: bool
+    answer: Literal["whole", "lack", "all"]
 
 
 DIALS = {
-    LOUD.name: Dials(gain=0.65, protection=15.0, ridge=0.01, whole=True),
-    NATURAL.name: Dials(gain=0.3, protection=15.0, ridge=0.5, whole=False),
+    LOUD.name: Dials(gain=0.65, protection=15.0, ridge=0.01, answer="whole"),
+    NATURAL.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="lack"),
+    TRACED.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="all"),
 }
 
 Changes = list[dict[str, Tensor]]
@@ -114,27 +117,57 @@ def search_edit(
 
     lost = 0.0
     for band, share in ((NATURAL, NATURAL_SHARE), (LOUD, 1.0)):
-        room = share * (1 - wanted) - lost
-        tried: dict[float, float] = {}  # loss of fidelity over `lost`, of each factor that was looked at
-        factor = 1.0
-        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
-        while True:
-            factors[band.name] = factor
+
+        def made(factor: float, name: str = band.name) -> None:
+            factors[name] = factor
             apply()
-            reached = fidelity()
-            history.append({"stage": f"edit: {band.name}", "factor": factor, **asdict(reached)})
-            bar.advance(fidelity=reached.mean)
-            tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
-            following = _next_factor(tried, room)
-            enough = (1 - UNUSED) * room <= tried[factor] <= room
-            if enough or following in tried or len(tried) == LOOKS:
-                break
-            factor = following
-        allowed = [tried_factor for tried_factor, cost in tried.items() if cost <= room]
-        factors[band.name] = max(allowed, default=0.0)
-        lost += tried.get(factors[band.name], 0.0)
+
+        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
+        room = share * (1 - wanted) - lost
+        factors[band.name], cost = best_strength(made, fidelity, band.name, lost, room, history, bar)
+        lost += cost
     apply()
     return history
+
+
+def best_strength(
+    apply: Callable[[float], None],
+    fidelity: Callable[[], Fidelity],
+    band: str,
+    lost: float,
+    room: float,
+    history: list[dict[str, float | str]],
+    bar: Progress,
+) -> tuple[float, float]:
+    """The strongest factor that costs no more fidelity than there is room for.
+
+    Args:
+        apply: makes the model's change so many times as strong as it was solved for.
+        fidelity: measures the model.
+        band: what is changed.
+        lost: loss of fidelity without the change.
+        room: how much more may be lost.
+        history: every factor tried is added, with what was measured.
+        bar: shows the looks.
+
+    Returns:
+        The factor and what it loses over `lost`; (0, 0) where even the weakest one tried costs too much.
+    """
+    tried: dict[float, float] = {}  # loss over `lost`, of each factor that was looked at
+    factor = 1.0
+    while True:
+        apply(factor)
+        reached = fidelity()
+        history.append({"stage": f"edit: {band}", "factor": factor, **asdict(reached)})
+        bar.advance(fidelity=reached.mean)
+        tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
+        following = _next_factor(tried, room)
+        enough = (1 - UNUSED) * room <= tried[factor] <= room
+        if enough or following in tried or len(tried) == LOOKS:
+            break
+        factor = following
+    best = max((tried_factor for tried_factor, cost in tried.items() if cost <= room), default=0.0)
+    return best, tried.get(best, 0.0)
 
 
 def _next_factor(tried: dict[float, float], room: float) -> float:
@@ -237,6 +270,50 @@ def edit(
     return changes
 
 
+@torch.no_grad()
+def solve_rows(
+    backbone: Backbone,
+    books: Sequence[Codebook],
+    site: Site,
+    output: Tensor,
+    sent: Sequence[Tensor],
+    engine: Engine,
+    bar: Progress,
+) -> list[Tensor]:
+    """What each row of the traced `books` needs of each block to answer more: `backbone` stays as it is.
+
+    As in `edit`, but every block gives the same share of the gain, and no block reckons with what those before
+    it add: which rows answer more and which answer less is known only when a recipient's codeword is.
+
+    Args:
+        backbone, books, site, output, sent, engine, bar: as in `edit`; the books are all traced.
+
+    Returns:
+        Of each block after the site up to the last tap, (rows, H) float32 A: with R the rows of P at the next
+        tap, over `Backbone.mlp_gain`, and c a codeword of +1 and -1, the change of a copy is (c R)^T A.
+
+    Raises:
+        ValueError: a block's MLP is silent, or its activations are not finite.
+    """
+    streams = _streams(books, output, sent, engine)
+    solutions = []
+    blocks = range(site.block + 1, site.taps[-1] + 1)
+    start = blocks.start
+    for block in blocks:
+        tap = next(t for t in site.taps if t >= block)
+        moments = _moments(backbone, books, block, tap, streams, 1 / (tap + 1 - start), engine)[0]
+        solution, info = _solve(moments, TRACED.name, range(len(books)))
+        if int(info) != 0:
+            raise ValueError(
+                f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
+                "carry a mark"
+            )
+        solutions.append(solution.T.float())
+        start = start if block < tap else tap + 1
+        bar.advance()
+    return solutions
+
+
 @dataclass(eq=False)
 class _Stream:
     """The residual stream of some images.
@@ -300,7 +377,7 @@ def _moments(
     linear = backbone.mlp_out(block)
     size, device = linear.in_features, backbone.device
     clean = torch.zeros(size, size, device=device)
-    changed = {band.name: torch.zeros(size, size, device=device) for band in BANDS}
+    changed = {book.band.name: torch.zeros(size, size, device=device) for book in books}
     cross = [torch.zeros(size, book.bits, device=device) for book in books]
     answers = [torch.zeros(book.bits, device=device) for book in books]
     images = [
@@ -327,7 +404,9 @@ def _moments(
             change = _half_difference(k, book.slots, pool) / length  # (b, G, H)
             answer = (_half_difference(after, book.slots, pool) @ book.read_directions[tap].T) / length
             wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
-            missing = share * (dials.gain * wanted - answer) if dials.whole else wanted.expand_as(answer)
+            missing = wanted.expand_as(answer)
+            if dials.answer == "whole":
+                missing = share * (dials.gain * missing - answer)
             weight = 1 / (len(pool) * images[stream.book])
             flat = change.flatten(0, 1)
             _add_gram(changed[book.band.name], flat.to(k.dtype), weight / book.band.books)
@@ -339,8 +418,10 @@ def _moments(
         hook.remove()
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
-        if not dials.whole:
+        if dials.answer == "lack":
             cross[index] *= share * (dials.gain - answers[index] * math.sqrt(book.bits)).clamp_min(0)
+        if dials.answer == "all":
+            cross[index] *= share * dials.gain
     return _Moments(clean, changed, cross), hidden
 
 

@@ -58,6 +58,11 @@ def draw_codewords(key: Key, names: Sequence[str], biases: Floats) -> Bools:
     return words
 
 
+def example_codeword(key: Key, biases: Floats) -> Bools:
+    """(positions,), a codeword that is nobody's, for what has to be measured on a copy."""
+    return np.asarray(key.stream("tracing/example").uniform(len(biases)) < biases)
+
+
 def colluders_withstood(positions: int, recipients: int, alpha: float) -> int:
     """The most colluders c of whom at least one is found, as far as it is known without a measurement.
 

@@ -215,7 +215,7 @@ def test_one_block_against_the_formula_in_float64(scale: float | None) -> None:
                 )
             change, moved = ((plus - minus) / 2 / length for plus, minus in zip(*runs, strict=True))
             answer, wanted = moved @ read.T, signs[:, None] / BITS**0.5
-            if dials.whole:
+            if dials.answer == "whole":
                 delta = dials.gain * wanted - answer
             else:
                 own = (answer * signs[:, None]).mean(dim=(0, 1)) * BITS**0.5
