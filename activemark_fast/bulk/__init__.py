@@ -17,6 +17,7 @@ from activemark_fast.bulk.suspects import Suspect, find_suspects
 from activemark_fast.bulk.sweep import SweepSettings
 from activemark_fast.commitment import Commitment
 from activemark_fast.key import Key
+from activemark_fast.tracing import Register
 from activemark_fast.watermark import Watermark
 
 __all__ = [
@@ -42,6 +43,7 @@ def verify_many(
     power: float | None = 0.999,
     align: bool | None = None,
     commitment: Commitment | None = None,
+    register: Register | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
     max_bytes: int | None = None,
@@ -71,6 +73,7 @@ def verify_many(
             p-value stays exact. None reads all images of every suspect.
         align: as in `verify`.
         commitment: as in `verify`.
+        register: as in `verify`.
         device: where to compute; by default where `model` is, or the CPU.
         precision: as in `verify`.
         max_bytes: most bytes of one suspect in memory; what needs more is an error. Two are in memory at a
@@ -85,7 +88,8 @@ def verify_many(
         An iterator over the results.
 
     Raises:
-        TypeError, ValueError, WatermarkError, ImageMismatchError: an argument is not as described.
+        TypeError, ValueError, WatermarkError, RegisterError, ImageMismatchError: an argument is not as
+            described.
         JournalError: the journal exists and `resume` is False, or is another sweep's, damaged or in use.
     """
     if not isinstance(engine, str):
@@ -109,6 +113,7 @@ def verify_many(
         precision,
         _checked_limit(max_bytes),
         commitment,
+        register,
     )
     sweeper = settings.sweeper()  # with ray, too: what is wrong with an argument is found before any work
     found = find_suspects(suspects)

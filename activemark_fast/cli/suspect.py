@@ -86,7 +86,7 @@ def judge(
 ) -> Judged:
     """The verdict on the suspect that `args` name, read as `verify-many` reads it but from all images.
 
-    settings: as `decision_settings` gives them.
+    settings: as `decision_settings` gives them, and `register`.
 
     Raises:
         ValueError: it cannot be read.

@@ -170,9 +170,7 @@ def codebooks(
     return made
 
 
-def draw_sent(
-    key: Key, purpose: str, images: int, bits: int, bands: Sequence[Band] = BANDS
-) -> list[Tensor]:
+def draw_sent(key: Key, purpose: str, images: int, bits: int, bands: Sequence[Band] = BANDS) -> list[Tensor]:
     """What is sent: for each codebook of `bands` (images, reads, bits) of 0 and 1, int64.
 
     An image's message is read several times, each time with another keyed mask over it; what is sent is

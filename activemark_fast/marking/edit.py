@@ -45,8 +45,8 @@ class Dials:
         ridge: identity term of the solve, over the mean diagonal of its matrix. A small one hides the edit in
             directions that clean images hardly use.
         answer: what the edit adds: "whole" what is missing in every answer of a row, also to what is sent
-            along other rows; "lack" what a row's mean answer to its own bit lacks of the gain; "all" the gain,
-            whatever the model answers by itself.
+            along other rows; "lack" what a row's mean answer to its own bit lacks of the gain; "all" the
+            gain, whatever the model answers by itself.
     """
 
     gain: float
@@ -282,11 +282,17 @@ def solve_rows(
 ) -> list[Tensor]:
     """What each row of the traced `books` needs of each block to answer more: `backbone` stays as it is.
 
-    As in `edit`, but every block gives the same share of the gain, and no block reckons with what those before
-    it add: which rows answer more and which answer less is known only when a recipient's codeword is.
+    As in `edit`, but every block gives the same share of the gain, and no block reckons with what those
+    before it add: which rows answer more and which less is known only when a recipient's codeword is.
 
     Args:
-        backbone, books, site, output, sent, engine, bar: as in `edit`; the books are all traced.
+        backbone: the model.
+        books: all of them traced, on the backbone's device.
+        site: where the mark is.
+        output: (n, N, D), clean output of the site's block.
+        sent: for each codebook (its images, M) of 0 and 1.
+        engine: how to compute.
+        bar: moves on with every block.
 
     Returns:
         Of each block after the site up to the last tap, (rows, H) float32 A: with R the rows of P at the next

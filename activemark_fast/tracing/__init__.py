@@ -1,13 +1,13 @@
 """Copies for recipients, and whose copy a suspect was made from.
 
-A mark can have further rows, the *traced* ones, each of which answers more or less than it does by itself, as
-one bit of a recipient's *codeword* says. What that takes of each weight matrix is solved once; a copy is then a
-sum of sign flips. It is kept in the *register*, one file that only the key opens.
+A mark can have further rows, the *traced* ones, each of which answers more or less than it does by itself,
+as one bit of a recipient's *codeword* says. What that takes of each weight matrix is solved once; a copy is
+then a sum of sign flips. It is kept in the *register*, one file that only the key opens.
 """
 
 from activemark_fast.tracing.codewords import draw_biases, example_codeword
 from activemark_fast.tracing.register import Change, Register, RegisterError, changed, check_names
-from activemark_fast.tracing.trace import Trace, trace_answers
+from activemark_fast.tracing.trace import Trace, promise, trace_answers
 
 __all__ = [
     "Change",
@@ -18,5 +18,6 @@ __all__ = [
     "check_names",
     "draw_biases",
     "example_codeword",
+    "promise",
     "trace_answers",
 ]

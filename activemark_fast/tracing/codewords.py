@@ -6,14 +6,16 @@ Codes Cryptogr. 46, 2008): every position has a secret bias p, drawn from the ar
 recipient's bit there is 1 with the probability p. Biases follow from the key, a codeword from key and name.
 
 A suspect answers each position with a real number, not with a bit. What counts is how far the answer is off
-the line that best predicts answers from biases: w = y - β (2p - 1). Whoever colludes by averaging answers
-2p - 1 on the whole, and only the rest tells the colluders from others. The score of a recipient is
+what predicts it best among all that is known without a codeword: w = y - a (2p - 1) - b y₀, with y₀ what a
+model that is nobody's copy answers, a and b by least squares at each tap. Many who collude answer 2p - 1 on
+the whole, and an attack that changes a model takes a part of y₀; only the rest tells who took part. It is
+divided by its median size at the tap, and the score of a recipient is
 
     S = sum over positions of w g,    g = sqrt((1 - p) / p) for a 1, -sqrt(p / (1 - p)) for a 0.
 
-The theorem the test rests on: let a suspect be made without a recipient's copy. Then it does not depend on the
-recipient's codeword, so given the answers and the biases the bits of the codeword are independent coins of
-known bias, and the distribution of S is known exactly, whatever the suspect computes and whatever other
+The theorem the test rests on: let a suspect be made without a recipient's copy. Then it does not depend on
+the recipient's codeword, so given the answers and the biases the bits of the codeword are independent coins
+of known bias, and the distribution of S is known exactly, whatever the suspect computes and whatever other
 recipients did together. Any weights will do for that, so long as they are made without the codeword.
 """
 
@@ -33,7 +35,7 @@ CUTOFF = 0.02
 LEVELS = 1 << 16
 """The weights of a test are rounded to integers, whose magnitudes sum to about this."""
 LOUDEST = 4.0
-"""No weight counts for more than so many times the median one: a position that went astray decides nothing."""
+"""No answer counts for more than so many times the median one: a position gone astray decides nothing."""
 SMALLEST = 1e-300
 """No p-value is told below this, where float64 would begin to lose digits."""
 ROUNDING = 1 + 1e-9
@@ -66,10 +68,10 @@ def example_codeword(key: Key, biases: Floats) -> Bools:
 def colluders_withstood(positions: int, recipients: int, alpha: float) -> int:
     """The most colluders c of whom at least one is found, as far as it is known without a measurement.
 
-    π² c² ln(1 / ε) positions suffice for large c and a marking assumption (Škorić et al. 2008, abstract: where
-    all copies of a coalition agree, so does what it makes), ε = alpha / recipients being how often one innocent
-    recipient may be accused. It assumes that positions are read without noise. Who is accused does not rest on
-    it.
+    π² c² ln(1 / ε) positions suffice for large c and under the marking assumption (Škorić et al. 2008,
+    abstract: where all copies of a coalition agree, so does what it makes), with ε = alpha / recipients how
+    often one innocent recipient may be accused. It assumes that positions are read without noise. Who is
+    accused does not rest on it.
     """
     return math.isqrt(int(positions / (math.pi**2 * math.log(recipients / alpha))))
 
@@ -91,16 +93,25 @@ class AccusationTest:
     tail: Floats
 
     @classmethod
-    def of(cls, answers: Floats, biases: Floats) -> AccusationTest:
-        """answers: (m,) float64, what the suspect answered; NaN where it was not read. Made without codewords."""
-        read = np.isfinite(answers)
-        lean = 2 * biases - 1
-        off = np.where(read, answers, 0.0)
-        along = float((lean * lean * read).sum())
-        if along > 0:
-            off = np.where(read, off - lean * float((lean * off).sum()) / along, 0.0)
-        loud = LOUDEST * float(np.median(np.abs(off[read]))) if read.any() else 0.0
-        weights = np.clip(off, -loud, loud) / np.sqrt(biases * (1 - biases))
+    def of(cls, answers: Floats, reference: Floats, biases: Floats) -> AccusationTest:
+        """The test for one suspect. Nothing in it may depend on a codeword.
+
+        Args:
+            answers: (taps, rows) float64, what the suspect answered; NaN where it was not read.
+            reference: likewise, what a model without a codeword answers by itself.
+            biases: (taps rows,) float64, the probability of a 1 at each position.
+        """
+        weights = np.zeros_like(answers)
+        for tap, (answer, by_itself, lean) in enumerate(
+            zip(answers, reference, (2 * biases - 1).reshape(answers.shape), strict=True)
+        ):
+            read = np.isfinite(answer)
+            known = np.stack([lean, by_itself], axis=1)[read]
+            share = np.linalg.lstsq(known, answer[read], rcond=None)[0]
+            off = answer[read] - known @ share
+            typical = float(np.median(np.abs(off))) if len(off) else 0.0
+            weights[tap, read] = np.clip(off / (typical or 1.0), -LOUDEST, LOUDEST)
+        weights = weights.reshape(-1) / np.sqrt(biases * (1 - biases))
         total = float(np.abs(weights).sum())
         levels = np.rint(weights * (LEVELS / total if total > 0 else 0.0)).astype(np.int64)
         return cls(levels, biases, _tail(np.abs(levels), np.where(levels > 0, biases, 1 - biases)))
@@ -121,7 +132,7 @@ class AccusationTest:
         agrees = np.where(self.levels > 0, self.biases, 1 - self.biases)
         spread = math.sqrt(float((magnitude**2 * agrees * (1 - agrees)).sum()))
         mean = float((magnitude * agrees).sum())
-        return (scores - mean) / spread if spread > 0 else np.zeros(len(scores))
+        return np.asarray((scores - mean) / (spread or 1.0))
 
 
 def _tail(magnitudes: npt.NDArray[np.int64], agrees: Floats) -> Floats:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import hmac
 import json
-import math
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +24,11 @@ from activemark_fast.key import Key
 from activemark_fast.tracing.codewords import draw_biases, draw_codewords
 from activemark_fast.watermark import fingerprint
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+
 REGISTER_VERSION = 1
-LONGEST_NAME = 100
+LONGEST_NAME = 60
 _MAGIC = b"activemark register "
 _METADATA_KEY = "activemark_register"
 _ALLOWED = frozenset(" ._@+-")
@@ -53,24 +57,24 @@ class Change:
 class Register:
     """What `embed` leaves behind for copies and for `trace`, besides the watermark.
 
-    It holds names, and what shows where the traced rows lie, but no key and no codeword. Whoever has it and no
-    key can take the traced rows out of a copy: keep it as the key is kept. Its file is encrypted.
+    It holds names, and what shows where the traced rows lie, but no key and no codeword. Whoever has it can
+    take the traced rows out of a copy, so its file is encrypted.
 
     Attributes:
         names: of all recipients so far.
         fingerprint: `fingerprint` of the marked model, before it is anybody's copy.
         tag: MAC of the fingerprint under the key.
         changes: of each matrix that differs from copy to copy, by its name in the state dict.
-        measured: how the original's tokens vary at the site; the traced directions follow from it and the key.
+        measured: how the original's tokens vary at the site; traced directions follow from it and the key.
         reference: (taps, books, bits) float64, what the traced rows of the marked model answer by themselves.
     """
 
     names: tuple[str, ...]
     fingerprint: str
-    tag: bytes
-    changes: Mapping[str, Change]
-    measured: SiteMeasure
-    reference: Tensor
+    tag: bytes = field(repr=False)
+    changes: Mapping[str, Change] = field(repr=False)
+    measured: SiteMeasure = field(repr=False)
+    reference: Tensor = field(repr=False)
 
     @classmethod
     def make(
@@ -91,19 +95,25 @@ class Register:
         """Length of a codeword."""
         return self.reference.numel()
 
+    def digest(self) -> bytes:
+        """SHA-256 over the marked model's fingerprint and all names."""
+        told = json.dumps([self.fingerprint, *self.names]).encode()
+        return hashlib.sha256(told).digest()
+
     def check(self, key: Key) -> None:
         """Raises RegisterError unless the register was made with `key`."""
         if not hmac.compare_digest(self.tag, _tag(key, self.fingerprint)):
             raise RegisterError("key: wanted the key this register was made with, got another one")
 
     def added(self, names: Sequence[str]) -> Register:
-        """With further recipients; the copies of those before stay what they are.
+        """With further recipients; the copies of those before stay what they are, and so do their names.
 
         Raises:
-            TypeError, ValueError: `check_names` says so, or somebody is a recipient already.
+            TypeError, ValueError: `check_names` says so of these names, or of all together.
         """
-        checked = check_names(names)
-        return replace(self, names=check_names([*self.names, *checked]))
+        known = set(self.names)
+        further = [name for name in check_names(names) if name not in known]
+        return replace(self, names=check_names([*self.names, *further]))
 
     def weights(self, key: Key, model: nn.Module, name: str) -> dict[str, Tensor]:
         """The matrices of a recipient's copy that differ from the marked model's, by their names.
@@ -127,7 +137,9 @@ class Register:
         """The copy of a recipient; `model` stays as it is.
 
         Args:
-            key, model, name: as in `weights`.
+            key: the mark's.
+            model: the marked model, as `embed` returned it.
+            name: a recipient.
 
         Raises:
             ValueError: `name` is no recipient, or `model` is not the marked model.
@@ -218,16 +230,16 @@ def changed(model: nn.Module, changes: Mapping[str, Change], word: Tensor) -> di
     for name, change in changes.items():
         weight = model.get_parameter(name).detach()
         c = signs[change.start : change.start + len(change.left), None]
-        weights[name] = (
-            weight.float() + ((c * change.left).T @ change.right).to(weight.device)
-        ).to(weight.dtype)
+        weights[name] = (weight.float() + ((c * change.left).T @ change.right).to(weight.device)).to(
+            weight.dtype
+        )
     return weights
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
     """Recipients' names, in Unicode's composed form.
 
-    A name names its copy's file: up to 100 letters, digits, spaces and . _ @ + -, no full stop or space at
+    A name names its copy's file: up to 60 letters, digits, spaces and . _ @ + -, no full stop or space at
     either end, and no two names that a file system takes for one.
 
     Raises:
@@ -242,7 +254,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str):
             raise TypeError(f"recipients: wanted strings, got {type(name).__name__} as name {number}")
         composed = unicodedata.normalize("NFC", name)
-        if not 1 <= len(composed) <= LONGEST_NAME or len(composed.encode("utf-8", "replace")) > 2 * LONGEST_NAME:
+        if not 1 <= len(composed) <= LONGEST_NAME:
             raise ValueError(
                 f"recipients: wanted names of 1 to {LONGEST_NAME} characters, got {len(composed)} in name "
                 f"{number}"
@@ -268,7 +280,7 @@ def _tag(key: Key, fingerprint_: str) -> bytes:
     return key.mac("tracing/register", fingerprint_.encode())
 
 
-def _cipher(key: Key):  # type: ignore[no-untyped-def]
+def _cipher(key: Key) -> AESSIV:
     from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 
     return AESSIV(key.derive("tracing/file", 64))

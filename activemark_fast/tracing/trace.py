@@ -58,24 +58,18 @@ class Trace:
         return colluders_withstood(self.positions, len(self.names), self.alpha)
 
     def __str__(self) -> str:
-        count, colluders = len(self.names), self.withstands
-        guarantee = (
-            f"no more than luck finds one of several colluders among {count} recipients"
-            if colluders == 0
-            else f"published bounds promise to name one of up to {colluders} colluder{'s' * (colluders > 1)} "
-            f"among {count} recipient{'s' * (count > 1)}"
-        )
+        count = len(self.names)
         lines = [f"{name}: p = {p:.3g}" for name, p in self.accused]
-        found = f"{len(lines)} of {count} recipients accused" if lines else f"none of {count} recipients accused"
+        found = f"{len(lines) or 'none'} of {count} recipients accused"
         least = self.smallest_unaccused
         rest = "" if least is None else f"; the smallest p-value of the others is {least:.3g}"
         return "\n".join(
             [
                 f"{found} at {self.alpha:.3g}{rest}",
                 *(f"  {line}" for line in lines),
-                f"  {self.positions} positions read; without noise {guarantee} at {self.alpha:.3g}",
-                "  p-values are exact and over all recipients: whoever had no part in the suspect is accused no "
-                "more often, whatever the others did",
+                f"  {self.positions} positions read: {promise(self.positions, count, self.alpha)}",
+                "  p-values are exact and over all recipients: whoever had no part in the suspect is accused "
+                "no more often, whatever the others did",
             ]
         )
 
@@ -91,6 +85,16 @@ class Trace:
         }
 
 
+def promise(positions: int, recipients: int, alpha: float) -> str:
+    """What `colluders_withstood` says, in words."""
+    most = colluders_withstood(positions, recipients, alpha)
+    told = "one who leaks alone" if most == 1 else f"one of up to {most} colluders" if most else "nobody"
+    return (
+        f"the published bound names {told} among {recipients} recipients at {alpha:.3g}, were positions read "
+        "without noise"
+    )
+
+
 def trace_answers(register: Register, key: Key, answers: Floats, alpha: float) -> Trace:
     """Scores all recipients.
 
@@ -101,9 +105,10 @@ def trace_answers(register: Register, key: Key, answers: Floats, alpha: float) -
             read.
         alpha: p-value at or below which a recipient is accused.
     """
-    off = (answers - register.reference.numpy()).reshape(-1)
     biases = draw_biases(key, register.positions)
-    test = AccusationTest.of(off, biases)
+    by_tap = (len(answers), -1)
+    reference = register.reference.numpy()
+    test = AccusationTest.of(answers.reshape(by_tap), reference.reshape(by_tap), biases)
     count = len(register.names)
     scores = np.concatenate(
         [
@@ -115,6 +120,6 @@ def trace_answers(register: Register, key: Key, answers: Floats, alpha: float) -
         register.names,
         np.minimum(test.p_values(scores) * count, 1.0),
         test.deviations(scores),
-        int(np.isfinite(off).sum()),
+        int(np.isfinite(answers).sum()),
         alpha,
     )
