@@ -49,6 +49,7 @@ from activemark_fast.marking.suffix import (
     final_features,
     site_activations,
 )
+from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import SHARE as TRACED_SHARE
 from activemark_fast.marking.traced import example, row_answers, search_changes, traced_channels
 from activemark_fast.profile import measure
@@ -443,8 +444,8 @@ def _copies(
         The quality of a copy, and the register.
     """
     backbone, site, bits = subject.backbone, subject.placement.site, settings.bits
-    images = holdout_images(None, secret, backbone.preprocess, HOLDOUT_IMAGES).pixels
-    channels = traced_channels(stretched, site, bits, subject.measured, len(images), backbone.device)
+    images = holdout_images(None, secret, backbone.preprocess, TRACED_IMAGES).pixels
+    channels = traced_channels(stretched, site, bits, subject.measured, backbone.device)
     changes, tried = search_changes(
         backbone,
         [channel.codec for channel in channels if isinstance(channel.codec, Codebook)],

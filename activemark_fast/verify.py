@@ -27,6 +27,7 @@ from activemark_fast.freedoms import alternatives, known_normalisation, paid
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import SiteActivations, site_activations
+from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties, mark_excluded
@@ -39,7 +40,7 @@ from activemark_fast.verdict import (
     default_tau,
     sign_flip_p_value,
 )
-from activemark_fast.watermark import HOLDOUT_IMAGES, TWO_BANDS, Watermark, fingerprint
+from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
 
 LEARNED_MATCH_RATE = 0.5
 """Detection rate from which a learned mark counts as found."""
@@ -268,10 +269,10 @@ class Verifier:
         self._measured_pixels = holdout.pixels[:MEASURED_IMAGES].to(self.device)
         self._sent = [part[order].to(self.device) for part in sent]
         if register is not None:
-            pixels = holdout_images(None, secret, watermark.preprocess, HOLDOUT_IMAGES).pixels
+            pixels = holdout_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
             self._traced_pixels = pixels.to(self.device)
             self._traced = traced_channels(
-                self._stretched, watermark.site, bits, register.measured, len(pixels), self.device
+                self._stretched, watermark.site, bits, register.measured, self.device
             )
 
     @torch.no_grad()

@@ -22,17 +22,19 @@ from activemark_fast.tracing import Change, changed, draw_biases, example_codewo
 
 SHARE = 0.2
 """Share of the allowed loss of fidelity that goes to the traced rows of a copy, where there are any."""
+IMAGES = 32
+"""Images, made from the key, that traced rows are read on. 64 read twice told a pruned copy hardly better."""
 
 
 def traced_channels(
-    stretched: Key, site: Site, bits: int, measured: SiteMeasure, images: int, device: torch.device
+    stretched: Key, site: Site, bits: int, measured: SiteMeasure, device: torch.device
 ) -> list[Channel]:
-    """What the traced rows are read with on `images` images that the key makes.
+    """What the traced rows are read with.
 
     stretched: the key that the mark is drawn from. measured: on the original model.
     """
     books = codebooks(stretched, site, bits, measured, (TRACED,))
-    sent = draw_sent(stretched, "traced", images, bits, (TRACED,))
+    sent = draw_sent(stretched, "traced", IMAGES, bits, (TRACED,))
     return [Channel(book.to(device), part.to(device)) for book, part in zip(books, sent, strict=True)]
 
 
@@ -46,7 +48,7 @@ def row_answers(
 ) -> Tensor:
     """(taps, books, bits) float64 on the CPU: what each row answers to its own bit, mean over all readings.
 
-    activations: at the site, of as many images as the channels send to.
+    activations: at the site, of the `IMAGES` images.
     """
     means = [
         channel.agreement(backbone, activations, 0, block, autocast).double().mean(dim=(1, 2))
