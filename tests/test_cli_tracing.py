@@ -186,6 +186,24 @@ def test_trace_refuses_what_is_no_register(owner: Owner, tmp_path: Path) -> None
     assert "the key it was made with" in done.stderr
 
 
+def test_a_committed_recipient_is_opened_alone(owner: Owner, tmp_path: Path) -> None:
+    commitment, proof = tmp_path / "commitment.json", tmp_path / "proof.json"
+    key, register = ("--key", owner.folder / "owner.key"), ("--register", owner.folder / "register")
+    assert process("commit", *register, *key, "--out", commitment).returncode == 0
+    ada = ("--recipient", "Ada Lovelace", "--proof", proof)
+    opened = process("open", commitment, *register, *ada, *key)
+    assert opened.returncode == 0, opened.stderr
+    assert "Grace" not in commitment.read_text() + proof.read_text()
+    shown = process("open", commitment, "--recipient-proof", proof)  # without a key
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("recipient Ada Lovelace: committed")
+    proof.write_text(proof.read_text().replace("Ada Lovelace", "Eve"))
+    assert process("open", commitment, "--recipient-proof", proof).returncode == 1
+    half = process("open", commitment, *register, *key)
+    assert half.returncode == 2
+    assert "--register, --recipient, --proof: wanted all three" in half.stderr
+
+
 def test_nothing_that_is_written_shows_the_key(owner: Owner) -> None:
     secret = bytes(range(32))
     for path in owner.folder.rglob("*"):

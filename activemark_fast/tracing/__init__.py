@@ -8,9 +8,12 @@ then a sum of sign flips. It is kept in the *register*, one file that only the k
 from activemark_fast.tracing.codewords import draw_biases, example_codeword
 from activemark_fast.tracing.register import Change, Register, RegisterError, changed, check_names
 from activemark_fast.tracing.trace import Trace, promise, trace_answers
+from activemark_fast.tracing.tree import ProofError, RecipientProof, recipients_root
 
 __all__ = [
     "Change",
+    "ProofError",
+    "RecipientProof",
     "Register",
     "RegisterError",
     "Trace",
@@ -19,5 +22,6 @@ __all__ = [
     "draw_biases",
     "example_codeword",
     "promise",
+    "recipients_root",
     "trace_answers",
 ]

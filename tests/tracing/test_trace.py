@@ -193,7 +193,7 @@ def test_the_trace_in_words_and_as_json() -> None:
     text = str(found)
     assert text.startswith("2 of 4 recipients accused at 1e-06; the smallest p-value of the others is 0.3")
     assert text.index("r3: p = 1e-20") < text.index("r1: p = 1e-09")
-    assert "names one of up to 2 colluders among 4 recipients" in text
+    assert "names one who leaks alone among 4 recipients" in text
     record = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert record["accused"] == [{"name": "r3", "p_value": 1e-20}, {"name": "r1", "p_value": 1e-9}]
     nobody = trace([1.0, 0.5])
