@@ -136,6 +136,7 @@ class Bench:
             self.watermark, OWNER, register=self.register, alpha=ALPHA, power=0.999, align=False
         )
         self.quick: bool = arguments.quick
+        self.data: str = arguments.data.name
         self.features: Tensor | None = None
         file = self.folder / "tracing.json"
         self.rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
@@ -273,7 +274,7 @@ def page(bench: Bench, model: str) -> str:
         f"{model}, marked for {count} recipients, {register.positions} positions in a codeword. A recipient "
         f"is accused at p = {ALPHA:g} over all recipients (Bonferroni). By theory alone, "
         f"{promise(register.positions, count, ALPHA)}. Innocent recipients accused in all rows: "
-        f"**{wrong}**.\n",
+        f"**{wrong}**. What trains or calibrates takes {len(bench.task.train)} images of {bench.data}.\n",
         made_by(),
         "\n## One copy leaked\n",
         "| what became of it | named | innocents accused | p, surest | p, least innocent | owner's p | R | "

@@ -73,7 +73,7 @@ def verify_many(
             p-value stays exact. None reads all images of every suspect.
         align: as in `verify`.
         commitment: as in `verify`.
-        register: as in `verify`.
+        register: as in `verify`; with the engine "local" only, for it is a secret.
         device: where to compute; by default where `model` is, or the CPU.
         precision: as in `verify`.
         max_bytes: most bytes of one suspect in memory; what needs more is an error. Two are in memory at a
@@ -98,6 +98,10 @@ def verify_many(
         raise ValueError(f"engine: wanted 'local' or 'ray', got {engine!r}")
     if engine == "ray" and not isinstance(key, os.PathLike):
         raise TypeError(f"key: wanted the path of a key file for the engine 'ray', got {type(key).__name__}")
+    if engine == "ray" and register is not None:
+        raise ValueError(
+            "register: wanted none with the engine 'ray', for no secret goes through Ray, got one"
+        )
     if not isinstance(watermark, Watermark):
         raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
     settings = SweepSettings(

@@ -154,6 +154,13 @@ def test_a_sweep_traces(embedding: Embedding) -> None:
     assert [accused(verdict) for verdict in verdicts if verdict is not None] == [["Ada"], [], ["Mary"]]
 
 
+def test_no_register_goes_through_ray(embedding: Embedding, tmp_path: Path) -> None:
+    key_file = tmp_path / "owner.key"
+    Key(bytes(range(32))).write(key_file)
+    with pytest.raises(ValueError, match="register: wanted none with the engine 'ray'"):
+        verify_many([], embedding.watermark, key_file, vit(), register=register_of(embedding), engine="ray")
+
+
 def test_registers_of_others_are_refused(embedding: Embedding) -> None:
     ours = register_of(embedding)
     parts = (ours.changes, ours.measured, ours.reference)
