@@ -77,7 +77,7 @@ def test_embed_makes_a_copy_for_each_recipient(owner: Owner) -> None:
     prints = {fingerprint(load_model(path)) for path in [*files, owner.folder / "release.safetensors"]}
     assert len(prints) == 3
     assert (owner.folder / "register").stat().st_mode & 0o777 == 0o600
-    assert b"Ada" not in (owner.folder / "register").read_bytes()
+    assert b"Lovelace" not in (owner.folder / "register").read_bytes()
 
 
 def test_trace_names_the_recipient(owner: Owner) -> None:
