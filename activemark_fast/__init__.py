@@ -7,6 +7,7 @@ from activemark_fast.descent import Descent, compare
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
 from activemark_fast.profile import Profile, profile
+from activemark_fast.tracing import Register
 from activemark_fast.verdict import Verdict
 from activemark_fast.verify import verify
 from activemark_fast.watermark import Watermark
@@ -19,6 +20,7 @@ __all__ = [
     "Embedding",
     "Key",
     "Profile",
+    "Register",
     "SuspectResult",
     "Verdict",
     "Watermark",

@@ -68,7 +68,8 @@ class Commitment:
     """What is published. It shows neither keys nor watermarks nor anything of the models.
 
     Attributes:
-        claims: a hash for each mark (`_claim`) and each model (`_model_claim`), 32 bytes.
+        claims: a hash for each mark (`_claim`), each model (`_model_claim`) and each list of recipients
+            (`_recipients_claim`), 32 bytes.
         created: when the owner says it was made: ISO 8601, UTC, to the second. Anybody can write any date.
         public_key: the owner's Ed25519 key, 32 bytes; its secret half is derived from the owner's key.
         signature: by that key over all of the above, 64 bytes.
@@ -83,7 +84,11 @@ class Commitment:
 
     @classmethod
     def make(
-        cls, owner: Key, marks: Iterable[tuple[Key, Watermark]], models: Iterable[tuple[Key, bytes]] = ()
+        cls,
+        owner: Key,
+        marks: Iterable[tuple[Key, Watermark]],
+        models: Iterable[tuple[Key, bytes]] = (),
+        recipients: Iterable[bytes] = (),
     ) -> Commitment:
         """A commitment signed by `owner`.
 
@@ -91,18 +96,20 @@ class Commitment:
             owner: the owner's key.
             marks: each the key it was made with, and its watermark.
             models: each the key it will be opened with, and the digest of its sketch, 32 bytes.
+            recipients: the hash of each list (`tracing.recipients_root`), 32 bytes.
 
         Raises:
             WatermarkError: a watermark was made with another key.
-            ValueError: there is neither a mark nor a model, or a digest is of another length.
+            ValueError: there is neither a mark nor a model nor a list, or a digest is of another length.
         """
         claims = []
         for key, watermark in marks:
             watermark.check(key)
             claims.append(_claim(key, watermark))
         claims += [_model_claim(key, digest) for key, digest in models]
+        claims += [_recipients_claim(root) for root in recipients]
         if not claims:
-            raise ValueError("marks, models: wanted at least one mark or model, got none")
+            raise ValueError("marks, models, recipients: wanted at least one of any, got none")
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         signer = Ed25519PrivateKey.from_private_bytes(owner.derive("commitment/signature"))
@@ -118,6 +125,11 @@ class Commitment:
     def holds_model(self, key: Key, digest: bytes) -> bool:
         """Whether this is a commitment to the model whose sketch has this digest, to be opened with `key`."""
         claim = _model_claim(key, digest)
+        return any(hmac.compare_digest(claim, committed) for committed in self.claims)
+
+    def holds_recipients(self, root: bytes) -> bool:
+        """Whether this is a commitment to the list of recipients with this hash."""
+        claim = _recipients_claim(root)
         return any(hmac.compare_digest(claim, committed) for committed in self.claims)
 
     def to_bytes(self) -> bytes:
@@ -241,6 +253,11 @@ class Opening:
         return cls._of(commitment, commitment.holds_model(key, digest))
 
     @classmethod
+    def of_recipients(cls, commitment: Commitment, root: bytes) -> Opening:
+        """Opens `commitment` with the hash of a list of recipients (`tracing.RecipientProof.root`)."""
+        return cls._of(commitment, commitment.holds_recipients(root))
+
+    @classmethod
     def _of(cls, commitment: Commitment, held: bool) -> Opening:
         return cls(held, commitment.created, commitment.timestamp, commitment.public_key.hex())
 
@@ -252,7 +269,7 @@ class Opening:
 
     def __str__(self) -> str:
         if not self.committed:
-            return "not committed: the commitment is to another key, or to another watermark or model"
+            return "not committed: the commitment is to another key, watermark, model or list of recipients"
         signed = f"signed by {self.public_key}"
         if self.timestamp is None:
             return f"committed, {signed}; by the owner's own word on {self.created}: no timestamp"
@@ -314,6 +331,13 @@ def _model_claim(key: Key, digest: bytes) -> bytes:
         raise ValueError(f"digest: wanted 32 bytes, got {len(digest)}")
     nonce = key.derive(f"commitment/model/{digest.hex()}")
     return hashlib.sha256(_CONTEXT + b"model/" + nonce + digest).digest()
+
+
+def _recipients_claim(root: bytes) -> bytes:
+    """SHA-256 over the hash of a list of recipients, whose leaves are salted."""
+    if len(root) != 32:
+        raise ValueError(f"recipients: wanted 32 bytes, got {len(root)}")
+    return hashlib.sha256(_CONTEXT + b"recipients/" + root).digest()
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

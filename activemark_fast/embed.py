@@ -6,6 +6,7 @@ import copy
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from activemark_fast.codec import CODECS, Codec, KeyedCodec
 from activemark_fast.codec.codebooks import (
     BANDS,
     MEASURED_IMAGES,
+    Codebook,
     SiteMeasure,
     balanced_bits,
     codebooks,
@@ -47,10 +49,14 @@ from activemark_fast.marking.suffix import (
     final_features,
     site_activations,
 )
+from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
+from activemark_fast.marking.traced import SHARE as TRACED_SHARE
+from activemark_fast.marking.traced import example, row_answers, search_changes, traced_channels
 from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement
+from activemark_fast.tracing import Register, changed, check_names
 from activemark_fast.triggers import clean_images, holdout_images
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
 
@@ -78,6 +84,8 @@ class Embedding:
         history: one dict for every strength of the edit that was tried and every check during training.
         engine: how it was computed and why so; `peak_bytes` was told before the edit began.
         seconds: wall time of `embed`.
+        register: makes the copies of recipients and tells them apart; None without recipients. With them,
+            `quality` is that of a copy with a codeword that is nobody's, and `model` is no one's copy.
     """
 
     model: nn.Module
@@ -89,6 +97,7 @@ class Embedding:
     history: list[dict[str, float | str]] = field(repr=False)
     engine: Engine
     seconds: float
+    register: Register | None = field(default=None, repr=False)
 
     @property
     def fidelity(self) -> float:
@@ -182,6 +191,7 @@ def embed(
     precision: str = "auto",
     compile: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
+    recipients: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Embedding:
     """Marks `model` (arXiv 2510.04966, with keyed codebooks and a closed-form edit by default).
@@ -216,6 +226,9 @@ def embed(
         checkpoint: file that gradient training is saved to, about once a minute, until it has ended. If it is
             there, the training goes on from it, to the result it would have had. An edit takes seconds and
             starts anew.
+        recipients: names of those who get copies of their own (`tracing.check_names` says which can be
+            names): `Embedding.register` then makes the copies, and `verify` tells with it whose copy a
+            suspect was made from. A fifth of the fidelity that may be lost goes to that. Keyed codec only.
         progress: show progress bars on standard error, and how much memory the marking will take.
 
     Returns:
@@ -235,6 +248,10 @@ def embed(
     broken = non_finite_tensor(model)
     if broken is not None:
         raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
+    if recipients is not None:
+        if codec != KeyedCodec.name:
+            raise ValueError(f"recipients: wanted the keyed codec with them, got {codec!r}")
+        recipients = check_names(recipients)
     secret = Key.of(key)
     device = resolve_device(device, original.device)
     if compile == "graph" and device.type != "cuda":
@@ -273,12 +290,20 @@ def embed(
         if codec == KeyedCodec.name:
             bar.note(f"embed: {engine}")
         alignment = None
+        register = None
         steps = 0
         state: dict[str, Tensor] = {}
         if codec == KeyedCodec.name:
             sampled = site_sample(subject.backbone, secret, site, preprocess, subject.autocast)
             alignment = sampled.half().cpu()
-            quality, history = _edit(subject, stretched, settings, engine, bar)
+            room = (1 - fidelity) * (1 if recipients is None else 1 - TRACED_SHARE)
+            check, history = _edit(subject, stretched, settings, 1 - room, engine, bar)
+            if recipients is None:
+                quality = check()
+            else:
+                quality, register = _copies(
+                    subject, check, stretched, secret, recipients, settings, engine, history, bar
+                )
         else:
             quality, history, steps, how, state = _train(
                 subject,
@@ -323,6 +348,7 @@ def embed(
         history,
         engine,
         time.perf_counter() - started,
+        register,
     )
 
 
@@ -379,9 +405,9 @@ def _prepare(
 
 
 def _edit(
-    subject: _Subject, stretched: Key, settings: _Settings, engine: Engine, bar: Progress
-) -> tuple[Quality, list[dict[str, float | str]]]:
-    """Marks the subject's model in closed form."""
+    subject: _Subject, stretched: Key, settings: _Settings, wanted: float, engine: Engine, bar: Progress
+) -> tuple[QualityCheck, list[dict[str, float | str]]]:
+    """Marks the subject's model in closed form; `wanted` is the fidelity that the mark has to keep."""
     backbone, site = subject.backbone, subject.placement.site
     device, bits = backbone.device, settings.bits
     books = [book.to(device) for book in codebooks(stretched, site, bits, subject.measured)]
@@ -396,9 +422,54 @@ def _edit(
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
     check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
     history = search_edit(
-        backbone, books, site, output, sent, subject.fidelity, check.margin, settings.fidelity, engine, bar
+        backbone, books, site, output, sent, subject.fidelity, check.margin, wanted, engine, bar
     )
-    return check(), history
+    return check, history
+
+
+def _copies(
+    subject: _Subject,
+    check: QualityCheck,
+    stretched: Key,
+    secret: Key,
+    recipients: Sequence[str],
+    settings: _Settings,
+    engine: Engine,
+    history: list[dict[str, float | str]],
+    bar: Progress,
+) -> tuple[Quality, Register]:
+    """What the copies of the subject's model, which is marked, take; the model is left as it was.
+
+    history: what is tried is added.
+
+    Returns:
+        The quality of a copy, and the register.
+    """
+    backbone, site, bits = subject.backbone, subject.placement.site, settings.bits
+    images = holdout_images(None, secret, backbone.preprocess, TRACED_IMAGES).pixels
+    channels = traced_channels(stretched, site, bits, subject.measured, backbone.device)
+    changes, tried = search_changes(
+        backbone,
+        [channel.codec for channel in channels if isinstance(channel.codec, Codebook)],
+        site,
+        stretched,
+        secret,
+        engine.keep(subject.fitted.output),
+        subject.fidelity,
+        settings.fidelity,
+        engine,
+        bar,
+    )
+    history += tried
+    read = site_activations(backbone, images, site.block, subject.autocast)
+    reference = row_answers(backbone, channels, read, site.block, subject.autocast)
+    register = Register.make(secret, recipients, backbone.model, changes, subject.measured, reference)
+    marked = {name: backbone.model.get_parameter(name).detach().clone() for name in changes}
+    word = example(secret, register.positions)
+    backbone.model.load_state_dict(changed(backbone.model, changes, word), strict=False)
+    quality = check()
+    backbone.model.load_state_dict(marked, strict=False)
+    return quality, register
 
 
 def _train(

@@ -15,6 +15,7 @@ from torch import Tensor
 from activemark_fast.commitment import Opening
 from activemark_fast.freedoms import EVIDENCE_AT, paid
 from activemark_fast.key import KEYS_A_SECOND, SECONDS_A_KEY
+from activemark_fast.tracing import Trace
 
 Decision = Literal["match", "no match", "inconclusive"]
 
@@ -146,6 +147,8 @@ class Verdict:
         alternatives: what the p-value is multiplied with for each thing that the owner could choose
             (`freedoms.alternatives`).
         bands: p-value of each band of the mark alone, on all images read, with nothing paid.
+        trace: whose copy the suspect was made from; None without a register, or where it could not be read.
+            Its p-values hold whatever the decision is.
     """
 
     decision: Decision
@@ -163,6 +166,7 @@ class Verdict:
     opening: Opening | None = None
     alternatives: Mapping[str, int] = field(default_factory=dict)
     bands: Mapping[str, float] = field(default_factory=dict)
+    trace: Trace | None = None
 
     @property
     def paid_p_value(self) -> float | None:
@@ -241,6 +245,8 @@ class Verdict:
             lines.append(f"  commitment: {self.opening}")
         elif self.decision == "match":
             lines.append("  commitment: none shown, so nothing says since when the owner has had this key")
+        if self.trace is not None:
+            lines += [f"  {line}" for line in str(self.trace).split("\n")]
         return "\n".join(lines)
 
     def _odds(self) -> list[str]:
@@ -282,6 +288,7 @@ class Verdict:
             "chosen": list(self.chosen),
             "evidence": self.evidence,
             "commitment": None if self.opening is None else self.opening.to_dict(),
+            "trace": None if self.trace is None else self.trace.to_dict(),
             "bit_errors": self.bit_errors.tolist(),
         }
 

@@ -30,6 +30,8 @@ from activemark_fast.freedoms import EVIDENCE_AT, alternatives, known_normalisat
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import SiteActivations, site_activations
+from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
+from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import (
     WEAKEST_NATURAL,
@@ -39,6 +41,7 @@ from activemark_fast.sequential import (
     mark_excluded,
 )
 from activemark_fast.site import Site
+from activemark_fast.tracing import Register, RegisterError, Trace, trace_answers
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import (
     NO_MATCH_ABOVE,
@@ -80,6 +83,7 @@ def verify(
     commitment: Commitment | None = None,
     exhaustive: bool = False,
     architecture: str | None = None,
+    register: Register | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
 ) -> Verdict:
@@ -109,6 +113,8 @@ def verify(
         exhaustive: read all images of every suspect, so that detection rates can be compared.
         architecture: the model string by which the suspect was built, where that is the owner's word, such as
             the watermark's: heads, norms and the like, which weights leave open. The p-value pays for it.
+        register: of the recipients of copies (`Embedding.register`, `Register.load`); `Verdict.trace` then
+            tells whose copy the suspect was made from. A recipient is accused at `alpha`, all of them paid.
         device: where to compute; by default where the suspect is.
         precision: as in `embed`.
 
@@ -122,6 +128,7 @@ def verify(
     Raises:
         TypeError, ValueError: an argument is not as described.
         WatermarkError: `key` is not the key of `watermark`.
+        RegisterError: `register` is of another key or another marked model.
         ImageMismatchError: `images` are not those of the embedding.
     """
     if not isinstance(suspect, nn.Module):
@@ -138,6 +145,7 @@ def verify(
         commitment=commitment,
         architecture=architecture,
         power=None if exhaustive else 1.0,
+        register=register,
         device=place,
         precision=precision,
     )
@@ -178,7 +186,7 @@ class Verifier:
     own tokens vary, so they are made for each suspect.
 
     Args:
-        watermark, key, images, alpha, tau, align, commitment, precision: as `verify` takes them.
+        watermark, key, images, alpha, tau, align, commitment, register, precision: as `verify` takes them.
         architecture: the model string by which suspects are built, where it is the watermark's own word; None
             where somebody else says how suspects are run. The p-value pays for it, and a configuration that
             the owner may have written (`hf:`) counts as chosen.
@@ -205,6 +213,7 @@ class Verifier:
         align: bool | None = None,
         commitment: Commitment | None = None,
         architecture: str | None = None,
+        register: Register | None = None,
         device: str | torch.device | None = None,
         precision: str = "auto",
     ) -> None:
@@ -224,10 +233,17 @@ class Verifier:
             raise TypeError(f"align: wanted True, False or None, got {type(align).__name__}")
         if commitment is not None and not isinstance(commitment, Commitment):
             raise TypeError(f"commitment: wanted a Commitment, got {type(commitment).__name__}")
+        if register is not None and not isinstance(register, Register):
+            raise TypeError(f"register: wanted a Register, got {type(register).__name__}")
         self.device = resolve_device(device, torch.device("cpu"))
         self._autocast = resolve_autocast(precision, self.device)
         secret = Key.of(key)
         watermark.check(secret)  # before anything in it is relied on
+        if register is not None:
+            register.check(secret)
+            if register.fingerprint != watermark.fingerprint:
+                raise RegisterError("register: wanted that of the marked model, got another model's")
+        self._register = register
         self.watermark = watermark
         self.alpha = alpha
         self.tau = default_tau(watermark.bits) if tau is None else tau
@@ -273,6 +289,9 @@ class Verifier:
         self._pixels = holdout.pixels[order].to(self.device)
         self._measured_pixels = holdout.pixels[:MEASURED_IMAGES].to(self.device)
         self._sent = [part[order].to(self.device) for part in sent]
+        if register is not None:
+            pixels = holdout_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
+            self._traced_pixels = pixels.to(self.device)
 
     @torch.no_grad()
     def judge(self, suspect: nn.Module) -> Verdict:
@@ -413,7 +432,31 @@ class Verifier:
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
-        return self._decide(min(readings, key=lambda reading: reading.p_value), choices)
+        reading = min(readings, key=lambda reading: reading.p_value)
+        verdict = self._decide(reading, choices)
+        if self._register is None:
+            return verdict
+        return replace(verdict, trace=self._trace(self._register, site, backbone, reading.alignment))
+
+    def _trace(
+        self, register: Register, site: Site, backbone: Backbone, alignment: Alignment | None
+    ) -> Trace:
+        """What the suspect tells of the recipients, read at `site` after undoing `alignment`."""
+        bits = self.watermark.bits
+        channels = traced_channels(self._stretched, site, bits, register.measured, self.device)
+        if alignment is not None:
+            matrix, scale = alignment.matrix.to(self.device), alignment.scale
+            channels = [
+                Channel(channel.codec.aligned(matrix, scale), channel.sent)
+                for channel in channels
+                if isinstance(channel.codec, KeyedCodec)
+            ]
+        read = self._at_site(site, backbone, self._traced_pixels)
+        answers = np.full(register.reference.shape, np.nan)
+        with evaluating(backbone.model):
+            told = row_answers(backbone, channels, read, site.block, self._autocast)
+        answers[: len(site.taps)] = told.numpy()
+        return trace_answers(register, self._secret, answers, self.alpha)
 
     def _at_site(self, site: Site, backbone: Backbone, pixels: Tensor) -> SiteActivations:
         with evaluating(backbone.model):

@@ -80,7 +80,7 @@ def test_round_trip(commitment: Commitment, tmp_path: Path) -> None:
 def test_marks_must_be_the_keys(commitment: Commitment) -> None:
     with pytest.raises(WatermarkError, match=r"^key: "):
         Commitment.make(KEY, [(OTHER, sealed())])
-    with pytest.raises(ValueError, match="marks, models: wanted at least one mark or model, got none"):
+    with pytest.raises(ValueError, match="marks, models, recipients: wanted at least one of any, got none"):
         Commitment.make(KEY, [])
 
 

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"profile"},
     {"codec"},
     {"watermark"},
+    {"tracing"},
     {"commitment"},
     {"verdict", "sequential"},
     {"marking"},

@@ -13,6 +13,7 @@ import pytest
 from activemark_fast.bulk import SuspectResult
 from activemark_fast.bulk.journal import FORMAT_VERSION
 from activemark_fast.checkpoints.plan import Fit
+from activemark_fast.tracing import Trace
 from activemark_fast.verdict import Verdict
 
 SCHEMA: dict[str, Any] = json.loads(
@@ -29,8 +30,9 @@ def check(value: object, part: str | None = None) -> None:
 
 def verdicts() -> list[Verdict]:
     errors, none = np.array([0, 3, 7]), np.zeros(0, dtype=np.int64)
+    trace = Trace(("Ada", "Grace"), np.array([1e-9, 1.0]), np.array([9.0, 0.1]), 512, 1e-6)
     return [
-        Verdict("match", "found", errors, 32, 5, 2 / 3, 1e-9, 1e-6, "keyed", identical=True),
+        Verdict("match", "found", errors, 32, 5, 2 / 3, 1e-9, 1e-6, "keyed", identical=True, trace=trace),
         Verdict("inconclusive", "unread", none, 32, 5, float("nan"), None, 1e-6, "keyed", aligned="rotation"),
     ]
 

@@ -17,6 +17,7 @@ from activemark_fast.bulk.suspects import Suspect, find_suspects
 from activemark_fast.bulk.sweep import SweepSettings
 from activemark_fast.commitment import Commitment
 from activemark_fast.key import Key
+from activemark_fast.tracing import Register
 from activemark_fast.watermark import Watermark
 
 __all__ = [
@@ -43,6 +44,7 @@ def verify_many(
     power: float | None = 0.999,
     align: bool | None = None,
     commitment: Commitment | None = None,
+    register: Register | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
     max_bytes: int | None = None,
@@ -73,6 +75,7 @@ def verify_many(
             images of every suspect.
         align: as in `verify`.
         commitment: as in `verify`.
+        register: as in `verify`; with the engine "local" only, for it is a secret.
         device: where to compute; by default where `model` is, or the CPU.
         precision: as in `verify`.
         max_bytes: most bytes of one suspect in memory; what needs more is an error. Two are in memory at a
@@ -89,7 +92,8 @@ def verify_many(
         An iterator over the results.
 
     Raises:
-        TypeError, ValueError, WatermarkError, ImageMismatchError: an argument is not as described.
+        TypeError, ValueError, WatermarkError, RegisterError, ImageMismatchError: an argument is not as
+            described.
         JournalError: the journal exists and `resume` is False, or is another sweep's, damaged or in use.
     """
     if not isinstance(engine, str):
@@ -102,6 +106,10 @@ def verify_many(
         raise TypeError(f"timeout: wanted a number, got {type(timeout).__name__}")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout: wanted above 0, got {timeout}")
+    if engine == "ray" and register is not None:
+        raise ValueError(
+            "register: wanted none with the engine 'ray', for no secret goes through Ray, got one"
+        )
     if not isinstance(watermark, Watermark):
         raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
     settings = SweepSettings(
@@ -118,6 +126,7 @@ def verify_many(
         _checked_limit(max_bytes),
         commitment,
         timeout,
+        register,
     )
     sweeper = settings.sweeper()  # with ray, too: what is wrong with an argument is found before any work
     found = find_suspects(suspects)

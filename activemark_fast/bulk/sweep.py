@@ -30,6 +30,7 @@ from activemark_fast.commitment import Commitment
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.runtime import resolve_device
+from activemark_fast.tracing import Register
 from activemark_fast.verdict import Verdict, rank
 from activemark_fast.verify import Verifier
 from activemark_fast.watermark import Watermark, fingerprint_of
@@ -62,6 +63,7 @@ class SweepSettings:
     max_bytes: int
     commitment: Commitment | None = None
     timeout: float | None = None
+    register: Register | None = None
 
     def sweeper(self) -> Sweeper:
         """A sweeper with these settings. Raises what `verify_many` says of its arguments."""
@@ -80,6 +82,7 @@ class SweepSettings:
             power=self.power,
             align=self.align,
             commitment=self.commitment,
+            register=self.register,
             architecture=self.watermark.architecture if self.model is None else None,
             device=resolve_device(self.device, tensors[0].device if tensors else torch.device("cpu")),
             precision=self.precision,
@@ -95,15 +98,20 @@ class SweepSettings:
             if self.commitment is None
             else {"commitment": hashlib.sha256(self.commitment.to_bytes()).hexdigest()}
         )
-        return committed | {
-            "watermark": self.watermark.digest().hex(),
-            "model": model if isinstance(model, str) else type(model).__name__,
-            "alpha": self.alpha,
-            "tau": self.tau,
-            "power": self.power,
-            "align": self.align,
-            "precision": self.precision,
-        }
+        traced = {} if self.register is None else {"recipients": self.register.digest().hex()}
+        return (
+            committed
+            | traced
+            | {
+                "watermark": self.watermark.digest().hex(),
+                "model": model if isinstance(model, str) else type(model).__name__,
+                "alpha": self.alpha,
+                "tau": self.tau,
+                "power": self.power,
+                "align": self.align,
+                "precision": self.precision,
+            }
+        )
 
 
 class _Deadline:

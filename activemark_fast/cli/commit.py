@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activemark_fast.cli.common import Outcome, Subparsers, add_command, add_key, check_folder, read_key
+from activemark_fast.cli.common import (
+    Outcome,
+    Subparsers,
+    add_command,
+    add_key,
+    check_folder,
+    read_key,
+    read_register,
+)
 
 if TYPE_CHECKING:
     from activemark_fast.key import Key
@@ -19,7 +27,7 @@ def add_to(commands: Subparsers) -> None:
         commands,
         "commit",
         _commit,
-        "commit to keys, watermarks and models without showing them",
+        "commit to keys, watermarks, models and lists of recipients without showing them",
         epilog="Send the request to a timestamping authority, for example with "
         "curl -H 'Content-Type: application/timestamp-query' --data-binary @FILE.tsq URL > FILE.tsr",
     )
@@ -38,6 +46,12 @@ def add_to(commands: Subparsers) -> None:
         metavar="MODEL",
         help="a model to be released, marked or not: its sketch is committed to, which `activemark open "
         "--model` makes again; repeatable",
+    )
+    commit.add_argument(
+        "--register",
+        type=Path,
+        metavar="FILE",
+        help="the recipients so far, of whom `activemark open --recipient` opens one without the others",
     )
     add_key(commit)
     commit.add_argument(
@@ -58,8 +72,8 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _commit(args: argparse.Namespace) -> Outcome:
-    if not args.watermark and not args.model:
-        raise ValueError("--watermark, --model: wanted at least one of them")
+    if not args.watermark and not args.model and args.register is None:
+        raise ValueError("--watermark, --model, --register: wanted at least one of them")
     outputs = [("--out", args.out)]
     if args.timestamp_request is not None:
         outputs.append(("--timestamp-request", args.timestamp_request))
@@ -71,6 +85,7 @@ def _commit(args: argparse.Namespace) -> Outcome:
         raise ValueError(f"--out, --timestamp-request: wanted two files, got {args.out} for both")
     from activemark_fast.commitment import Commitment, timestamp_request
     from activemark_fast.files import write_whole
+    from activemark_fast.tracing import recipients_root
     from activemark_fast.watermark import Watermark
 
     watermarks = [Watermark.load(path) for path in args.watermark]
@@ -85,7 +100,10 @@ def _commit(args: argparse.Namespace) -> Outcome:
         (_maker(path, watermark, keys), watermark)
         for path, watermark in zip(args.watermark, watermarks, strict=True)
     ]
-    commitment = Commitment.make(owner, marks, [(key, digest) for digest in digests for key in keys])
+    models = [(key, digest) for digest in digests for key in keys]
+    register = read_register(args.register, owner)
+    roots = [] if register is None else [recipients_root(register, owner)]
+    commitment = Commitment.make(owner, marks, models, roots)
     commitment.save(args.out)
     record = {
         "commitment": str(args.out),

@@ -7,7 +7,7 @@ import getpass
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import device
 
     from activemark_fast.key import Key
+    from activemark_fast.tracing import Register
 
 MODEL_HELP = (
     "open_clip:NAME/TAG, timm:NAME, hf:NAME or torchvision:NAME, each with @PATH for weights in a file; "
@@ -63,6 +64,58 @@ def add_key(command: argparse.ArgumentParser) -> None:
 def add_watermark(command: argparse.ArgumentParser) -> None:
     """The option --watermark."""
     command.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")
+
+
+def add_register(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """The option --register of what traces suspects."""
+    command.add_argument(
+        "--register",
+        type=Path,
+        required=required,
+        metavar="FILE",
+        help="what embed wrote for --recipients: tell whose copy a suspect was made from",
+    )
+
+
+def read_register(path: Path | None, key: Key) -> Register | None:
+    """The register in the file; None without one."""
+    from activemark_fast.tracing import Register
+
+    return None if path is None else Register.load(path, key)
+
+
+def read_names(path: Path) -> list[str]:
+    """The names in the file of --recipients, one a line, as they are to be checked; empty lines are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--recipients: wanted names as UTF-8 text, one a line, in {path}") from error
+    return [name for line in text.splitlines() if (name := line.strip())]
+
+
+def weights_path(spec: str) -> Path:
+    """The file of a model string's weights, which need not be there."""
+    return Path(spec.partition("@")[2] or spec)
+
+
+def copy_paths(
+    folder: Path, names: Sequence[str], others: Sequence[Path | None], *, force: bool
+) -> dict[str, Path]:
+    """Where the copies of recipients go, by their names.
+
+    Refuses, before any work, a folder that is not there or cannot be written to, files that are there already
+    unless `force`, and those of `others`, which the command reads or writes.
+    """
+    paths = {name: folder / f"{name}.safetensors" for name in names}
+    check_folder("--copies", folder / "any")
+    taken = {path.resolve() for path in others if path is not None}
+    for path in paths.values():
+        if path.resolve() in taken:
+            raise ValueError(f"--copies: {path} is a file of another argument, wanted another name or folder")
+    there = [path for path in paths.values() if path.exists()]
+    if there and not force:
+        raise ValueError(f"--copies: {there[0]} exists; --force replaces it")
+    return paths
 
 
 def add_images(command: argparse.ArgumentParser, what: str) -> None:

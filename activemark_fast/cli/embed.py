@@ -6,6 +6,8 @@ import argparse
 import math
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +22,20 @@ from activemark_fast.cli.common import (
     add_key,
     check_folder,
     chosen_device,
+    copy_paths,
     read_key,
+    read_names,
     shows_progress,
+    weights_path,
 )
+from activemark_fast.cli.issue import write_copies
 
 if TYPE_CHECKING:
     from activemark_fast.embed import Embedding
+    from activemark_fast.key import Key
+
+ALPHA = 1e-6
+"""What is printed of the codewords is said at this p-value, which trace accuses at where nothing is said."""
 
 
 def add_to(commands: Subparsers) -> None:
@@ -82,12 +92,36 @@ def add_to(commands: Subparsers) -> None:
         metavar="FILE",
         help="save gradient training here every minute; if it is there, go on from it",
     )
+    embed.add_argument(
+        "--recipients",
+        type=Path,
+        metavar="FILE",
+        help="names, one a line, of those who get copies of their own, which trace tells apart; with "
+        "--copies and --register. The model at --out is then no one's copy: keep it for issue",
+    )
+    embed.add_argument(
+        "--copies", type=Path, metavar="FOLDER", help="where copies go, each named after its recipient"
+    )
+    embed.add_argument(
+        "--register",
+        type=Path,
+        metavar="FILE",
+        help="what issue and trace need besides the key, which encrypts it",
+    )
     embed.add_argument("--force", action="store_true", help="replace output files that exist")
     add_compute(embed)
 
 
 def _embed(args: argparse.Namespace) -> Outcome:
     _check_outputs(args)
+    names = None if args.recipients is None else read_names(args.recipients)
+    if names is not None:
+        from activemark_fast.tracing import check_names
+
+        names = list(check_names(names))
+        outputs = (args.out, args.watermark, args.register)
+        inputs = (weights_path(args.model), args.recipients, args.key)
+        paths = copy_paths(args.copies, names, (*outputs, *inputs), force=args.force)
     key = read_key(args.key, confirm=True)
     from activemark_fast.checkpoints import architecture_of, load_model
     from activemark_fast.embed import embed
@@ -109,9 +143,15 @@ def _embed(args: argparse.Namespace) -> Outcome:
         architecture=architecture,
         device=place,
         precision=args.precision,
+        recipients=names,
         progress=shows_progress(args),
     )
-    _save_both(embedding, architecture, args.out, args.watermark)
+    _save_all(embedding, architecture, key, args)
+    copies = {}
+    seconds = 0.0
+    if embedding.register is not None:
+        copies = {name: str(path) for name, path in paths.items()}
+        seconds = write_copies(embedding.register, key, embedding.model, architecture, paths)
     measured = embedding.quality
     quality = {
         name: value if math.isfinite(value) else None
@@ -134,6 +174,9 @@ def _embed(args: argparse.Namespace) -> Outcome:
         "steps": embedding.steps,
         "seconds": embedding.seconds,
         "engine": str(embedding.engine),
+        "copies": copies,
+        "copy_seconds": seconds,
+        "register": None if args.register is None else str(args.register),
     }
     cosines = ", ".join(
         f"{name.replace('_', ' ')} {mean:.4f} (5 %: {tail:.4f})"
@@ -141,10 +184,21 @@ def _embed(args: argparse.Namespace) -> Outcome:
         if math.isfinite(mean)
     )
     natural = "" if math.isnan(measured.natural_margin) else f", natural band {measured.natural_margin:.2f}"
+    issued = []
+    if embedding.register is not None:
+        from activemark_fast.tracing import promise
+
+        positions, count = embedding.register.positions, len(copies)
+        issued = [
+            f"register:     {args.register}",
+            f"{count} copies in {args.copies}, {seconds:.1f} s; the figures below are of such a copy",
+            f"  codewords of {positions} positions: {promise(positions, count, ALPHA)}",
+        ]
     text = "\n".join(
         [
             f"marked model: {args.out}",
             f"watermark:    {args.watermark}",
+            *issued,
             f"  site: {embedding.site_reason}",
             f"  features against the original's, cosine: {cosines}",
             f"    on {embedding.clean_source}, held out from marking",
@@ -159,37 +213,48 @@ def _embed(args: argparse.Namespace) -> Outcome:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuses, before any work, output paths that cannot or must not be written."""
-    if args.out.resolve() == args.watermark.resolve():
-        raise ValueError(f"--out, --watermark: wanted two files, got {args.out} for both")
-    weights = args.model.partition("@")[2] or args.model
-    inputs = {"MODEL": Path(weights)} | ({"--key": args.key} if args.key is not None else {})
-    for name, path in (("--out", args.out), ("--watermark", args.watermark)):
+    of_copies = (args.recipients, args.copies, args.register)
+    if None in of_copies and any(of_copies):
+        raise ValueError("--recipients, --copies, --register: wanted all three or none of them")
+    outputs = {"--out": args.out, "--watermark": args.watermark}
+    if args.register is not None:
+        outputs["--register"] = args.register
+    seen: dict[Path, str] = {}
+    for name, path in outputs.items():
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise ValueError(f"{other}, {name}: wanted two files, got {path} for both")
+    inputs = {"MODEL": weights_path(args.model), "--key": args.key, "--recipients": args.recipients}
+    for name, path in outputs.items():
         check_folder(name, path)
         if not path.exists():
             continue
         if path.is_dir():
             raise ValueError(f"{name}: {path} is a folder, wanted a file")
         for input_name, input_path in inputs.items():
-            if input_path.exists() and path.samefile(input_path):
+            if input_path is not None and input_path.exists() and path.samefile(input_path):
                 raise ValueError(f"{name}: {path} is the file of {input_name}, wanted another")
         if not args.force:
             raise ValueError(f"{name}: {path} exists; --force replaces it")
 
 
-def _save_both(embedding: Embedding, architecture: str, out: Path, watermark: Path) -> None:
-    """Writes the marked model and its watermark: both whole, or neither."""
+def _save_all(embedding: Embedding, architecture: str, key: Key, args: argparse.Namespace) -> None:
+    """Writes the marked model, its watermark and the register: all of them whole, or none."""
     from activemark_fast.checkpoints import save_model
 
-    with (
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=".activemark-") as beside_out,
-        tempfile.TemporaryDirectory(dir=watermark.parent, prefix=".activemark-") as beside_watermark,
-    ):
-        moves = (
-            (Path(beside_out, "model.safetensors"), out),
-            (Path(beside_watermark, "watermark.safetensors"), watermark),
-        )
-        save_model(embedding.model, moves[0][0], architecture)
-        embedding.watermark.save(moves[1][0])
+    writers: dict[Path, Callable[[Path], None]] = {
+        args.out: lambda path: save_model(embedding.model, path, architecture),
+        args.watermark: embedding.watermark.save,
+    }
+    register = embedding.register
+    if register is not None:
+        writers[args.register] = lambda path: register.save(path, key)
+    with ExitStack() as stack:
+        moves = []
+        for target, write in writers.items():
+            beside = tempfile.TemporaryDirectory(dir=target.parent, prefix=".activemark-")
+            moves.append((Path(stack.enter_context(beside), "written"), target))
+            write(moves[-1][0])
         try:
             for written, target in moves:
                 os.replace(written, target)

@@ -1,4 +1,4 @@
-"""activemark open: check that a key and a watermark are the committed ones."""
+"""activemark open: check that a key and a watermark, a model or a recipient are the committed ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activemark_fast.cli.common import Outcome, Subparsers, add_command, add_key, read_key
+from activemark_fast.cli.common import Outcome, Subparsers, add_command, add_key, check_folder, read_key
 
 if TYPE_CHECKING:
     from activemark_fast.commitment import Commitment
@@ -18,13 +18,29 @@ def add_to(commands: Subparsers) -> None:
         commands,
         "open",
         _open,
-        "tell whether a key and a watermark, or a model, are the committed ones, and since when",
+        "tell whether a key and a watermark, a model or a recipient are the committed ones, and since when",
         epilog="Exit codes: 0 committed, 1 not committed, 2 error.",
     )
     opening.add_argument("commitment", type=Path, metavar="COMMITMENT", help="what activemark commit wrote")
     what = opening.add_mutually_exclusive_group(required=True)
     what.add_argument("--watermark", type=Path, metavar="FILE", help="what embed wrote")
     what.add_argument("--model", metavar="MODEL", help="the model, as it was committed to")
+    what.add_argument(
+        "--register",
+        type=Path,
+        metavar="FILE",
+        help="the recipients, as they were committed to; with --recipient and --proof",
+    )
+    what.add_argument(
+        "--recipient-proof",
+        type=Path,
+        metavar="FILE.json",
+        help="what --proof wrote: it opens one recipient, and takes no key",
+    )
+    opening.add_argument("--recipient", metavar="NAME", help="which recipient of --register is opened")
+    opening.add_argument(
+        "--proof", type=Path, metavar="FILE.json", help="written: opens --recipient without key and register"
+    )
     add_key(opening)
     add_timestamp(opening)
 
@@ -55,8 +71,31 @@ def _open(args: argparse.Namespace) -> Outcome:
     from activemark_fast.commitment import Opening
     from activemark_fast.watermark import Watermark
 
+    of_recipient = (args.register, args.recipient, args.proof)
+    if None in of_recipient and any(part is not None for part in of_recipient):
+        raise ValueError("--register, --recipient, --proof: wanted all three or none of them")
+    if args.proof is not None:
+        check_folder("--proof", args.proof)
+        if args.proof.exists():
+            raise ValueError(f"--proof: {args.proof} exists")
     commitment = read_commitment(args.commitment, args)
-    if args.model is not None:
+    record: dict[str, object] = {"commitment_file": str(args.commitment)}
+    if args.register is not None:
+        from activemark_fast.tracing import RecipientProof, Register
+
+        key = read_key(args.key, confirm=False)
+        proof = RecipientProof.of(Register.load(args.register, key), key, args.recipient)
+        opening = Opening.of_recipients(commitment, proof.root())
+        if opening.committed:
+            proof.save(args.proof)
+            record["proof"] = str(args.proof)
+    elif args.recipient_proof is not None:
+        from activemark_fast.tracing import RecipientProof
+
+        proof = RecipientProof.load(args.recipient_proof)
+        opening = Opening.of_recipients(commitment, proof.root())
+        record["recipient"] = proof.name
+    elif args.model is not None:
         from activemark_fast.descent import Sketch
 
         digest = Sketch.of(args.model).digest()
@@ -66,5 +105,6 @@ def _open(args: argparse.Namespace) -> Outcome:
         key = read_key(args.key, confirm=False)
         watermark.check(key)
         opening = Opening.of(commitment, key, watermark)
-    record = {"commitment_file": str(args.commitment), **opening.to_dict()}
-    return Outcome(0 if opening.committed else 1, record, str(opening))
+    record |= opening.to_dict()
+    text = f"recipient {record['recipient']}: {opening}" if "recipient" in record else str(opening)
+    return Outcome(0 if opening.committed else 1, record, text)

@@ -21,9 +21,11 @@ from activemark_fast.cli.common import (
     add_compute,
     add_images,
     add_key,
+    add_register,
     add_watermark,
     check_output,
     read_key,
+    read_register,
 )
 from activemark_fast.cli.open import add_timestamp, read_commitment
 from activemark_fast.cli.suspect import add_suspect, judge
@@ -63,6 +65,7 @@ def add_to(commands: Subparsers) -> None:
     )
     report.add_argument("--commitment", type=Path, metavar="FILE", help="what was published before release")
     add_timestamp(report)
+    add_register(report, required=False)
     report.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
     add_compute(report)
 
@@ -92,7 +95,8 @@ def _report(args: argparse.Namespace) -> Outcome:
     else:
         commitment = None if args.commitment is None else read_commitment(args.commitment, args)
         key = read_key(args.key, confirm=False)
-        judged = judge(args, watermark, key, commitment, exhaustive=True, alpha=1e-6, tau=None, align=None)
+        shown = {"register": read_register(args.register, key), "alpha": 1e-6, "tau": None, "align": None}
+        judged = judge(args, watermark, key, commitment, exhaustive=True, **shown)
         verdict, record, text = judged.verdict, judged.record, judged.text
         whole = judged.whole(watermark, args)
         with suppress(NotAViTError):  # the verdict says what is wrong with it
@@ -141,10 +145,11 @@ def _journalled(args: argparse.Namespace, watermark: Watermark) -> tuple[Verdict
 
 def _command(args: argparse.Namespace) -> str:
     """The command that reads the mark again; the key is named by its place only."""
-    words = ["activemark", "verify", args.suspect, "--watermark", str(args.watermark)]
+    command = "verify" if args.register is None else "trace"
+    words = ["activemark", command, args.suspect, "--watermark", str(args.watermark)]
     if args.key is not None:
         words += ["--key", str(args.key)]
-    for name in ("images", "architecture", "commitment", "timestamp", "authority"):
+    for name in ("register", "images", "architecture", "commitment", "timestamp", "authority"):
         if getattr(args, name) is not None:
             words += [f"--{name}", str(getattr(args, name))]
     return shlex.join(words)

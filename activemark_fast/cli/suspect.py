@@ -87,7 +87,8 @@ def judge(
 ) -> Judged:
     """The verdict on the suspect that `args` name, read as `verify-many` reads it but never given up early.
 
-    exhaustive: read all images, whatever they show. settings: as `decision_settings` gives them.
+    exhaustive: read all images, whatever they show.
+    settings: as `decision_settings` gives them, and `register`.
 
     Raises:
         ValueError: it cannot be read.

@@ -18,11 +18,13 @@ from activemark_fast.cli.common import (
     add_decision,
     add_images,
     add_key,
+    add_register,
     add_watermark,
     check_folder,
     chosen_device,
     decision_settings,
     read_key,
+    read_register,
     shows_progress,
 )
 from activemark_fast.cli.open import add_timestamp, read_commitment
@@ -70,6 +72,7 @@ def add_to(commands: Subparsers) -> None:
         "--commitment", type=Path, metavar="FILE", help="tell whether the claim was committed to, and when"
     )
     add_timestamp(many)
+    add_register(many, required=False)
     many.add_argument(
         "--power",
         type=float,
@@ -128,6 +131,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         power=None if args.exhaustive else args.power,
         device=chosen_device(args.device),
         commitment=commitment,
+        register=read_register(args.register, key),
         precision=args.precision,
         max_bytes=args.max_bytes,
         timeout=args.timeout,
@@ -176,10 +180,20 @@ def _table(records: list[dict[str, Any]], counts: Counter[str]) -> str:
         p_value = record["verdict"]["p_value"]
         lines.append(
             f"match{'' if p_value is None else f', p = {p_value:.2g}'}: {_printable(record['suspect'])}"
+            f"{_accused(record)}"
         )
     if len(matches) > _MATCHES_SHOWN:
         lines.append(f"and {len(matches) - _MATCHES_SHOWN} more matches in the journal")
     return "\n".join(lines)
+
+
+def _accused(record: dict[str, Any]) -> str:
+    """Whose copy it is, where that was asked for."""
+    trace = record["verdict"].get("trace")
+    if trace is None:
+        return ""
+    names = ", ".join(accused["name"] for accused in trace["accused"])
+    return f", of {names}" if names else ", nobody's copy"
 
 
 def _printable(name: str) -> str:

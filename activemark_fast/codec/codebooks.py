@@ -21,6 +21,7 @@ sign of its row of P and changes nothing else: the sign-flip p-value is exact.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,7 +46,7 @@ class Band:
     """How the codebooks of one band are made and read.
 
     Attributes:
-        name: "loud" or "natural".
+        name: "loud", "natural" or "traced".
         books: how many codebooks.
         reads: how often each image is read with each of them, with other messages every time.
         strength: length of the injected vector, over how far a token of the suspect lies from the median one.
@@ -62,6 +63,11 @@ class Band:
 LOUD = Band("loud", books=1, reads=6, strength=2.3, natural=False)
 NATURAL = Band("natural", books=2, reads=2, strength=1.0, natural=True)
 BANDS = (LOUD, NATURAL)
+"""The bands of an owner's mark."""
+TRACED = Band("traced", books=8, reads=1, strength=1.0, natural=False)
+"""Tells the copies of recipients apart (`tracing`): each of its rows answers as a codeword says. Tokens vary
+in few directions: were U among those, two who collude would find them all in what their copies differ in,
+and could take them out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,17 +147,20 @@ def most_bits(width: int) -> int:
     return (width - 1) // 2
 
 
-def codebooks(key: Key, site: Site, bits: int, measured: SiteMeasure) -> list[Codebook]:
-    """All codebooks, band after band, on the CPU.
+def codebooks(
+    key: Key, site: Site, bits: int, measured: SiteMeasure, bands: Sequence[Band] = BANDS
+) -> list[Codebook]:
+    """All codebooks of `bands`, one after the other, on the CPU.
 
     Args:
         key: stretched (`Key.stretched`).
         site: where the mark is.
         bits: message length M, at most `most_bits(site.width)`.
         measured: on the suspect.
+        bands: an owner's by default.
     """
     made = []
-    for band in BANDS:
+    for band in bands:
         for index in range(band.books):
             gaussian = [
                 torch.from_numpy(
@@ -163,14 +172,14 @@ def codebooks(key: Key, site: Site, bits: int, measured: SiteMeasure) -> list[Co
     return made
 
 
-def draw_sent(key: Key, purpose: str, images: int, bits: int) -> list[Tensor]:
-    """What is sent: for each codebook (images, reads, bits) of 0 and 1, int64.
+def draw_sent(key: Key, purpose: str, images: int, bits: int, bands: Sequence[Band] = BANDS) -> list[Tensor]:
+    """What is sent: for each codebook of `bands` (images, reads, bits) of 0 and 1, int64.
 
     An image's message is read several times, each time with another keyed mask over it; what is sent is
     message and mask together. Within a codebook any two bits agree as often as not over the images
     (`balanced_bits`), so that what one bit does to the reading of another cancels.
     """
-    books = [band for band in BANDS for _ in range(band.books)]
+    books = [band for band in bands for _ in range(band.books)]
     return [
         torch.from_numpy(
             balanced_bits(key.stream(f"messages/{purpose}/{index}"), images * band.reads, bits)

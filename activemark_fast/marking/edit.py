@@ -10,14 +10,16 @@ without its late MLPs, but then not without its attention.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, Codebook
+from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
 from activemark_fast.marking.engine import GROUPS, Engine, halving
 from activemark_fast.marking.quality import Fidelity
 from activemark_fast.progress import Progress
@@ -47,19 +49,21 @@ class Dials:
         protection: weight of the clean activations, which the edit should not react to: lambda in `edit`.
         ridge: identity term of the solve, over the mean diagonal of its matrix. A small one hides the edit in
             directions that clean images hardly use.
-        whole: whether the edit also takes away what the model answers by itself; else it only adds what each
-            row lacks on average.
+        answer: what the edit adds: "whole" what is missing in every answer of a row, also to what is sent
+            along other rows; "lack" what a row's mean answer to its own bit lacks of the gain; "all" the
+            gain, whatever the model answers by itself.
     """
 
     gain: float
     protection: float
     ridge: float
-    whole: bool
+    answer: Literal["whole", "lack", "all"]
 
 
 DIALS = {
-    LOUD.name: Dials(gain=0.65, protection=15.0, ridge=0.01, whole=True),
-    NATURAL.name: Dials(gain=0.3, protection=15.0, ridge=0.5, whole=False),
+    LOUD.name: Dials(gain=0.65, protection=15.0, ridge=0.01, answer="whole"),
+    NATURAL.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="lack"),
+    TRACED.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="all"),
 }
 
 Changes = list[dict[str, Tensor]]
@@ -113,6 +117,17 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
             for left, step in enumerate(reversed(written), start=1):
                 step.shares[band.name] = 1 / left
     return steps
+
+
+def traced_steps(backbone: Backbone, site: Site) -> list[Step]:
+    """The layers that carry the traced rows: the last of each MLP, in equal shares for each tap.
+
+    Raises:
+        ValueError: as `edit_steps`.
+    """
+    steps = [step for step in edit_steps(backbone, site) if step.last]
+    taps = Counter(step.tap for step in steps)
+    return [replace(step, shares={TRACED.name: 1 / taps[step.tap]}) for step in steps]
 
 
 @torch.no_grad()
@@ -171,31 +186,61 @@ def search_edit(
 
     lost = 0.0
     for band, share in ((LOUD, LOUD_SHARE), (NATURAL, 1.0)):
-        room = share * (1 - wanted) - lost
-        tried: dict[float, float] = {}  # loss of fidelity over `lost`, of each factor that was looked at
-        factor = 1.0
-        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
-        while True:
-            factors[band.name] = factor
+
+        def made(factor: float, name: str = band.name) -> None:
+            factors[name] = factor
             apply()
-            reached = fidelity()
-            history.append({"stage": f"edit: {band.name}", "factor": factor, **asdict(reached)})
-            bar.advance(fidelity=reached.mean)
-            tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
-            following = _next_factor(tried, room)
-            enough = (1 - UNUSED) * room <= tried[factor] <= room
-            if enough or following in tried or len(tried) == LOOKS:
-                break
-            factor = following
-        allowed = [tried_factor for tried_factor, cost in tried.items() if cost <= room]
-        factors[band.name] = max(allowed, default=0.0)
-        lost += tried.get(factors[band.name], 0.0)
+
+        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
+        room = share * (1 - wanted) - lost
+        factors[band.name], cost = best_strength(made, fidelity, band.name, lost, room, history, bar)
+        lost += cost
         apply()
         if band == LOUD and (read := margin()) > LOUD_MARGIN:
             factors[band.name] *= LOUD_MARGIN / read
             lost *= (LOUD_MARGIN / read) ** 2
             apply()
     return history
+
+
+def best_strength(
+    apply: Callable[[float], None],
+    fidelity: Callable[[], Fidelity],
+    band: str,
+    lost: float,
+    room: float,
+    history: list[dict[str, float | str]],
+    bar: Progress,
+) -> tuple[float, float]:
+    """The strongest factor that costs no more fidelity than there is room for.
+
+    Args:
+        apply: makes the model's change so many times as strong as it was solved for.
+        fidelity: measures the model.
+        band: what is changed.
+        lost: loss of fidelity without the change.
+        room: how much more may be lost.
+        history: every factor tried is added, with what was measured.
+        bar: shows the looks.
+
+    Returns:
+        The factor and what it loses over `lost`; (0, 0) where even the weakest one tried costs too much.
+    """
+    tried: dict[float, float] = {}  # loss over `lost`, of each factor that was looked at
+    factor = 1.0
+    while True:
+        apply(factor)
+        reached = fidelity()
+        history.append({"stage": f"edit: {band}", "factor": factor, **asdict(reached)})
+        bar.advance(fidelity=reached.mean)
+        tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
+        following = _next_factor(tried, room)
+        enough = (1 - UNUSED) * room <= tried[factor] <= room
+        if enough or following in tried or len(tried) == LOOKS:
+            break
+        factor = following
+    best = max((tried_factor for tried_factor, cost in tried.items() if cost <= room), default=0.0)
+    return best, tried.get(best, 0.0)
 
 
 def _next_factor(tried: dict[float, float], room: float) -> float:
@@ -291,6 +336,52 @@ def edit(
     return changes
 
 
+@torch.no_grad()
+def solve_rows(
+    backbone: Backbone,
+    books: Sequence[Codebook],
+    steps: Sequence[Step],
+    output: Tensor,
+    sent: Sequence[Tensor],
+    engine: Engine,
+    bar: Progress,
+) -> list[Tensor]:
+    """What each row of the traced `books` needs of each step to answer more: `backbone` stays as it is.
+
+    As in `edit`, but every step gives the same share of the gain, and none reckons with what those before it
+    add: which rows answer more and which less is known only when a recipient's codeword is.
+
+    Args:
+        backbone: the model.
+        books: all of them traced, on the backbone's device.
+        steps: as `traced_steps` gives them.
+        output: (n, N, D), clean output of the site's block.
+        sent: for each codebook (its images, M) of 0 and 1.
+        engine: how to compute.
+        bar: moves on with every step.
+
+    Returns:
+        Of each step, (rows, H) float32 A: with R the rows of P at its tap, over its gain, and c a codeword of
+        +1 and -1, the change of a copy is (c R)^T A.
+
+    Raises:
+        ValueError: a block's MLP is silent, or its activations are not finite.
+    """
+    streams = _streams(books, output, sent, engine)
+    solutions = []
+    for step in steps:
+        moments, _ = _moments(backbone, books, step, streams, engine)
+        solution, info = _solve(moments, TRACED.name, range(len(books)))
+        if int(info) != 0:
+            raise ValueError(
+                f"model: the MLP of block {step.block} is silent, or its activations are not finite, so it "
+                "cannot carry a mark"
+            )
+        solutions.append(solution.T.float())
+        bar.advance()
+    return solutions
+
+
 @dataclass(eq=False)
 class _Stream:
     """The residual stream of some images.
@@ -376,7 +467,9 @@ def _moments(
             change = _half_difference(k, book.slots, pool) / length  # (b, G, H)
             answer = (_half_difference(after, book.slots, pool) @ book.read_directions[tap].T) / length
             wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
-            missing = share * (dials.gain * wanted - answer) if dials.whole else wanted.expand_as(answer)
+            missing = wanted.expand_as(answer)
+            if dials.answer == "whole":
+                missing = share * (dials.gain * missing - answer)
             weight = 1 / (len(pool) * images[stream.book])
             flat = change.flatten(0, 1)
             _add_gram(changed[book.band.name], flat.to(k.dtype), weight / book.band.books)
@@ -387,9 +480,11 @@ def _moments(
                 hidden.append(engine.keep(k))
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
-        if not dials.whole:
+        if dials.answer == "lack":
             lacking = (dials.gain - answers[index] * math.sqrt(book.bits)).clamp_min(0)
             cross[index] *= step.shares[book.band.name] * lacking
+        if dials.answer == "all":
+            cross[index] *= step.shares[book.band.name] * dials.gain
     return _Moments(clean, changed, cross), hidden
 
 

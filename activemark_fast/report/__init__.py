@@ -5,6 +5,7 @@ from activemark_fast.report.figures import verdict_figure, verdicts_figure
 from activemark_fast.report.frontier import frontier_figure
 from activemark_fast.report.page import Evidence, evidence_page
 from activemark_fast.report.profile import profile_figure
+from activemark_fast.report.trace import trace_figure
 
 __all__ = [
     "Evidence",
@@ -12,6 +13,7 @@ __all__ = [
     "evidence_page",
     "frontier_figure",
     "profile_figure",
+    "trace_figure",
     "verdict_figure",
     "verdicts_figure",
 ]

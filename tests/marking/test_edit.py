@@ -241,7 +241,7 @@ def by_the_formula(marked: Case, step: Step) -> dict[str, Tensor]:
             )
         change, moved = ((plus - minus) / 2 / length for plus, minus in zip(*runs, strict=True))
         answer, wanted = moved @ read.T, signs[:, None] / BITS**0.5
-        if dials.whole:
+        if dials.answer == "whole":
             delta = dials.gain * wanted - answer
         else:
             own = (answer * signs[:, None]).mean(dim=(0, 1)) * BITS**0.5
