@@ -19,8 +19,11 @@ _ZEROS = ("weight_zero_point", "zero_point", "q_zero_point")
 _LONGEST_STATE = 4096
 _SCB_STEPS = 127
 """bitsandbytes' int8: a weight is its integer times its row's SCB over 127."""
+_WORD = 32
+"""Bits of the integers that GPTQ and AWQ pack several weights into."""
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which of the 8 numbers in a word of AWQ each column is."""
 _PACKED = {
-    "qweight": "quantised with GPTQ or AWQ",
     "weight_packed": "quantised with compressed-tensors",
     "biases": "quantised with MLX",
 }
@@ -84,6 +87,8 @@ def _source_of(clean: str, parts: Mapping[str, str], stored: Mapping[str, Stored
     for part, what in _PACKED.items():
         if part in parts:
             return what
+    if "qweight" in parts:
+        return _packed_words(parts, stored)
     main = next((one for one in ("", "kernel", "original", "orig", "original1", "v") if one in parts), None)
     if main is None:
         if set(parts) != {"scale"}:
@@ -241,3 +246,57 @@ def _runs(values: Tensor, scales: Tensor) -> Tensor:
     # bitsandbytes' runs are powers of two; the last one may be cut short.
     run = 1 << (run - 1).bit_length()
     return values * scales.repeat_interleave(run)[: len(values)]
+
+
+def _packed_words(parts: Mapping[str, str], stored: Mapping[str, Stored]) -> Source | str:
+    """GPTQ (Frantar et al. 2022) and AWQ (Lin et al. 2023): several weights in a word, scales for groups.
+
+    Both keep (in, out). GPTQ packs along the inputs and its zero points along the outputs, AWQ both along the
+    outputs and 4 bits only. GPTQ's first form, which is common, stores zero points less one; a later one does
+    not, and nothing in the tensors tells which it is.
+    """
+    odd = "quantised with GPTQ or AWQ, in words that are not read"
+    if not {"qzeros", "scales"} <= parts.keys():
+        return odd
+    at = {part: stored[name] for part, name in parts.items()}
+    shapes = [tuple(at[part].shape) for part in ("qweight", "qzeros", "scales")]
+    if any(len(shape) != 2 or 0 in shape for shape in shapes):
+        return odd
+    (rows, columns), zeros, (groups, outputs) = shapes
+    awq = outputs != columns
+    count = outputs // (columns if awq else zeros[1])
+    inputs = rows if awq else rows * count
+    if (
+        {at["qweight"].dtype, at["qzeros"].dtype} != {torch.int32}
+        or not at["scales"].dtype.is_floating_point
+        or count not in ((8,) if awq else (4, 8, 16))
+        or zeros != (groups, outputs // count)
+        or outputs % count
+        or (awq and columns * count != outputs)
+        or not 0 < groups <= inputs
+        or inputs % groups
+        or ("g_idx" in parts and tuple(at["g_idx"].shape) != (inputs,))
+    ):
+        return odd
+    bits = _WORD // count
+
+    def apart(words: Tensor, axis: int) -> Tensor:
+        """The numbers of words, each word's in a row along `axis`."""
+        order = torch.tensor(_AWQ_ORDER) if awq else torch.arange(count)
+        shifts = (order * bits).to(words.device)
+        numbers = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return numbers.movedim(-1, axis + 1).flatten(axis, axis + 1)
+
+    def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+        if "g_idx" in tensors:
+            group = tensors["g_idx"].long().clamp(0, groups - 1)
+        else:
+            group = torch.arange(inputs, device=tensors["qweight"].device) // (inputs // groups)
+        zero = apart(tensors["qzeros"], 1) + (0 if awq else 1)
+        numbers = apart(tensors["qweight"], 1 if awq else 0)
+        return ((numbers - zero[group]) * tensors["scales"].float()[group]).T
+
+    used = ["qweight", "qzeros", "scales", *(["g_idx"] if "g_idx" in parts and not awq else [])]
+    names = {part: parts[part] for part in used}
+    how = f"{bits} bits of {'AWQ' if awq else 'GPTQ'}"
+    return Source(names, (outputs, inputs), torch.int32, decode, how, doubtful=not awq)

@@ -13,7 +13,7 @@ import re
 import struct
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -752,7 +752,56 @@ def packed(state: State, *parts: str) -> State:
     return out
 
 
-names("GPTQ, AWQ", lambda s: packed(s, "qweight", "qzeros", "scales", "g_idx"), "quantised with GPTQ or AWQ")
+AWQ_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which column of eight AWQ puts where in a word, from the lowest bits on."""
+
+
+def words(numbers: Tensor, bits: int, order: Sequence[int]) -> Tensor:
+    """(n, m) numbers of some bits, as many of a row as fit into the 32 bits of a word."""
+    groups = numbers.reshape(len(numbers), -1, 32 // bits)[..., list(order)].numpy().astype(np.uint32)
+    shifts = (np.arange(32 // bits) * bits).astype(np.uint32)
+    return torch.from_numpy(np.bitwise_or.reduce(groups << shifts, axis=-1).view(np.int32))
+
+
+def in_words(state: State, kind: str, bits: int) -> State:
+    """GPTQ or AWQ: (in, out) matrices, groups of 32 inputs, each with a scale and a zero point an output."""
+    out = dict(state)
+    for module, weight in matrices(state):
+        groups = weight.T.unflatten(0, (-1, 32))
+        low, high = groups.amin(1), groups.amax(1)
+        scales = (high - low) / (2**bits - 1)
+        zeros = (-low / scales).round().clamp(1, 2**bits - 1)
+        numbers = (groups / scales[:, None] + zeros[:, None]).round().clamp(0, 2**bits - 1).flatten(0, 1)
+        del out[f"{module}.weight"]
+        plain = range(32 // bits)
+        if kind == "AWQ":
+            out[f"{module}.qweight"] = words(numbers, bits, AWQ_NIBBLES)
+            out[f"{module}.qzeros"] = words(zeros, bits, AWQ_NIBBLES)
+        else:
+            out[f"{module}.qweight"] = words(numbers.T, bits, plain).T.contiguous()
+            out[f"{module}.qzeros"] = words(zeros - 1, bits, plain)
+            out[f"{module}.g_idx"] = (torch.arange(weight.shape[1]) // 32).int()
+        out[f"{module}.scales"] = scales.half()
+    return out
+
+
+names("GPTQ, 4 bits", lambda s: in_words(s, "GPTQ", 4))
+names("GPTQ, 8 bits", lambda s: in_words(s, "GPTQ", 8))
+names("AWQ", lambda s: in_words(s, "AWQ", 4))
+
+
+def three_bits(state: State) -> State:
+    """The shapes of GPTQ's 3 bits, in which a number may lie in two words."""
+    out = packed(state)
+    for module, weight in matrices(state):
+        outputs, inputs = weight.shape
+        out[f"{module}.qweight"] = torch.zeros(inputs * 3 // 32, outputs, dtype=torch.int32)
+        out[f"{module}.qzeros"] = torch.zeros(inputs // 32, outputs * 3 // 32, dtype=torch.int32)
+        out[f"{module}.scales"] = torch.ones(inputs // 32, outputs)
+    return out
+
+
+names("GPTQ, 3 bits", three_bits, "quantised with GPTQ or AWQ, in words that are not read")
 names("MLX", lambda s: packed(s, "weight", "scales", "biases"), "quantised with MLX")
 
 
