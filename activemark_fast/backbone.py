@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from activemark_fast.dress import hindrance, unwrapped
 from activemark_fast.triggers import Preprocess
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -98,6 +99,10 @@ class Backbone:
                 f"image_size: wanted a pair (height, width) of positive integers, got {image_size!r}"
             )
         self.model = model
+        model = unwrapped(model)
+        hindered = hindrance(model)
+        if hindered is not None:
+            raise NotAViTError(f"model: {hindered}")
         self.encoder = _image_tower(model)
         owners, self.blocks = _find_blocks(self.encoder)
         self._runs: Sequence[Callable[..., Any]] = self.blocks
@@ -225,7 +230,9 @@ class Backbone:
         return tokens.transpose(0, 1).contiguous() if self._sequence_first else tokens
 
     def mlp_out(self, index: int) -> nn.Linear:
-        """The live linear layer of block `index` whose output is added to the residual stream last.
+        """The live linear layer of block `index` whose output is added to the residual stream.
+
+        It is the one with the most inputs, of several the last: not that of attention or of an adapter.
 
         Raises:
             ValueError: there is no such block, or no linear layer of it maps to `width`.
@@ -404,7 +411,9 @@ class Backbone:
 
         def note_linear(index: int) -> Callable[..., None]:
             def hook(module: nn.Linear, _args: Any) -> None:
-                self._linears[index] = module
+                widest = self._linears.get(index)  # an adapter's layers are narrower than those they add to
+                if widest is None or module.in_features >= widest.in_features:
+                    self._linears[index] = module
 
             return hook
 

@@ -25,6 +25,7 @@ from activemark_fast.codec.codebooks import (
     draw_sent,
     most_bits,
 )
+from activemark_fast.dress import fixed_weight, plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import search_edit
@@ -51,7 +52,8 @@ from activemark_fast.profile import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement
-from activemark_fast.triggers import clean_images, holdout_images
+from activemark_fast.triggers import HoldOut, clean_images, holdout_images
+from activemark_fast.verify import Verifier
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
 
 PROFILED_IMAGES = 32
@@ -62,6 +64,12 @@ CHECKED_IMAGES = 16
 MESSAGES_PER_IMAGE = 2
 """An image runs with a message and with its opposite."""
 DEFAULT_FIDELITY = 0.997
+POWER = 0.999
+"""Of the verification that an embedding ends with: it reads images until the verdict is settled."""
+
+
+class UnverifiedMarkError(RuntimeError):
+    """The finished mark cannot be verified, so it is not handed out; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +172,7 @@ class _Subject:
     autocast: Autocast
 
 
+@plain_torch()
 def embed(
     model: nn.Module,
     key: Key | bytes | str | os.PathLike[str],
@@ -187,7 +196,8 @@ def embed(
     """Marks `model` (arXiv 2510.04966, with keyed codebooks and a closed-form edit by default).
 
     Args:
-        model: a plain ViT (`Backbone` says which). It is not changed, unless `inplace`.
+        model: a plain ViT (`Backbone` says which). It is not changed, unless `inplace`. What `torch.compile`
+            or `DataParallel` wraps is marked, and returned without the wrapper, unless `inplace`.
         key: the owner's secret: bytes, a passphrase (str), a key file (Path) or a `Key`.
         images: hold-out images to read the mark on (`holdout_images` says in which forms), up to 64;
             verification needs them again. Without any they are cut from photographs by the key, which is
@@ -224,14 +234,17 @@ def embed(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the model has non-finite weights, is no plain
-            ViT (`NotAViTError`) or has no room for the mark (`SiteError`).
+            ViT (`NotAViTError`), has no room for the mark (`SiteError`) or weights that cannot be written to.
+        UnverifiedMarkError: `verify` does not find the finished mark. The model is as it was.
 
     Warns:
         RuntimeWarning: targets were not reached; it says which and by how much, and what would help.
     """
     started = time.perf_counter()
     settings = _Settings(codec, bits, axis, block, fidelity, max_steps, architecture, precision, compile)
+    given, model = model, unwrapped(model) if isinstance(model, nn.Module) else model
     original = Backbone(model)
+    _check_writable(original)
     broken = non_finite_tensor(model)
     if broken is not None:
         raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
@@ -290,8 +303,6 @@ def embed(
                 bar,
             )
             engine = replace(engine, reason=how, peak_bytes=0)
-    _warn_of_missed_targets(quality, fidelity)
-    marked.to(original.device)
     for ours, theirs in zip(marked.modules(), model.modules(), strict=True):
         ours.training = theirs.training
     watermark = Watermark.seal(
@@ -308,9 +319,12 @@ def embed(
         architecture=architecture,
         alignment=alignment,
     )
+    _check_verified(marked, watermark, secret, holdout, device, precision)
+    _warn_of_missed_targets(quality, fidelity)
+    marked.to(original.device)
     if inplace:
         model.load_state_dict(marked.state_dict())
-        marked = model
+        marked = given
     if saved is not None:
         saved.remove()
     return Embedding(
@@ -324,6 +338,33 @@ def embed(
         engine,
         time.perf_counter() - started,
     )
+
+
+def _check_writable(backbone: Backbone) -> None:
+    """Refuses a model with a block whose weights a mark could not be written to."""
+    for block in range(1, backbone.depth - 1):
+        fixed = fixed_weight(backbone.mlp_out(block))
+        if fixed is not None:
+            raise ValueError(f"model: the weight of the last linear layer of block {block} {fixed}")
+
+
+def _check_verified(
+    marked: nn.Module,
+    watermark: Watermark,
+    secret: Key,
+    holdout: HoldOut,
+    device: torch.device,
+    precision: str,
+) -> None:
+    """Verifies the finished mark as anybody would. A learned codec must be read; it may not be a match."""
+    images = None if holdout.source == "key" else holdout
+    verifier = Verifier(watermark, secret, images, power=POWER, device=device, precision=precision)
+    verdict = verifier.judge(marked)
+    if verdict.decision != "match" and (watermark.two_bands or not verdict.images):
+        raise UnverifiedMarkError(
+            f"the mark is not handed out, for verify says {verdict.decision!r} of it: "
+            f"{verdict.reason}; a lower fidelity or another number of bits may help"
+        )
 
 
 def _training_file(
@@ -485,5 +526,5 @@ def _warn_of_missed_targets(quality: Quality, fidelity: float) -> None:
         )
     if missed:
         warnings.warn(
-            f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=3
+            f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=4
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, evaluating
+from activemark_fast.dress import plain_torch
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
@@ -299,6 +300,7 @@ class Profile:
         }
 
 
+@plain_torch()
 def profile(
     model: nn.Module,
     images: object = None,

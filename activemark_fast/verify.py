@@ -23,6 +23,7 @@ from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_fin
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.commitment import Commitment, Opening
+from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import alternatives, known_normalisation, paid
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
@@ -170,6 +171,7 @@ class Verifier:
         TypeError, ValueError, WatermarkError, ImageMismatchError: as `verify` does.
     """
 
+    @plain_torch()
     def __init__(
         self,
         watermark: Watermark,
@@ -253,6 +255,7 @@ class Verifier:
         self._measured_pixels = holdout.pixels[:MEASURED_IMAGES].to(self.device)
         self._sent = [part[order].to(self.device) for part in sent]
 
+    @plain_torch()
     @torch.no_grad()
     def judge(self, suspect: nn.Module) -> Verdict:
         """The verdict on one suspect; see `verify`.
@@ -262,6 +265,7 @@ class Verifier:
         """
         if not isinstance(suspect, nn.Module):
             raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
+        suspect = unwrapped(suspect)
         if any(tensor.device != self.device for tensor in suspect.parameters()):
             suspect = copy.deepcopy(suspect).to(self.device)
         try:
@@ -277,6 +281,7 @@ class Verifier:
             identical=verdict.images > 0 and fingerprint(suspect) == self.watermark.fingerprint,
         )
 
+    @plain_torch()
     @torch.no_grad()
     def read(
         self, backbone: Backbone, depth: int, prefix: list[SiteActivations] | None = None, tries: int = 1

@@ -15,7 +15,7 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs"},
+    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs", "dress"},
     {"backbone"},
     {"site", "utility", "freedoms"},
     {"checkpoints"},
