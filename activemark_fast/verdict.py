@@ -162,6 +162,11 @@ class Verdict:
     alternatives: Mapping[str, int] = field(default_factory=dict)
     bands: Mapping[str, float] = field(default_factory=dict)
 
+    def rank(self) -> tuple[int, float]:
+        """Smaller for verdicts that say more of a mark."""
+        weight = ("match", "inconclusive", "no match").index(self.decision)
+        return weight, 1.0 if self.p_value is None else self.p_value
+
     @property
     def paid_p_value(self) -> float | None:
         """The p-value times the number of settings that an owner could choose from (a union bound)."""

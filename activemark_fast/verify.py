@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -76,7 +78,8 @@ def verify(
     "inconclusive", with the reason; what is wrong with the other arguments is an error.
 
     Args:
-        suspect: a plain ViT with loaded weights.
+        suspect: a model with loaded weights. All of its image towers that fit are read, and the p-value pays
+            for their number.
         watermark: what `embed` returned, or `Watermark.load`.
         key: the key it was made with, in any form `embed` takes.
         images: the hold-out images of the embedding; None, and nothing else, if they were made from the key.
@@ -266,20 +269,33 @@ class Verifier:
         if not isinstance(suspect, nn.Module):
             raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
         suspect = unwrapped(suspect)
-        if any(tensor.device != self.device for tensor in suspect.parameters()):
-            suspect = copy.deepcopy(suspect).to(self.device)
         try:
-            backbone = Backbone(suspect)
+            first = Backbone(suspect)
         except NotAViTError as error:
             return self._unreadable(suspect, f"the suspect cannot be read: {error}")
-        misfit = self.misfit(backbone)
-        if misfit is not None:
-            return self.inconclusive(misfit)
-        verdict = self.read(backbone, backbone.depth)
+        views = [first, *self._other_towers(suspect, first)]
+        fitting = [view for view in views if self.misfit(view) is None]
+        if not fitting:
+            return self.inconclusive(str(self.misfit(first)))
+        verdicts = [self.read(self._here(view), view.depth, tries=len(fitting)) for view in fitting]
+        verdict = min(verdicts, key=Verdict.rank)
         return replace(
             verdict,
             identical=verdict.images > 0 and fingerprint(suspect) == self.watermark.fingerprint,
         )
+
+    def _other_towers(self, suspect: nn.Module, first: Backbone) -> Iterator[Backbone]:
+        """Views of the image towers of a suspect besides the first one, as far as they can be seen."""
+        for tower in first.towers:
+            if tower != first.tower:
+                with suppress(NotAViTError):
+                    yield Backbone(suspect, tower=tower)
+
+    def _here(self, view: Backbone) -> Backbone:
+        """The view, or one of a copy of its tower on the verifier's device."""
+        if all(tensor.device == self.device for tensor in view.encoder.parameters()):
+            return view
+        return Backbone(copy.deepcopy(view.encoder).to(self.device), image_size=view.image_size, tower="")
 
     @plain_torch()
     @torch.no_grad()

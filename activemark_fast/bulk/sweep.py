@@ -178,7 +178,7 @@ class Sweeper:
                 outcomes.append((self._judge(chosen, tensors, len(deep)), chosen))
             if outcomes[-1][0].decision == "match":
                 break
-        verdict, chosen = min(outcomes, key=lambda outcome: _rank(outcome[0]))
+        verdict, chosen = min(outcomes, key=lambda outcome: outcome[0].rank())
         if verdict.decision == "match":
             verdict = replace(verdict, identical=self._is_marked_model(checkpoint, chosen))
         doubts = {doubt: None for plan in deep for doubt in plan.fit.doubts}
@@ -266,12 +266,6 @@ class Sweeper:
         if not hasattr(self._local, "buffer"):
             self._local.buffer = HostBuffer(pinned=self._verifier.device.type == "cuda")
         return self._local.buffer
-
-
-def _rank(verdict: Verdict) -> tuple[int, float]:
-    """Smaller for verdicts that say more of a mark."""
-    weight = ("match", "inconclusive", "no match").index(verdict.decision)
-    return weight, 1.0 if verdict.p_value is None else verdict.p_value
 
 
 def _unfit(plan: Plan) -> str:

@@ -18,6 +18,7 @@ from activemark_fast.cli.common import (
     add_compute,
     add_images,
     add_key,
+    add_tower,
     check_folder,
     chosen_device,
     read_key,
@@ -83,6 +84,7 @@ def add_to(commands: Subparsers) -> None:
         help="save gradient training here every minute; if it is there, go on from it",
     )
     embed.add_argument("--force", action="store_true", help="replace output files that exist")
+    add_tower(embed)
     add_compute(embed)
 
 
@@ -105,6 +107,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         block=args.block,
         fidelity=args.fidelity,
         max_steps=args.max_steps,
+        tower=args.tower,
         checkpoint=args.checkpoint,
         architecture=architecture,
         device=place,

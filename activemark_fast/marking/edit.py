@@ -94,13 +94,13 @@ def search_edit(
     Returns:
         Every strength tried, and what was measured.
     """
-    linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
-    originals = [linear.weight.clone() for linear in linears]
+    matrices = [backbone.mlp_matrix(block) for block in range(site.block + 1, site.taps[-1] + 1)]
+    originals = [matrix.clone() for matrix in matrices]
 
     def solved(batch: int) -> Changes:
-        for linear, weight in zip(linears, originals, strict=True):
-            linear.weight.copy_(weight)  # an earlier try may have run out of memory half way
-        bar.stage("edit", len(linears))
+        for matrix, weight in zip(matrices, originals, strict=True):
+            matrix.copy_(weight)  # an earlier try may have run out of memory half way
+        bar.stage("edit", len(matrices))
         return edit(backbone, books, site, output, sent, replace(engine, batch=batch), bar)
 
     changes = halving(solved, engine.batch)
@@ -108,9 +108,9 @@ def search_edit(
     history: list[dict[str, float | str]] = []
 
     def apply() -> None:
-        for linear, weight, change in zip(linears, originals, changes, strict=True):
+        for matrix, weight, change in zip(matrices, originals, changes, strict=True):
             edited = weight.float() + sum(factors[band] * part for band, part in change.items())
-            linear.weight.copy_(edited)
+            matrix.copy_(edited)
 
     lost = 0.0
     for band, share in ((NATURAL, NATURAL_SHARE), (LOUD, 1.0)):
@@ -215,7 +215,7 @@ def edit(
             change[band.name] = (solution @ (read.double() / gains[block].double())).T.float()
             added.append((solution, read))
         del moments
-        weight = backbone.mlp_out(block).weight
+        weight = backbone.mlp_matrix(block)
         weight += torch.stack(list(change.values())).sum(dim=0).to(weight.dtype)
         changes.append(change)
         for index, k in enumerate(hidden):
@@ -297,8 +297,8 @@ def _moments(
         The moments; the hidden activations (3, b, N, H) of each batch.
     """
     seen: list[Tensor] = []
-    linear = backbone.mlp_out(block)
-    size, device = linear.in_features, backbone.device
+    linear = backbone.carrier(block)
+    size, device = linear.weight.shape[1], backbone.device
     clean = torch.zeros(size, size, device=device)
     changed = {band.name: torch.zeros(size, size, device=device) for band in BANDS}
     cross = [torch.zeros(size, book.bits, device=device) for book in books]
@@ -320,7 +320,7 @@ def _moments(
             seen.clear()
             with engine.autocast():
                 after = backbone.run(values.flatten(0, 1), block, block + 1).view_as(values)
-            k = backbone.batch_first(seen.pop()).reshape(*values.shape[:3], size)
+            k = backbone.hidden(block, seen.pop(), 3 * values.shape[1]).reshape(*values.shape[:3], size)
             _add_gram(clean, k[0].flatten(0, 1)[::stride], 1 / rows)
             # Over the injected length, so that bands of other lengths weigh the same.
             length = book.scale * math.sqrt(book.bits)
