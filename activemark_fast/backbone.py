@@ -456,9 +456,9 @@ class Backbone:
                     raise Stop
 
             handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
-            with evaluating(self.encoder), self._bypassing(None), _removing(handles), torch.no_grad():
-                with suppress(Stop):
-                    feed(self.encoder, self._noise(batch).to(self.device))
+            bypassed = self._bypassing(None)
+            with evaluating(self.encoder), bypassed, _removing(handles), torch.no_grad(), suppress(Stop):
+                feed(self.encoder, self._noise(batch).to(self.device))
             self._calls[key] = calls
         return self._calls[key]
 

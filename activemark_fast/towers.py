@@ -213,7 +213,7 @@ def _lists(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
         common = Counter(type(c) for c in children).most_common(1)
         if common and common[0][1] >= FEWEST_BLOCKS:
             blocks = tuple(c for c in children if type(c) is common[0][0])
-            if any(p.is_floating_point() and p.ndim > 1 for p in blocks[0].parameters()):
+            if any(p.is_floating_point() for p in blocks[0].parameters()):
                 found[name] = blocks
     # Lists of single layers within a block are no lists of blocks.
     return {name: blocks for name, blocks in found.items() if any(True for b in blocks for _ in b.children())}
