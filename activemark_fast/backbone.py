@@ -1,23 +1,41 @@
-"""One view of every plain vision transformer: stem, blocks, final norm.
+"""One view of an image tower as a sequence of blocks on one residual stream: stem, blocks, what comes after.
 
-Nothing here imports timm, open_clip, transformers or torchvision. The blocks are found by structure; how they
-are called (layout of the tokens, further arguments, final norm, last linear layer) is found by running the
-model on a few random images.
+Nothing here imports timm, open_clip, transformers or torchvision. Tower and blocks are found by structure
+(`towers`); how the blocks are called (layout of the stream, further arguments, final norm, last linear layer)
+is found by running the tower on a few random images.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from activemark_fast.dress import hindrance, unwrapped
+from activemark_fast.towers import (
+    FEWEST_BLOCKS,
+    LOOKED_FOR,
+    NotAViTError,
+    Stop,
+    evaluating,
+    feed,
+    find_towers,
+    first_fact,
+    first_matrix,
+    pair,
+    random_images,
+    shape_of,
+    whole,
+)
 from activemark_fast.triggers import Preprocess
+
+__all__ = ["Backbone", "Layer", "NotAViTError", "evaluating", "non_finite_tensor"]
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -26,15 +44,6 @@ _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _FAMILY_NORMALISATION = {"timm": _HALF, "open_clip": _CLIP, "transformers": _HALF, "torchvision": _IMAGENET}
 _MODEL_TYPE_NORMALISATION = {"clip": _CLIP, "dino": _IMAGENET, "deit": _IMAGENET}
 
-_IMAGE_TOWERS = ("visual", "vision_model")
-_IMAGE_SIZES = (
-    "patch_embed.img_size",
-    "img_size",
-    "image_size",
-    "input_resolution",
-    "config.image_size",
-    "pretrained_cfg.input_size",
-)
 _REGISTERS = (
     "num_reg_tokens",
     "num_register_tokens",
@@ -42,43 +51,94 @@ _REGISTERS = (
     "reg_token",
     "register_tokens",
 )
+Layer = nn.Linear | nn.Conv2d
+"""What writes to the residual stream: a linear layer or a 1 x 1 convolution."""
+
 _MEANS = ("image_mean", "pretrained_cfg.mean")
 _STDS = ("image_std", "pretrained_cfg.std")
-_FEWEST_BLOCKS = 3
-_LOOKED_FOR = "a list of at least 3 blocks of one class that take and return (batch, tokens, width)"
 
 
-class NotAViTError(ValueError):
-    """The model is not a plain ViT; the message says what was looked for and what was found."""
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """How a block was called: its residual stream, by position or by name, and what else."""
+
+    stream: str | None
+    more: tuple[Any, ...]
+    named: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, _Call]:
+        """The stream that a block is called with, and the rest."""
+        if args:
+            return args[0], cls(None, args[1:], kwargs)
+        name = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+        rest = {key: value for key, value in kwargs.items() if key != name}
+        return None if name is None else kwargs[name], cls(name, (), rest)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that a block is called with besides its stream."""
+        return _tensors([self.more, self.named])
+
+    def run(self, block: Callable[..., Any], stream: Tensor) -> Tensor:
+        """What the block makes of another stream."""
+        if self.stream is None:
+            return _hidden(block(stream, *self.more, **self.named))
+        return _hidden(block(**{self.stream: stream}, **self.named))
 
 
-class _StemDone(Exception):
-    """Carries what block 0 was called with out of the encoder's forward pass."""
+@dataclass(eq=False)
+class _Visit:
+    """One call of a block while the whole tower runs.
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args_of_block = args
-        self.kwargs_of_block = kwargs
+    Attributes:
+        path: name of its list.
+        index: its place in it.
+        call: how it was called.
+        shape: of the stream that it took.
+        keeps: whether it returned one of the same shape.
+        follows: whether it took what the block before it in the list had just returned.
+        packed: how many values it returned as a tuple; 0 where not as a tuple.
+        begun: how many calls of layers had been noted before it.
+        ended: and after it.
+    """
+
+    path: str
+    index: int
+    call: _Call
+    shape: torch.Size
+    follows: bool
+    begun: int
+    keeps: bool = False
+    packed: int = 0
+    ended: int = 0
 
 
 class Backbone:
-    """One view of a plain ViT: stem, blocks, final norm. Refers to the live modules, copies nothing.
+    """One view of an image tower. Refers to the live modules, copies nothing.
 
-    Building one runs the model on a few random images, in eval mode and without gradients, on the model's
-    device and in its dtype; the training flags are restored. Masks and the like which the model hands to its
-    blocks are kept from that run: build a new view after moving the model to another device or dtype.
+    The *blocks* are the longest sequence of blocks of one class, each of which takes what the one before
+    returned and keeps its shape: all blocks of a plain ViT, those of one stage of a hierarchical model.
+    The residual stream between them is seen as (B, N, D) here, whatever its layout: sequences, maps with the
+    channels first or last, patches of several images packed into one sequence.
+
+    Building one runs the tower on a few random images, in eval mode and without gradients, on its device and
+    in its dtype; the training flags are restored. Masks and the like which the tower hands to its blocks are
+    kept from that run: build a new view after moving the model to another device or dtype.
 
     Args:
-        model: any module whose forward takes images (B, 3, H, W), or which holds such a module as `visual` or
-            `vision_model`.
-        image_size: (height, width) in pixels; by default what the model says of itself.
+        model: any module that takes images (B, 3, H, W), or holds modules that do.
+        image_size: (height, width) in pixels; by default what the tower says of itself, else 224 x 224.
+        tower: dotted name of the module in `model` that is to be seen; by default, of those that take images,
+            the one with the longest list of blocks.
 
     Attributes:
         model: what was given.
-        encoder: the module whose forward takes images.
+        towers: dotted names of all modules in `model` that take images and hold blocks; "" is the model.
+        tower: which of them is seen.
+        encoder: that module.
         family: "timm", "open_clip", "transformers", "torchvision" or "structure".
         blocks: the live blocks, in order.
-        norm: the live final norm; `nn.Identity` where the model has none.
+        norm: the live final norm; `nn.Identity` where the tower has none.
         depth, width, num_tokens: number of blocks, of channels, of tokens for `image_size`.
         prefix_tokens: how many tokens before the patches do not depend on the image (class, registers).
         has_class_token: whether token 0 is a class token.
@@ -87,36 +147,44 @@ class Backbone:
 
     Raises:
         TypeError: `model` is not a module, or `image_size` not a pair of integers.
-        NotAViTError: the model is not a plain ViT, or its image size is not known.
+        NotAViTError: nothing in the model can be seen so.
+        ValueError: there is no such `tower`.
     """
 
-    def __init__(self, model: nn.Module, *, image_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, image_size: tuple[int, int] | None = None, tower: str | None = None
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-        if image_size is not None and _pair(image_size) != image_size:
+        if image_size is not None and pair(image_size) != image_size:
             raise TypeError(
                 f"image_size: wanted a pair (height, width) of positive integers, got {image_size!r}"
             )
         self.model = model
-        self.encoder = _image_tower(model)
-        owners, self.blocks = _find_blocks(self.encoder)
-        self._runs: Sequence[Callable[..., Any]] = self.blocks
-        self.depth = len(self.blocks)
-        self.family = _family(owners)
-        self.image_size: tuple[int, int] = image_size or self._own_image_size(owners)
-        self.mean, self.std = _normalisation(owners, self.family)
-        self._sequence_first = False
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._linears: dict[int, list[nn.Linear]] = {}  # of each block, in the order they are called
-        self._within: dict[nn.Linear, nn.MultiheadAttention] = {}  # what applies a layer without calling it
-        self.norm: nn.Module = nn.Identity()
+        model = unwrapped(model)
+        hindered = hindrance(model)
+        if hindered is not None:
+            raise NotAViTError(f"model: {hindered}")
+        found = {one.name: one for one in find_towers(model, image_size)}
+        if tower is not None and tower not in found:
+            raise ValueError(f"tower: wanted one of {', '.join(map(repr, found))}, got {tower!r}")
+        self.towers = tuple(found)
+        self.tower = self.towers[0] if tower is None else tower
+        chosen = found[self.tower]
+        self.encoder = chosen.module
+        self.image_size: tuple[int, int] = chosen.image_size
+        self._lists = chosen.lists
+        self._like = first_matrix(next(iter(chosen.lists.values()))[0])
         with evaluating(self.encoder), torch.no_grad():
+            self._probe()
+            owners = [*chosen.owners[:-1], *_path(self.encoder, self.blocks[0])]
+            self.family = _family(owners)
+            self.mean, self.std = _normalisation(owners, self.family)
             tokens = self._probe_stem()
-            self.num_tokens: int = tokens.shape[1]
-            self.width: int = tokens.shape[2]
-            self.prefix_tokens = self._count_prefix(tokens)
-            self._probe_blocks()
-        registers = _first_fact(reversed(owners), _REGISTERS, _token_count) or 0
+        self.num_tokens: int = tokens.shape[1]
+        self.width: int = tokens.shape[2]
+        self.prefix_tokens = self._count_prefix(tokens)
+        registers = first_fact(list(reversed(owners)), _REGISTERS, _token_count) or 0
         self.has_class_token: bool = self.prefix_tokens > registers
 
     def __repr__(self) -> str:
@@ -129,23 +197,22 @@ class Backbone:
         """Looks again at what may change with the model's weights; call it after loading others in place.
 
         Raises:
-            NotAViTError: the model is no longer a plain ViT; no token depends on the image, for example.
+            NotAViTError: the model can no longer be seen so; no token depends on the image, for example.
         """
         with evaluating(self.encoder), torch.no_grad():
+            if any(True for calls in self._calls.values() for call in calls for _ in call.tensors()):
+                self._calls.clear()  # what blocks are called with may be made of weights
             self.prefix_tokens = self._count_prefix(self._probe_stem())
-            if any(True for _ in _tensors(self._calls)):  # what blocks are called with may be made of weights
-                self._calls.clear()
-                self._probe_blocks()
 
     @property
     def device(self) -> torch.device:
         """Where the first block's parameters are."""
-        return self._first_matrix().device
+        return first_matrix(self.blocks[0]).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the first block's matrices (norms may be kept wider)."""
-        return self._first_matrix().dtype
+        return first_matrix(self.blocks[0]).dtype
 
     @property
     def preprocess(self) -> Preprocess:
@@ -170,8 +237,7 @@ class Backbone:
         if images.ndim != 4 or images.shape[1:] != (3, *self.image_size):
             wanted = f"(B, 3, {self.image_size[0]}, {self.image_size[1]})"
             raise ValueError(f"images: wanted shape {wanted}, got {_kind(images)}")
-        tokens, _, _ = self._reach_block_0(images)
-        return self.batch_first(tokens)
+        return self.batch_first(self._reach(images)[0], len(images))
 
     def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """The residual stream after blocks `start` to `stop - 1`, in the mode the blocks are in.
@@ -190,10 +256,12 @@ class Backbone:
         self._check_tokens(tokens)
         if not 0 <= start <= stop <= self.depth:
             raise ValueError(f"start, stop: wanted 0 <= start <= stop <= {self.depth}, got {start}, {stop}")
-        tokens = self.batch_first(tokens)
-        for run, (args, kwargs) in zip(self._runs[start:stop], self._calls[start:stop], strict=True):
-            tokens = _hidden(run(tokens, *args, **kwargs))
-        return self.batch_first(tokens)
+        batch = len(tokens)
+        calls = self._calls_for(batch)
+        stream = self._native(tokens)
+        for run, call in zip(self._runs[start:stop], calls[start:stop], strict=True):
+            stream = call.run(run, stream)
+        return self.batch_first(stream, batch)
 
     def compiled(self) -> Backbone:
         """A view of the same model whose `run` compiles blocks, alike ones once, when they are first run."""
@@ -201,75 +269,113 @@ class Backbone:
         view._runs = [torch.compile(block) for block in self.blocks]
         return view
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """The model's final features: each token through the final norm, then pooled. Differentiable.
+    def final_tokens(self, tokens: Tensor) -> Tensor:
+        """What the final norm makes of the residual stream after the last block. Differentiable.
+
+        Of a stage of a hierarchical model the later stages run first, so there may be fewer tokens, of
+        another width; one where the norm comes after pooling.
 
         Args:
             tokens: (B, N, width), what leaves the last block.
 
         Returns:
-            (B, F, width): the class token, if there is one, and the mean of the patch tokens; F is 2 or 1.
+            (B, N', D').
 
         Raises:
             ValueError: `tokens` has another shape.
         """
         self._check_tokens(tokens)
-        tokens = self.norm(tokens)
+        if not self._goes_on:
+            return self.norm(tokens)
+
+        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+            raise Stop(output)
+
+        images = torch.zeros(len(tokens), 3, *self.image_size, device=tokens.device, dtype=self.dtype)
+        handle = self.norm.register_forward_hook(stop)
+        with self._bypassing(self._native(tokens)), _removing([handle]):
+            try:
+                feed(self.encoder, images)
+            except Stop as stopped:
+                (output,) = stopped.carried
+        return _channels_last(output, self.norm).reshape(len(tokens), -1, _norm_width(self.norm))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """The model's final features: `final_tokens`, pooled. Differentiable.
+
+        Args:
+            tokens: (B, N, width), what leaves the last block.
+
+        Returns:
+            (B, F, D'): the class token, if there is one, and the mean of the patch tokens; F is 2 or 1.
+
+        Raises:
+            ValueError: `tokens` has another shape.
+        """
+        tokens = self.final_tokens(tokens)
         pooled = tokens[:, self.prefix_tokens :].mean(dim=1)
         return torch.stack([tokens[:, 0], pooled] if self.has_class_token else [pooled], dim=1)
 
-    def batch_first(self, tokens: Tensor) -> Tensor:
-        """Swaps batch and tokens of what a block takes or makes, where the blocks take (N, B, width).
+    def batch_first(self, values: Tensor, batch: int) -> Tensor:
+        """(B, N, C) of the residual stream of `batch` images in the model's own layout."""
+        return self._rows(values, batch, self._channels_first)
 
-        Its own inverse: (N, B, ...) → (B, N, ...) and back; for other models it changes nothing.
-        """
-        return tokens.transpose(0, 1).contiguous() if self._sequence_first else tokens
+    def hidden(self, layer: Layer, values: Tensor, batch: int) -> Tensor:
+        """(B, N, C) of what `layer`, a `carrier` or `attention_out`, takes or makes for `batch` images."""
+        return self._rows(values, batch, isinstance(layer, nn.Conv2d))
 
-    def mlp_out(self, index: int) -> nn.Linear:
-        """The live linear layer of block `index` whose output is added to the residual stream last.
+    def carrier(self, index: int) -> Layer:
+        """The live linear layer, or 1 x 1 convolution, of block `index` that adds to the residual stream.
+
+        It is the one with the most inputs, of several the last: not that of attention or of an adapter.
 
         Raises:
             ValueError: there is no such block, or no linear layer of it maps to `width`.
         """
         if not 0 <= index < self.depth:
             raise ValueError(f"index: wanted 0 <= index < {self.depth}, got {index}")
-        called = self._linears.get(index, [])
-        if not called or called[-1] in self._within:
+        called = [layer for layer in self._layers.get(index, []) if layer not in self._within]
+        if not called:
             raise ValueError(f"block {index} called no torch.nn.Linear that maps to its width, {self.width}")
-        return called[-1]
+        widest = max(layer.weight.shape[1] for layer in called)
+        return [layer for layer in called if layer.weight.shape[1] == widest][-1]
 
-    def attention_out(self, index: int) -> tuple[nn.Linear, Tensor] | None:
-        """The live linear layer by which block `index` writes to the residual stream before `mlp_out` does.
+    def attention_out(self, index: int) -> tuple[Layer, Tensor] | None:
+        """The live linear layer by which block `index` writes to the residual stream before `carrier` does.
 
-        Found by structure: the last linear layer of the block to `width` whose output, while `mlp_out` is
-        silenced, adds to the block's output channel by channel.
+        Found by structure: of the layers to `width` that are called before the carrier, and whose output,
+        while the carrier is silenced, adds to the block's output channel by channel, the one with the most
+        inputs, of several the last.
 
         Returns:
             The layer, and what one unit of its output adds, (width,) as of `mlp_gain`; None where there is
             none.
 
         Raises:
-            ValueError: there is no such block, or it has no `mlp_out`.
+            ValueError: there is no such block, or it has no carrier.
         """
-        last = self.mlp_out(index)
-        for linear in reversed(self._linears[index][:-1]):
-            gain = self._gain(index, linear, silent=last)
+        last = self.carrier(index)
+        layers = self._layers[index]
+        before = layers[layers.index(last) - 1 :: -1] if layers[0] is not last else []
+        for layer in sorted(before, key=lambda layer: -layer.weight.shape[1]):
+            gain = self._gain(index, layer, silent=last)
             if gain is not None and bool(gain.any()):
-                return linear, gain
+                return layer, gain
         return None
 
     @contextmanager
-    def inputs_of(self, linear: nn.Linear) -> Iterator[list[Tensor]]:
-        """A list to which each run of the block adds what `linear` takes, (..., in_features).
+    def inputs_of(self, layer: Layer) -> Iterator[list[Tensor]]:
+        """A list to which each run of the block adds what `layer` takes, as `hidden` takes it.
 
-        linear: as `mlp_out` or `attention_out` gives it. That of a torch.nn.MultiheadAttention is applied
+        layer: as `carrier` or `attention_out` gives it. That of a torch.nn.MultiheadAttention is applied
         without a call; while the list is there it is the identity inside, and is applied to what comes out.
         """
         seen: list[Tensor] = []
-        attention = self._within.get(linear)
+        attention = self._within.get(layer)
         if attention is None:
-            hooks = [linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))]
+            hooks = [layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))]
         else:
+            linear = attention.out_proj
             weight, bias = linear.weight, linear.bias
             same = nn.Parameter(torch.eye(*weight.shape, out=torch.empty_like(weight)), requires_grad=False)
             zero = None if bias is None else nn.Parameter(torch.zeros_like(bias), requires_grad=False)
@@ -291,8 +397,23 @@ class Backbone:
             if attention is not None:  # a run may have failed half way
                 linear.weight, linear.bias = weight, bias
 
+    def mlp_out(self, index: int) -> nn.Linear:
+        """`carrier(index)`, for what takes no convolution.
+
+        Raises:
+            ValueError: as `carrier`, or it is a convolution.
+        """
+        layer = self.carrier(index)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"block {index} ends in a convolution, wanted a torch.nn.Linear")
+        return layer
+
+    def mlp_matrix(self, index: int) -> Tensor:
+        """(width, H), a live view of the weight of `carrier(index)`."""
+        return self.carrier(index).weight.flatten(1)
+
     def mlp_gain(self, index: int) -> Tensor:
-        """What one unit of `mlp_out(index)`'s output adds to the block's output, for each channel.
+        """What one unit of `carrier(index)`'s output adds to the block's output, for each channel.
 
         It is the LayerScale, or ones. Read off as the derivative of the block's output, which no cancellation
         blurs; a second, random cotangent checks that the block adds that layer channel by channel.
@@ -303,7 +424,7 @@ class Backbone:
         Raises:
             ValueError: there is no such block, or it is not pre-norm residual.
         """
-        gain = self._gain(index, self.mlp_out(index))
+        gain = self._gain(index, self.carrier(index))
         if gain is None:
             raise ValueError(
                 f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
@@ -311,7 +432,7 @@ class Backbone:
             )
         return gain
 
-    def _gain(self, index: int, linear: nn.Linear, silent: nn.Linear | None = None) -> Tensor | None:
+    def _gain(self, index: int, layer: Layer, silent: Layer | None = None) -> Tensor | None:
         """As `mlp_gain`, of any linear layer of a block; None where it does not add channel by channel.
 
         silent: a layer whose output is taken for 0.
@@ -328,7 +449,7 @@ class Backbone:
             return (made, *output[1:]) if isinstance(output, tuple) else made
 
         block = self.blocks[index]
-        hooks = [self._within.get(linear, linear).register_forward_hook(cut)]
+        hooks = [self._within.get(layer, layer).register_forward_hook(cut)]
         if silent is not None:
             hooks.append(
                 silent.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
@@ -344,7 +465,11 @@ class Backbone:
         if plain is None or signed is None:
             return None
         wide = torch.promote_types(plain.dtype, torch.float32)
-        plain, signed = plain.reshape(-1, self.width).to(wide), signed.reshape(-1, self.width).to(wide)
+        if written[0].numel() != self.num_tokens * self.width:
+            return None
+        plain, signed = (
+            self.hidden(layer, part, 1).reshape(-1, self.width).to(wide) for part in (plain, signed)
+        )
         gain = plain[0]
         tolerance = torch.finfo(written[0].dtype).eps ** 0.5
         expected = signs.reshape(-1, self.width) * gain
@@ -355,82 +480,230 @@ class Backbone:
             return None
         return gain.clone()
 
-    def _first_matrix(self) -> Tensor:
-        parameters = [p for p in self.blocks[0].parameters() if p.is_floating_point()]
-        return max(parameters, key=lambda p: p.ndim)
-
     def _check_tokens(self, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != self.width:
             raise ValueError(f"tokens: wanted a tensor of shape (B, N, {self.width}), got {_kind(tokens)}")
 
-    def _own_image_size(self, owners: Sequence[nn.Module]) -> tuple[int, int]:
-        size = _first_fact(reversed(owners), _IMAGE_SIZES, _pair)
-        if size is None:
-            raise NotAViTError(
-                f"image_size: not given, and {self._described()} has none of {', '.join(_IMAGE_SIZES)}"
-            )
-        return size
+    def _rows(self, values: Tensor, batch: int, channels_first: bool) -> Tensor:
+        if channels_first and values.ndim == 4:
+            values = values.movedim(1, -1)
+        elif self._sequence_first and values.ndim == 3:
+            values = values.transpose(0, 1)
+        return values.reshape(batch, -1, values.shape[-1])
 
-    def _reach_block_0(self, images: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    def _native(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) in the model's own layout."""
+        if self._sequence_first:
+            return tokens.transpose(0, 1).contiguous()
+        shape = list(self._shape)
+        shape[self._batch_axis] *= len(tokens)
+        values = tokens.reshape(shape)
+        return values.movedim(-1, 1).contiguous() if self._channels_first else values
+
+    def _described(self) -> str:
+        return f"{len(self.blocks)} blocks {type(self.blocks[0]).__name__} in {type(self.encoder).__name__}"
+
+    def _noise(self, batch: int) -> Tensor:
+        return random_images(batch, self.image_size, self._like)
+
+    def _reach(self, images: Tensor) -> tuple[Tensor, _Call]:
+        """What enters block 0 in the model's own layout, and how it is called."""
+
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _StemDone(args, kwargs)
+            raise Stop(*_Call.of(args, kwargs))
 
         with _removing([self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)]):
             try:
-                self.encoder(images)
-            except _StemDone as done:
-                return self._split_call(done.args_of_block, done.kwargs_of_block)
-        raise NotAViTError(
-            f"looked for {_LOOKED_FOR}; found {self._described()}, which the forward pass does not call"
-        )
+                feed(self.encoder, images)
+            except Stop as stopped:
+                stream, call = stopped.carried
+                return stream, call
+        raise NotAViTError(f"{self._described()}: the forward pass did not call them again")
 
-    def _split_call(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
-            found = _kind(args[0]) if args else "no positional argument"
-            raise NotAViTError(f"looked for {_LOOKED_FOR}; found {self._described()}, called with {found}")
-        return args[0], args[1:], kwargs
+    def _calls_for(self, batch: int) -> list[_Call]:
+        """How the blocks are called for so many images."""
+        key = batch if self._by_batch else 0
+        if key not in self._calls:
+            calls: list[_Call] = []
 
-    def _described(self) -> str:
-        return f"{self.depth} blocks {type(self.blocks[0]).__name__} in {type(self.encoder).__name__}"
+            def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls.append(_Call.of(args, kwargs)[1])
+                if len(calls) == self.depth:
+                    raise Stop
 
-    def _probe_images(self, batch: int) -> Tensor:
-        images = torch.randn(batch, 3, *self.image_size, generator=torch.Generator().manual_seed(batch))
-        return images.to(self.device, self.dtype)
+            handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
+            bypassed = self._bypassing(None)
+            with evaluating(self.encoder), bypassed, _removing(handles), torch.no_grad(), suppress(Stop):
+                feed(self.encoder, self._noise(batch).to(self.device))
+            self._calls[key] = calls
+        return self._calls[key]
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    @contextmanager
+    def _bypassing(self, stream: Tensor | None) -> Iterator[None]:
+        """Blocks return what they are given for a while, the last one `stream` if there is one."""
+
+        def passing(block: nn.Module, packed: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                value = _Call.of(args, kwargs)[0]
+                if stream is not None and block is self.blocks[-1]:
+                    value = stream
+                return (value, *[None] * (packed - 1)) if packed else value
+
+            return forward
+
+        own = [block.__dict__.get("forward") for block in self.blocks]
         try:
-            return call()
-        except (NotAViTError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
+            for block, packed in zip(self.blocks, self._packed, strict=True):
+                block.__dict__["forward"] = passing(block, packed)
+            yield
+        finally:
+            for block, forward in zip(self.blocks, own, strict=True):
+                del block.__dict__["forward"]
+                if forward is not None:
+                    block.__dict__["forward"] = forward
+
+    def _probe(self) -> None:
+        """Runs the whole tower once and picks its blocks, their layers and what comes after them."""
+        layers: list[tuple[nn.Module, torch.Size]] = []
+        visits = self._visits(layers)
+        run = _longest_run(visits)
+        if len(run) < FEWEST_BLOCKS:
+            longest = max(self._lists, key=lambda path: len(self._lists[path]))
+            told = f"{len(self._lists[longest])} blocks {type(self._lists[longest][0]).__name__}"
+            why = _why_no_run([visit for visit in visits if visit.path == longest])
             raise NotAViTError(
-                f"{type(self.encoder).__name__} does not take images of shape (B, 3, {self.image_size[0]}, "
-                f"{self.image_size[1]}): {type(error).__name__}: {error}"
-            ) from error
+                f"looked for {LOOKED_FOR}; found {told} in {type(self.encoder).__name__}, {why}"
+            )
+        members = self._lists[run[0].path]
+        self.blocks = tuple(members[visit.index] for visit in run)
+        self.depth = len(self.blocks)
+        self._runs: Sequence[Callable[..., Any]] = self.blocks
+        self._packed = [visit.packed for visit in run]
+        self._calls: dict[int, list[_Call]] = {}
+        two = run[0].shape
+        one, call_of_one = self._reach(self._noise(1))
+        self._find_layout(one.shape, two)
+        alone, together, blank = (
+            list(call.tensors()) for call in (call_of_one, run[0].call, self._reach(0 * self._noise(2))[1])
+        )
+        if not all(map(torch.equal, together, blank)):
+            raise NotAViTError(
+                "looked for blocks whose further arguments do not depend on the image; found "
+                f"{self._described()}"
+            )
+        self._by_batch = [t.shape for t in alone] != [t.shape for t in together]
+        if not self._by_batch:
+            self._calls[0] = [visit.call for visit in run]
+        width = two[1 if self._channels_first else -1]
+        self._layers: dict[int, list[Layer]] = {}  # of each block, in the order of their last calls
+        self._within: dict[nn.Module, nn.MultiheadAttention] = {}  # what applies a layer without calling it
+        for index, visit in enumerate(run):
+            called: dict[Layer, None] = {}
+            for module, _ in layers[visit.begun : visit.ended]:
+                if isinstance(module, nn.MultiheadAttention):
+                    self._within[module.out_proj] = module
+                layer = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
+                if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == width:
+                    called.pop(layer, None)
+                    called[layer] = None
+            self._layers[index] = list(called)
+        inside = {module for block in self.blocks for module in block.modules()}
+        after = [
+            (layer, shape)
+            for layer, shape in layers[run[-1].ended :]
+            if layer not in inside and not isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
+        ]
+        self._goes_on = any(visit.begun >= run[-1].ended for visit in visits) and bool(after)
+        at_once = [layer for layer, shape in after if shape[-1] == width and not self._channels_first]
+        self.norm: nn.Module = after[-1][0] if self._goes_on else at_once[0] if at_once else nn.Identity()
+
+    def _visits(self, layers: list[tuple[nn.Module, torch.Size]]) -> list[_Visit]:
+        """Every call of a block of any list while the tower runs on two images.
+
+        layers: takes every call of a norm, linear layer, 1 x 1 convolution or multi-head attention, with the
+            shape it was given.
+        """
+        visits: list[_Visit] = []
+        returned: dict[str, tuple[int, Tensor]] = {}
+        handles: list[RemovableHandle] = []
+
+        def enter(path: str, index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                stream, call = _Call.of(args, kwargs)
+                before, value = returned.pop(path, (-1, None))
+                follows = (
+                    isinstance(stream, Tensor)
+                    and value is not None
+                    and before == index - 1
+                    and stream.shape == value.shape
+                    and torch.allclose(stream, value, rtol=0, atol=0, equal_nan=True)
+                )
+                shape = stream.shape if isinstance(stream, Tensor) else torch.Size()
+                visits.append(_Visit(path, index, call, shape, follows, len(layers)))
+
+            return hook
+
+        def leave(path: str, index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                visit = next(v for v in reversed(visits) if v.path == path and v.index == index)
+                value = _hidden(output)
+                visit.keeps = isinstance(value, Tensor) and value.shape == visit.shape and value.ndim >= 2
+                visit.packed = len(output) if isinstance(output, tuple) else 0
+                visit.ended = len(layers)
+                if visit.keeps:
+                    returned[path] = (index, value)
+
+            return hook
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                layers.append((module, args[0].shape))
+
+        for path, blocks in self._lists.items():
+            for index, block in enumerate(blocks):
+                handles.append(block.register_forward_pre_hook(enter(path, index), with_kwargs=True))
+                handles.append(block.register_forward_hook(leave(path, index)))
+        for module in self.encoder.modules():
+            if (
+                isinstance(module, nn.Linear | nn.MultiheadAttention)
+                or _is_pointwise(module)
+                or "norm" in type(module).__name__.lower()
+            ):
+                handles.append(module.register_forward_pre_hook(note))
+        with _removing(handles):
+            try:
+                feed(self.encoder, self._noise(2))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise NotAViTError(
+                    f"{type(self.encoder).__name__} does not take {shape_of(self.image_size)}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        return visits
+
+    def _find_layout(self, one: torch.Size, two: torch.Size) -> None:
+        """How the residual stream lies, from its shapes for one image and for two."""
+        grown = [axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
+        axis = grown[0] if len(grown) == 1 else -1
+        self._sequence_first = len(one) == 3 and axis == 1 and one[1] == 1
+        packed = axis >= 0 and two[axis] == 2 * one[axis] and all(size == 1 for size in one[:axis])
+        if not (self._sequence_first or packed):
+            raise NotAViTError(
+                f"looked for {LOOKED_FOR}; found {self._described()}, called with {tuple(one)} for one "
+                f"image and {tuple(two)} for two"
+            )
+        widths = {p.numel() for p in self.blocks[0].parameters() if p.ndim == 1}
+        square = self.image_size[0] == self.image_size[1]
+        self._channels_first = len(one) == 4 and (
+            one[3] not in widths or (one[1] in widths and square and one[1] != one[2])
+        )
+        self._batch_axis = axis
+        self._shape = torch.Size((one[0], *one[2:], one[1])) if self._channels_first else one
 
     def _probe_stem(self) -> Tensor:
-        """Find the layout and return block 0's input for two images, (2, N, D)."""
-        one, args_one, kwargs_one = self._guarded(lambda: self._reach_block_0(self._probe_images(1)))
-        two, args_two, kwargs_two = self._guarded(lambda: self._reach_block_0(self._probe_images(2)))
-        grown = [axis for axis in range(3) if one.shape[axis] != two.shape[axis]]
-        if grown not in ([0], [1]):
-            raise NotAViTError(
-                f"looked for {_LOOKED_FOR}; found {self._described()}, called with {_kind(one)} for one "
-                f"image and {_kind(two)} for two"
-            )
-        extras_one, extras_two = (
-            list(_tensors((args_one, kwargs_one))),
-            list(_tensors((args_two, kwargs_two))),
-        )
-        if [t.shape for t in extras_one] != [t.shape for t in extras_two]:
-            raise NotAViTError(
-                f"looked for blocks whose further arguments do not depend on the batch; found "
-                f"{self._described()}, called with {', '.join(_kind(t) for t in extras_two)} for two images"
-            )
-        self._sequence_first = grown == [1]
-        return self.batch_first(two)
+        """Block 0's input for two images, (2, N, D)."""
+        return self.batch_first(self._reach(self._noise(2))[0], 2)
 
     def _count_prefix(self, tokens: Tensor) -> int:
         varies = (tokens[0] != tokens[1]).any(dim=1).tolist()
@@ -440,77 +713,65 @@ class Backbone:
             )
         return varies.index(True)
 
-    def _probe_blocks(self) -> None:
-        """Run the whole encoder once and note how it calls its blocks, and what it calls after them."""
-        order: list[int] = []
-        outputs: list[Tensor] = []
-        norms: list[nn.Module] = []
 
-        def enter(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                tokens, more, named = self._split_call(args, kwargs)
-                if outputs and not torch.allclose(outputs[-1], tokens, rtol=0, atol=0, equal_nan=True):
-                    raise NotAViTError(
-                        f"looked for blocks each of which takes what the one before returned; found "
-                        f"{self._described()}, of which block {index} does not"
-                    )
-                order.append(index)
-                self._calls.append((more, named))
+def _longest_run(visits: Sequence[_Visit]) -> list[_Visit]:
+    """The longest sequence of blocks with one residual stream, of several the last."""
+    often = {(visit.path, visit.index) for n, visit in enumerate(visits)} & {
+        (visit.path, visit.index)
+        for n, visit in enumerate(visits)
+        if any((v.path, v.index) == (visit.path, visit.index) for v in visits[:n])
+    }
+    best: list[_Visit] = []
+    for path in dict.fromkeys(visit.path for visit in visits):
+        run: list[_Visit] = []
+        for visit in (v for v in visits if v.path == path):
+            if not visit.keeps or (path, visit.index) in often:
+                run = []
+                continue
+            run = [*run, visit] if visit.follows and run else [visit]
+            if len(run) >= len(best):
+                best = run
+    return best
 
-            return hook
 
-        def leave(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                tokens = _hidden(output)
-                if not isinstance(tokens, Tensor) or tokens.shape != args[0].shape:
-                    raise NotAViTError(
-                        f"looked for {_LOOKED_FOR}; found {self._described()}, of which block {index} turns "
-                        f"{_kind(args[0])} into {_kind(tokens)}"
-                    )
-                outputs[:] = [tokens]
+def _why_no_run(visits: Sequence[_Visit]) -> str:
+    """What keeps the blocks of a list from being a sequence on one residual stream."""
+    order = [visit.index for visit in visits]
+    if not order:
+        return "which the forward pass does not call"
+    if order != sorted(set(order)):
+        return f"which are called as {order}, not once each, in order"
+    changed = next((v for v in visits if not v.keeps), None)
+    if changed is not None:
+        return (
+            f"of which block {changed.index} returns another shape than the {tuple(changed.shape)} it takes"
+        )
+    apart = next((v.index for v in visits[1:] if not v.follows), 0)
+    return f"of which block {apart} does not take what the one before returned"
 
-            return hook
 
-        def note_linear(index: int) -> Callable[..., None]:
-            def hook(module: nn.Linear | nn.MultiheadAttention, _args: Any) -> None:
-                called = self._linears.setdefault(index, [])
-                if isinstance(module, nn.MultiheadAttention):
-                    linear: nn.Linear = module.out_proj
-                    self._within[linear] = module
-                else:
-                    linear = module
-                if linear in called:
-                    called.remove(linear)
-                called.append(linear)
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
-            return hook
 
-        def note_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
-            tokens = args[0] if args else None
-            if len(order) == self.depth and isinstance(tokens, Tensor) and tokens.shape[-1] == self.width:
-                norms.append(module)
+def _norm_width(norm: nn.Module) -> int:
+    """Channels that a norm works on."""
+    return max((p.numel() for p in norm.parameters(recurse=False)), default=1)
 
-        handles: list[RemovableHandle] = []
-        inside: set[nn.Module] = set()
-        for index, block in enumerate(self.blocks):
-            handles.append(block.register_forward_pre_hook(enter(index), with_kwargs=True))
-            handles.append(block.register_forward_hook(leave(index)))
-            for module in block.modules():
-                inside.add(module)
-                last = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
-                if isinstance(last, nn.Linear) and last.out_features == self.width:
-                    handles.append(module.register_forward_pre_hook(note_linear(index)))
-        for module in self.encoder.modules():
-            if module not in inside and "norm" in type(module).__name__.lower():
-                handles.append(module.register_forward_pre_hook(note_norm))
-        with _removing(handles):
-            self._guarded(lambda: self.encoder(self._probe_images(2)))
-        if order != list(range(self.depth)):
-            raise NotAViTError(
-                f"looked for blocks called once each, in order; found {self._described()}, called as {order}"
-            )
-        if norms:
-            self.norm = norms[0]
+
+def _channels_last(values: Tensor, norm: nn.Module) -> Tensor:
+    """What a norm returned, with its channels last."""
+    first = values.ndim == 4 and values.shape[1] == _norm_width(norm) != values.shape[-1]
+    return values.movedim(1, -1) if first else values
+
+
+def _path(encoder: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """The modules from the encoder down to what holds a block."""
+    name = next(name for name, module in encoder.named_modules() if module is block)
+    owners = [encoder]
+    for part in name.split(".")[:-1]:
+        owners.append(owners[-1].get_submodule(part))
+    return owners
 
 
 def non_finite_tensor(model: nn.Module) -> str | None:
@@ -522,57 +783,12 @@ def non_finite_tensor(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every submodule's training flag is put back."""
-    training = [m for m in module.modules() if m.training]  # few or none: setting a flag is slow
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-@contextmanager
 def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _image_tower(model: nn.Module) -> nn.Module:
-    for name in _IMAGE_TOWERS:
-        tower = getattr(model, name, None)
-        if isinstance(tower, nn.Module):
-            return _image_tower(tower)
-    return model
-
-
-def _find_blocks(encoder: nn.Module) -> tuple[list[nn.Module], tuple[nn.Module, ...]]:
-    """The modules from the encoder down to the longest list of blocks, and the blocks."""
-    found: dict[str, tuple[nn.Module, ...]] = {}
-    for name, module in encoder.named_modules():
-        nested = any(name.startswith(f"{outer}." if outer else "") for outer in found)
-        if nested or not isinstance(module, nn.ModuleList | nn.Sequential):
-            continue
-        children = [c for c in module if type(c) not in (nn.Sequential, nn.ModuleList)]
-        common = Counter(type(c) for c in children).most_common(1)
-        if common and common[0][1] >= _FEWEST_BLOCKS:
-            blocks = tuple(c for c in children if type(c) is common[0][0])
-            if any(p.is_floating_point() for p in blocks[0].parameters()):
-                found[name] = blocks
-    longest = max((len(blocks) for blocks in found.values()), default=0)
-    names = [name for name, blocks in found.items() if len(blocks) == longest]
-    if len(names) != 1:
-        lists = f"{len(names)} such lists of {longest} ({', '.join(names)})" if names else "none"
-        raise NotAViTError(f"looked for {_LOOKED_FOR}; found {lists} in {type(encoder).__name__}")
-    owners = [encoder]
-    for part in names[0].split(".") if names[0] else []:
-        owners.append(owners[-1].get_submodule(part))
-    return owners, found[names[0]]
 
 
 def _family(owners: Sequence[nn.Module]) -> str:
@@ -587,53 +803,20 @@ def _family(owners: Sequence[nn.Module]) -> str:
 def _normalisation(
     owners: Sequence[nn.Module], family: str
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    mean, std = _first_fact(owners, _MEANS, _triple), _first_fact(owners, _STDS, _triple)
+    mean, std = first_fact(owners, _MEANS, _triple), first_fact(owners, _STDS, _triple)
     if mean is not None and std is not None:
         return mean, std
     if family == "transformers":
-        model_type = _first_fact(owners, ("config.model_type",), str)
+        model_type = first_fact(list(reversed(owners)), ("config.model_type",), str)
         for prefix, constants in _MODEL_TYPE_NORMALISATION.items():
             if model_type is not None and model_type.startswith(prefix):
                 return constants
     return _FAMILY_NORMALISATION.get(family, _HALF)
 
 
-def _first_fact(
-    owners: Iterator[nn.Module] | Sequence[nn.Module], paths: Sequence[str], read: Callable[[Any], Any]
-) -> Any:
-    """The first of the attributes `paths` of the first of the owners that `read` understands, or None."""
-    for owner in owners:
-        for path in paths:
-            value: Any = owner
-            for part in path.split("."):
-                value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-            fact = None if value is None else read(value)
-            if fact is not None:
-                return fact
-    return None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
 def _token_count(value: Any) -> int | None:
     """Of a number of tokens, or of the tokens themselves, (..., tokens, width)."""
-    return value.shape[-2] if isinstance(value, Tensor) and value.ndim >= 2 else _whole(value)
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    """A size in pixels as (height, width), from one number, (height, width) or (channels, height, width)."""
-    sizes = (
-        [value, value]
-        if isinstance(value, int)
-        else list(value)[-2:]
-        if isinstance(value, tuple | list)
-        else []
-    )
-    if len(sizes) != 2 or not all(_whole(s) for s in sizes):
-        return None
-    return sizes[0], sizes[1]
+    return value.shape[-2] if isinstance(value, Tensor) and value.ndim >= 2 else whole(value)
 
 
 def _triple(value: Any) -> tuple[float, float, float] | None:

@@ -6,7 +6,8 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from activemark_fast.codec.codebooks import (
     draw_sent,
     most_bits,
 )
+from activemark_fast.dress import fixed_weight, plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import search_edit
@@ -57,7 +59,8 @@ from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement
 from activemark_fast.tracing import Register, changed, check_names
-from activemark_fast.triggers import clean_images, holdout_images
+from activemark_fast.triggers import HoldOut, clean_images, holdout_images
+from activemark_fast.verify import Verifier
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
 
 PROFILED_IMAGES = 32
@@ -68,6 +71,12 @@ CHECKED_IMAGES = 16
 MESSAGES_PER_IMAGE = 2
 """An image runs with a message and with its opposite."""
 DEFAULT_FIDELITY = 0.997
+POWER = 0.999
+"""Of the verification that an embedding ends with: it reads images until the verdict is settled."""
+
+
+class UnverifiedMarkError(RuntimeError):
+    """The finished mark cannot be verified, so it is not handed out; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +182,7 @@ class _Subject:
     autocast: Autocast
 
 
+@plain_torch()
 def embed(
     model: nn.Module,
     key: Key | bytes | str | os.PathLike[str],
@@ -185,6 +195,7 @@ def embed(
     block: int | None = None,
     fidelity: float = DEFAULT_FIDELITY,
     max_steps: int = 1000,
+    tower: str | None = None,
     inplace: bool = False,
     architecture: str | None = None,
     device: str | torch.device | None = None,
@@ -197,7 +208,9 @@ def embed(
     """Marks `model` (arXiv 2510.04966, with keyed codebooks and a closed-form edit by default).
 
     Args:
-        model: a plain ViT (`Backbone` says which). It is not changed, unless `inplace`.
+        model: an image tower, or a model that holds one (`Backbone` says which). It is not changed, unless
+            `inplace`. What `torch.compile` or `DataParallel` wraps is marked, and returned without the
+            wrapper, unless `inplace`.
         key: the owner's secret: bytes, a passphrase (str), a key file (Path) or a `Key`.
         images: hold-out images to read the mark on (`holdout_images` says in which forms), up to 64;
             verification needs them again. Without any they are cut from photographs by the key, which is
@@ -214,6 +227,8 @@ def embed(
             patches, on clean images that were held out; above 0 and below 1. Their 5th percentile may lie
             1 / 0.3 times as far from 1. A keyed mark is as strong as that allows.
         max_steps: upper bound on gradient steps, which only the learned codec takes.
+        tower: dotted name of the module in `model` to mark, where several take images; by default the one
+            with the longest list of blocks. Nothing else of the model is run, or copied but to be returned.
         inplace: write the mark into `model` itself, at the very end.
         architecture: model string (`load_model`) to store in the watermark, so that the command line can
             build the suspect.
@@ -237,14 +252,17 @@ def embed(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the model has non-finite weights, is no plain
-            ViT (`NotAViTError`) or has no room for the mark (`SiteError`).
+            ViT (`NotAViTError`), has no room for the mark (`SiteError`) or weights that cannot be written to.
+        UnverifiedMarkError: `verify` does not find the finished mark. The model is as it was.
 
     Warns:
         RuntimeWarning: targets were not reached; it says which and by how much, and what would help.
     """
     started = time.perf_counter()
     settings = _Settings(codec, bits, axis, block, fidelity, max_steps, architecture, precision, compile)
-    original = Backbone(model)
+    given, model = model, unwrapped(model) if isinstance(model, nn.Module) else model
+    original = Backbone(model, tower=tower)
+    check_writable(original)
     broken = non_finite_tensor(model)
     if broken is not None:
         raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
@@ -269,11 +287,11 @@ def embed(
         )
         resumed = saved.load()
 
-    marked = copy.deepcopy(model).eval().to(device)
+    marked = copy.deepcopy(original.encoder).eval().to(device)
     stretched = secret.stretched() if codec == KeyedCodec.name else secret
     with Progress(progress) as bar:
         subject = _prepare(
-            Backbone(marked), settings, holdout.pixels, natural.fitted, natural.held, device, bar
+            _view(marked, original), settings, holdout.pixels, natural.fitted, natural.held, device, bar
         )
         site = subject.placement.site
         engine = plan_engine(
@@ -307,7 +325,7 @@ def embed(
         else:
             quality, history, steps, how, state = _train(
                 subject,
-                Backbone(copy.deepcopy(model).eval().to(device)),
+                _view(copy.deepcopy(original.encoder).eval().to(device), original),
                 secret,
                 settings,
                 saved,
@@ -315,41 +333,98 @@ def embed(
                 bar,
             )
             engine = replace(engine, reason=how, peak_bytes=0)
-    _warn_of_missed_targets(quality, fidelity)
     marked.to(original.device)
-    for ours, theirs in zip(marked.modules(), model.modules(), strict=True):
+    for ours, theirs in zip(marked.modules(), original.encoder.modules(), strict=True):
         ours.training = theirs.training
-    watermark = Watermark.seal(
-        secret,
-        codec=codec,
-        bits=bits,
-        axis=axis,
-        site=replace(site, massive_tokens=(), massive_channels=()) if codec == KeyedCodec.name else site,
-        preprocess=preprocess,
-        digests=() if holdout.source == "key" else holdout.digests,
-        image_source=holdout.source,
-        state=state,
-        fingerprint=fingerprint(marked),
-        architecture=architecture,
-        alignment=alignment,
-    )
+    with _released(model, original, marked, inplace) as released:
+        watermark = Watermark.seal(
+            secret,
+            codec=codec,
+            bits=bits,
+            axis=axis,
+            site=replace(site, massive_tokens=(), massive_channels=()) if codec == KeyedCodec.name else site,
+            preprocess=preprocess,
+            digests=() if holdout.source == "key" else holdout.digests,
+            image_source=holdout.source,
+            state=state,
+            fingerprint=fingerprint(released),
+            architecture=architecture,
+            alignment=alignment,
+        )
+        if register is not None and original.tower:
+            changes = {f"{original.tower}.{name}": change for name, change in register.changes.items()}
+            seen = register.measured, register.reference
+            register = Register.make(secret, register.names, released, changes, *seen)
+        _check_verified(released, watermark, secret, holdout, device, precision)
+    _warn_of_missed_targets(quality, fidelity)
     if inplace:
-        model.load_state_dict(marked.state_dict())
-        marked = model
+        original.encoder.load_state_dict(marked.state_dict())
     if saved is not None:
         saved.remove()
+    reason = subject.placement.reason
+    if len(original.towers) > 1:
+        others = ", ".join(repr(name) for name in original.towers if name != original.tower)
+        reason += f"; in the tower {original.tower!r}, not in {others}"
     return Embedding(
-        marked,
+        given if inplace else released,
         watermark,
         quality,
         natural.source,
-        subject.placement.reason,
+        reason,
         steps,
         history,
         engine,
         time.perf_counter() - started,
         register,
     )
+
+
+def _view(tower: nn.Module, original: Backbone) -> Backbone:
+    """A view of a copy of the tower that `original` sees."""
+    return Backbone(tower, image_size=original.image_size, tower="")
+
+
+@contextmanager
+def _released(model: nn.Module, original: Backbone, marked: nn.Module, inplace: bool) -> Iterator[nn.Module]:
+    """`model` with the marked tower in place of its own: a copy, or for a while the model itself."""
+    if not inplace or not original.tower:
+        yield copy.deepcopy(model, {id(original.encoder): marked})
+        return
+    path, _, name = original.tower.rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent, name, marked)
+    try:
+        yield model
+    finally:
+        setattr(parent, name, original.encoder)
+
+
+def check_writable(backbone: Backbone) -> None:
+    """Refuses a model with a block that a mark could not be written to."""
+    for block in range(1, backbone.depth - 1):
+        fixed = fixed_weight(backbone.carrier(block))
+        if fixed is not None:
+            raise ValueError(f"model: the weight of the last linear layer of block {block} {fixed}")
+        backbone.mlp_gain(block)
+
+
+def _check_verified(
+    marked: nn.Module,
+    watermark: Watermark,
+    secret: Key,
+    holdout: HoldOut,
+    device: torch.device,
+    precision: str,
+) -> None:
+    """Verifies the finished mark as anybody would. A learned codec must be read; it may not be a match."""
+    images = None if holdout.source == "key" else holdout
+    verifier = Verifier(watermark, secret, images, power=POWER, device=device, precision=precision)
+    verdict = verifier.judge(marked)
+    if verdict.decision != "match" and (watermark.two_bands or not verdict.images):
+        raise UnverifiedMarkError(
+            f"the mark is not handed out, for verify says {verdict.decision!r} of it: "
+            f"{verdict.reason}; a lower fidelity or another number of bits may help"
+        )
 
 
 def _training_file(
@@ -556,5 +631,5 @@ def _warn_of_missed_targets(quality: Quality, fidelity: float) -> None:
         )
     if missed:
         warnings.warn(
-            f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=3
+            f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=4
         )

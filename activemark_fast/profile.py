@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, evaluating
+from activemark_fast.dress import plain_torch
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
@@ -299,11 +300,13 @@ class Profile:
         }
 
 
+@plain_torch()
 def profile(
     model: nn.Module,
     images: object = None,
     *,
     k: int = KEPT,
+    tower: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
     progress: bool = False,
@@ -311,11 +314,12 @@ def profile(
     """Runs `model` once, block by block, and keeps of every block's output only what a profile needs.
 
     Args:
-        model: a plain ViT (`Backbone` says which); it is left as it is.
+        model: an image tower, or a model that holds one (`Backbone` says which); it is left as it is.
         images: images in any of the forms that `holdout_images` lists, up to 256; one is enough. Without
             any, 32 are made, the same for everybody.
         k: how many of the largest magnitudes of each image to keep, at least 5. Massive activations are
             looked for among them.
+        tower: dotted name of the module to profile, as in `embed`.
         device: where to compute; by default where the model is.
         precision: "auto" (bf16 on CUDA, fp32 elsewhere), "fp32", "bf16" or "fp16"; weights stay in their
             own dtype.
@@ -326,7 +330,7 @@ def profile(
     """
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: wanted int, got {type(k).__name__}")
-    backbone = Backbone(model)
+    backbone = Backbone(model, tower=tower)
     most = backbone.num_tokens * backbone.width
     if not TOP <= k <= most:
         raise ValueError(f"k: wanted {TOP} to {most}, the number of values of an image, got {k}")
@@ -334,7 +338,8 @@ def profile(
     autocast = resolve_autocast(precision, place)
     pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MOST_IMAGES)
     if place != backbone.device:
-        backbone = Backbone(copy.deepcopy(model).to(place))
+        moved = copy.deepcopy(backbone.encoder).to(place)
+        backbone = Backbone(moved, image_size=backbone.image_size, tower="")
     with evaluating(backbone.encoder), autocast(), Progress(progress) as bar:
         bar.stage("profile", len(pixels))
         return measure(backbone, pixels, k, bar.advance)

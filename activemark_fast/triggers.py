@@ -193,6 +193,7 @@ def holdout_images(
     - an iterable, read until `count` is reached, of: (3, H, W) floating or (3, h, w) uint8 tensors, batches
       of them (n, 3, …), PIL images, (h, w, 3) uint8 arrays, or tuples and lists which begin with one of
       these, such as the (images, labels) of a DataLoader.
+    - what this function returned: the same again, for an iterable that can be read only once.
 
     An image has one digest, whether it comes as a file, a PIL image, an array or a uint8 tensor; a decoder
     that gives other pixels for the same file gives another.
@@ -208,6 +209,8 @@ def holdout_images(
         raise TypeError(f"count: wanted int, got {type(count).__name__}")
     if count < MIN_IMAGES:
         raise ValueError(f"count: wanted at least {MIN_IMAGES} images, got {count}")
+    if isinstance(images, HoldOut):
+        return images
 
     def drawn() -> Iterator[Tensor]:
         if synthetic:

@@ -30,7 +30,7 @@ def patch_features(model: nn.Module, images: Tensor) -> Tensor:
     backbone = Backbone(model)
     return torch.cat(
         [
-            backbone.norm(part)[:, backbone.prefix_tokens :].float().cpu()
+            backbone.final_tokens(part)[:, backbone.prefix_tokens :].float().cpu()
             for part in _last_tokens(backbone, images)
         ]
     )

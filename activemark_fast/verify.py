@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations_with_replacement
@@ -26,6 +27,7 @@ from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_fin
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.commitment import Commitment, Opening
+from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import EVIDENCE_AT, alternatives, known_normalisation, paid
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
@@ -98,7 +100,8 @@ def verify(
     "inconclusive", with the reason; what is wrong with the other arguments is an error.
 
     Args:
-        suspect: a plain ViT with loaded weights.
+        suspect: a model with loaded weights. All of its image towers that fit are read, and the p-value pays
+            for their number.
         watermark: what `embed` returned, or `Watermark.load`.
         key: the key it was made with, in any form `embed` takes.
         images: the hold-out images of the embedding; None, and nothing else, if they were made from the key.
@@ -201,6 +204,7 @@ class Verifier:
         TypeError, ValueError, WatermarkError, ImageMismatchError: as `verify` does.
     """
 
+    @plain_torch()
     def __init__(
         self,
         watermark: Watermark,
@@ -293,6 +297,7 @@ class Verifier:
             pixels = holdout_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
             self._traced_pixels = pixels.to(self.device)
 
+    @plain_torch()
     @torch.no_grad()
     def judge(self, suspect: nn.Module) -> Verdict:
         """The verdict on one suspect; see `verify`.
@@ -302,21 +307,38 @@ class Verifier:
         """
         if not isinstance(suspect, nn.Module):
             raise TypeError(f"suspect: wanted a torch.nn.Module, got {type(suspect).__name__}")
-        if any(tensor.device != self.device for tensor in suspect.parameters()):
-            suspect = copy.deepcopy(suspect).to(self.device)
+        suspect = unwrapped(suspect)
         try:
-            backbone = Backbone(suspect)
+            first = Backbone(suspect)
         except NotAViTError as error:
             return self._unreadable(suspect, f"the suspect cannot be read: {error}")
-        misfit = self.misfit(backbone)
-        if misfit is not None:
-            return self.inconclusive(misfit)
-        verdict = self.read(backbone, backbone.depth, blocks=backbone.depth)
+        views = [first, *self._other_towers(suspect, first)]
+        fitting = [view for view in views if self.misfit(view) is None]
+        if not fitting:
+            return self.inconclusive(str(self.misfit(first)))
+        verdicts = [
+            self.read(self._here(view), view.depth, tries=len(fitting), blocks=view.depth) for view in fitting
+        ]
+        verdict = min(verdicts, key=rank)
         return replace(
             verdict,
             identical=verdict.images > 0 and fingerprint(suspect) == self.watermark.fingerprint,
         )
 
+    def _other_towers(self, suspect: nn.Module, first: Backbone) -> Iterator[Backbone]:
+        """Views of the image towers of a suspect besides the first one, as far as they can be seen."""
+        for tower in first.towers:
+            if tower != first.tower:
+                with suppress(NotAViTError):
+                    yield Backbone(suspect, tower=tower)
+
+    def _here(self, view: Backbone) -> Backbone:
+        """The view, or one of a copy of its tower on the verifier's device."""
+        if all(tensor.device == self.device for tensor in view.encoder.parameters()):
+            return view
+        return Backbone(copy.deepcopy(view.encoder).to(self.device), image_size=view.image_size, tower="")
+
+    @plain_torch()
     @torch.no_grad()
     def read(
         self,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from activemark_fast.codec import CODECS, Codec, KeyedCodec
 from activemark_fast.codec.codebooks import most_bits
+from activemark_fast.dress import unwrapped
 from activemark_fast.files import write_whole
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
@@ -284,7 +285,7 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 over name, dtype, shape and SHA-256 of the bytes of every tensor in the model's state dict."""
     return fingerprint_of(
         (name, tensor.dtype, tuple(tensor.shape), partial(_bytes, tensor))
-        for name, tensor in sorted(model.state_dict().items())
+        for name, tensor in sorted(unwrapped(model).state_dict().items())
     )
 
 

@@ -45,3 +45,21 @@ def test_what_is_missing_is_named(
     record = json.loads(capsys.readouterr().out)
     assert record["versions"]["no_such_package"] == "not installed"
     assert record["kernels"]["profile"]["cpu"] == "nothing: the compiled module cannot be loaded"
+
+
+def test_a_model_that_can_be_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "demo", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["markable"], record["blocks"], record["width"], record["bits"]) == (True, 12, 128, 56)
+    assert record["tower"] == ""
+    assert "massive activations emerge" in record["site"]
+    assert record["seconds"] > 0
+    assert record["peak_bytes"] > 0
+    assert main(["info", "demo"]) == 0
+    assert capsys.readouterr().out.startswith("can be marked: 12 blocks of width 128, 65 tokens of 32 x 32")
+
+
+def test_what_stands_in_the_way(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("activemark_fast.checkpoints.load_model", lambda spec: torch.nn.Linear(3, 3))
+    assert main(["info", "demo"]) == 1
+    assert "cannot be marked: looked for a list of at least 3 blocks" in capsys.readouterr().out

@@ -15,7 +15,8 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs"},
+    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs", "dress"},
+    {"towers"},
     {"backbone"},
     {"site", "utility", "freedoms"},
     {"checkpoints"},
@@ -27,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"verdict", "sequential"},
     {"marking"},
     {"align"},
-    {"embed", "verify", "attacks", "forge"},
+    {"embed", "verify", "attacks", "forge", "outlook"},
     {"bulk", "evaluate", "descent"},
     {"report", "baselines"},
     {"demo", "cli"},

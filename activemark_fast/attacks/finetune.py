@@ -144,7 +144,7 @@ class _Head(nn.Module):
         (backbone,) = self._backbone
         if self._grid is None:
             return self.linear(backbone.features(tokens).flatten(1))
-        patches = self.linear(backbone.norm(tokens)[:, backbone.prefix_tokens :])
+        patches = self.linear(backbone.final_tokens(tokens)[:, backbone.prefix_tokens :])
         scores = patches.transpose(1, 2).unflatten(2, self._grid)
         return interpolate(scores, self._mask, mode="bilinear")
 

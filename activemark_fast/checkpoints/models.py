@@ -35,6 +35,7 @@ from activemark_fast.checkpoints.errors import shown as _shown
 from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
 from activemark_fast.checkpoints.names import clean_name
 from activemark_fast.checkpoints.plan import Plan, Wanted, plans
+from activemark_fast.dress import unwrapped
 
 _DEMO = Path(__file__).parents[1] / "assets" / "vit_c10_w128_d12_massive.safetensors"
 _FORMS = (
@@ -155,7 +156,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str
     """Write a safetensors file which `load_model` reads by its path alone; what was there is replaced.
 
     Args:
-        model: the model; its tensors are written in their own dtypes, shared ones once for each name.
+        model: the model; its tensors are written in their own dtypes, shared ones once for each name, under
+            the names they have without `torch.compile` or `DataParallel`.
         path: the file.
         architecture: what `build_model` builds the same model from (see `architecture_of`).
 
@@ -174,7 +176,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str
         raise CheckpointError(f"{path}: is a folder, wanted a file name")
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, value in model.state_dict().items():
+    for name, value in unwrapped(model).state_dict().items():
         tensor = value.detach().cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()

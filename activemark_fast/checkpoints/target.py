@@ -35,11 +35,11 @@ class Target:
             NotAViTError: the model does not run what is added to its list of blocks.
         """
         self._site = site
-        self.backbone = Backbone(model.eval().requires_grad_(False))
+        self.backbone = _view(model.eval().requires_grad_(False), site)
         depth = self.backbone.depth
         if more:
             _add_blocks(self.backbone, more)
-            self.backbone = Backbone(model)
+            self.backbone = Backbone(model, tower=self.backbone.tower)
         self._state = model.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         names = {module: name for name, module in model.named_modules()}
@@ -47,7 +47,9 @@ class Target:
         blocks = [_dotted(names[block]) for block in self.backbone.blocks]
         last = len(blocks) - 1 if whole else site.taps[-1] + more
         inside = {name for block in blocks for name in self._state if name.startswith(block)}
-        stem = self._stem_tensors(name for name in self._state if name not in inside)
+        stem = self._stem_tensors(
+            name for name in self._state if name.startswith(tower) and name not in inside
+        )
         own: dict[str, str] = {}
         for name in stem:
             relative = _clean(name.removeprefix(tower))
@@ -144,6 +146,18 @@ class Target:
                 return height // shape[2], width // shape[3]
         side = round(patches**0.5)
         return (side, side) if side * side == patches else (1, patches)
+
+
+def _view(model: nn.Module, site: Site) -> Backbone:
+    """A view of the tower that a mark at `site` is in; of the first one where none fits."""
+    first = Backbone(model)
+    for tower in first.towers[1:]:
+        if (first.width, first.num_tokens, first.depth) == (site.width, site.num_tokens, site.depth):
+            break
+        view = Backbone(model, tower=tower)
+        if (view.width, view.num_tokens, view.depth) == (site.width, site.num_tokens, site.depth):
+            return view
+    return first
 
 
 def whole_model(path: Path, model: nn.Module, site: Site, tower: str, most_bytes: int) -> nn.Module | None:

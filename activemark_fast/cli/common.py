@@ -61,6 +61,15 @@ def add_key(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tower(command: argparse.ArgumentParser) -> None:
+    """The option --tower."""
+    command.add_argument(
+        "--tower",
+        metavar="NAME",
+        help="module of the model that takes images, where there are several (the one with most blocks)",
+    )
+
+
 def add_watermark(command: argparse.ArgumentParser) -> None:
     """The option --watermark."""
     command.add_argument("--watermark", type=Path, required=True, metavar="FILE", help="what embed wrote")

@@ -20,6 +20,7 @@ from activemark_fast.cli.common import (
     add_compute,
     add_images,
     add_key,
+    add_tower,
     check_folder,
     chosen_device,
     copy_paths,
@@ -109,6 +110,7 @@ def add_to(commands: Subparsers) -> None:
         help="what issue and trace need besides the key, which encrypts it",
     )
     embed.add_argument("--force", action="store_true", help="replace output files that exist")
+    add_tower(embed)
     add_compute(embed)
 
 
@@ -139,6 +141,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         block=args.block,
         fidelity=args.fidelity,
         max_steps=args.max_steps,
+        tower=args.tower,
         checkpoint=args.checkpoint,
         architecture=architecture,
         device=place,

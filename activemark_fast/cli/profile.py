@@ -11,6 +11,7 @@ from activemark_fast.cli.common import (
     Subparsers,
     add_command,
     add_compute,
+    add_tower,
     check_output,
     chosen_device,
     shows_progress,
@@ -38,6 +39,7 @@ def add_to(commands: Subparsers) -> None:
         help="where the mark goes: at the first sharp rise (paper), at the largest (the authors' code), "
         "or as late as leaves room for two taps",
     )
+    add_tower(profile)
     add_compute(profile)
 
 
@@ -51,6 +53,7 @@ def _profile(args: argparse.Namespace) -> Outcome:
     measured = profile(
         load_model(args.model, device=place),
         args.images,
+        tower=args.tower,
         precision=args.precision,
         progress=shows_progress(args),
     )

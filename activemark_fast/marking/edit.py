@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from activemark_fast.backbone import Backbone
+from activemark_fast.backbone import Backbone, Layer
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
 from activemark_fast.marking.engine import GROUPS, Engine, halving
 from activemark_fast.marking.quality import Fidelity
@@ -77,7 +77,7 @@ class Step:
     Attributes:
         block: where it is.
         tap: what is written here is read after this block.
-        linear: the live layer.
+        layer: the live layer.
         gain: (D,), what one unit of its output adds to the stream.
         shares: for each band that is written here, the share of what is still missing that it closes.
         last: no layer of the block is changed after it.
@@ -85,10 +85,15 @@ class Step:
 
     block: int
     tap: int
-    linear: nn.Linear
+    layer: Layer
     gain: Tensor
     shares: dict[str, float]
     last: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """(D, H), a live view of the layer's weight."""
+        return self.layer.weight.flatten(1)
 
 
 def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
@@ -109,7 +114,7 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
         if attention is not None and bool(attention[1].all()):
             steps.append(Step(block, tap, *attention, {NATURAL.name: 1.0}, last=False))
         steps.append(
-            Step(block, tap, backbone.mlp_out(block), gain, {band.name: 1.0 for band in BANDS}, last=True)
+            Step(block, tap, backbone.carrier(block), gain, {band.name: 1.0 for band in BANDS}, last=True)
         )
     for band in BANDS:
         for tap in site.taps:
@@ -166,12 +171,12 @@ def search_edit(
         Every strength tried, and what was measured.
     """
     steps = edit_steps(backbone, site)
-    linears = [step.linear for step in steps]
-    originals = [linear.weight.clone() for linear in linears]
+    matrices = [step.matrix for step in steps]
+    originals = [matrix.clone() for matrix in matrices]
 
     def solved(batch: int) -> Changes:
-        for linear, weight in zip(linears, originals, strict=True):
-            linear.weight.copy_(weight)  # an earlier try may have run out of memory half way
+        for matrix, weight in zip(matrices, originals, strict=True):
+            matrix.copy_(weight)  # an earlier try may have run out of memory half way
         bar.stage("edit", len(steps))
         return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
 
@@ -180,9 +185,9 @@ def search_edit(
     history: list[dict[str, float | str]] = []
 
     def apply() -> None:
-        for linear, weight, change in zip(linears, originals, changes, strict=True):
+        for matrix, weight, change in zip(matrices, originals, changes, strict=True):
             edited = weight.float() + sum(factors[band] * part for band, part in change.items())
-            linear.weight.copy_(edited)
+            matrix.copy_(edited)
 
     lost = 0.0
     for band, share in ((LOUD, LOUD_SHARE), (NATURAL, 1.0)):
@@ -314,7 +319,7 @@ def edit(
             added.append((solution, read))
         del moments
         failed.append(torch.stack(infos).any())
-        weight = step.linear.weight
+        weight = step.matrix
         weight += torch.stack(list(change.values())).sum(dim=0).to(weight.dtype)
         changes.append(change)
         for index, k in enumerate(hidden):
@@ -435,8 +440,8 @@ def _moments(
     Returns:
         The moments; of the last step, its layer's inputs (3, b, N, H) for each batch.
     """
-    linear, tap = step.linear, step.tap
-    size, device = linear.in_features, backbone.device
+    layer, tap = step.layer, step.tap
+    size, device = step.matrix.shape[1], backbone.device
     clean = torch.zeros(size, size, device=device)
     changed = {band: torch.zeros(size, size, device=device) for band in step.shares}
     cross = [torch.zeros(size, book.bits, device=device) for book in books]
@@ -452,7 +457,7 @@ def _moments(
     stride = max(1, count * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in running)
     hidden: list[Tensor] = []
-    with backbone.inputs_of(linear) as seen:
+    with backbone.inputs_of(layer) as seen:
         for stream in running:
             book = books[stream.book]
             dials, share = DIALS[book.band.name], step.shares[book.band.name]
@@ -460,7 +465,7 @@ def _moments(
             seen.clear()
             with engine.autocast():
                 after = backbone.run(values.flatten(0, 1), step.block, step.block + 1).view_as(values)
-            k = backbone.batch_first(seen.pop()).reshape(*values.shape[:3], size)
+            k = backbone.hidden(layer, seen.pop(), 3 * values.shape[1]).reshape(*values.shape[:3], size)
             _add_gram(clean, k[0].flatten(0, 1)[::stride], 1 / rows)
             # Over the injected length, so that bands of other lengths weigh the same.
             length = book.scale * math.sqrt(book.bits)

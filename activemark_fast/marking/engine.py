@@ -96,7 +96,7 @@ def plan_engine(
         narrow = torch.get_autocast_dtype(device.type).itemsize if half else backbone.dtype.itemsize
     wide = backbone.dtype.itemsize
     blocks = range(site.block + 1, site.taps[-1] + 1)
-    hidden = max(backbone.mlp_out(block).in_features for block in blocks)
+    hidden = max(backbone.mlp_matrix(block).shape[1] for block in blocks)
     tokens, width, copies = site.num_tokens, site.width, 1 + messages
     free = free_bytes(device)
 

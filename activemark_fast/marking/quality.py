@@ -79,7 +79,7 @@ class FidelityCheck:
             with torch.no_grad(), self._autocast():
                 tokens = output.to(self._backbone.device)
                 tokens = self._backbone.run(tokens, self._block + 1, self._backbone.depth)
-                parts.append(self._backbone.norm(tokens).float())
+                parts.append(self._backbone.final_tokens(tokens).float())
         return parts
 
     def __call__(self) -> Fidelity:

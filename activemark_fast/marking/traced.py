@@ -113,7 +113,7 @@ def search_changes(
     for step, right in zip(steps, solutions, strict=True):
         read = torch.cat([book.read_directions[step.tap] for book in books])
         left = (read / step.gain).float().cpu()
-        changes[names[id(step.linear.weight)]] = Change(site.taps.index(step.tap) * rows, left, right.cpu())
+        changes[names[id(step.layer.weight)]] = Change(site.taps.index(step.tap) * rows, left, right.cpu())
     word = example(key, len(site.taps) * rows)
     marked = {name: backbone.model.get_parameter(name).detach().clone() for name in changes}
 

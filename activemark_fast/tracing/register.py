@@ -230,9 +230,8 @@ def changed(model: nn.Module, changes: Mapping[str, Change], word: Tensor) -> di
     for name, change in changes.items():
         weight = model.get_parameter(name).detach()
         c = signs[change.start : change.start + len(change.left), None]
-        weights[name] = (weight.float() + ((c * change.left).T @ change.right).to(weight.device)).to(
-            weight.dtype
-        )
+        added = ((c * change.left).T @ change.right).to(weight.device).view_as(weight)
+        weights[name] = (weight.float() + added).to(weight.dtype)
     return weights
 
 

@@ -128,7 +128,7 @@ class Case:
         return range(self.site.block + 1, self.site.taps[-1] + 1)
 
     def weights(self) -> list[Tensor]:
-        return [s.linear.weight.detach().clone() for s in edit_steps(self.backbone, self.site)]
+        return [s.layer.weight.detach().clone() for s in edit_steps(self.backbone, self.site)]
 
     def check(self) -> FidelityCheck:
         return FidelityCheck(self.backbone, self.unseen.output, self.site.block, nullcontext)
@@ -171,7 +171,7 @@ def test_the_mark_is_read_on_unseen_images_and_the_features_stay(name: str) -> N
         assert wrong(marked.read(book)) < 0.45
     assert feature_cosine(marked.features(), clean) > 0.75
 
-    edited = {id(step.linear.weight) for step in edit_steps(marked.backbone, marked.site)}
+    edited = {id(step.layer.weight) for step in edit_steps(marked.backbone, marked.site)}
     allowed = {key for key, parameter in model.named_parameters() if id(parameter) in edited}
     assert len(allowed) == 2 * (DEPTH - 2 - marked.site.block)  # attention and MLP of each block
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
@@ -206,9 +206,9 @@ def test_one_block_against_the_formula_in_float64(scale: float | None) -> None:
             close = {"rtol": 1e-3, "atol": 1e-4 * float(expected.abs().max())}
             torch.testing.assert_close(change[band].double(), expected, **close)
         with torch.no_grad():
-            step.linear.weight += sum(change.values())
+            step.layer.weight += sum(change.values())
     for step, ours in zip(steps, marked.weights(), strict=True):
-        torch.testing.assert_close(ours, step.linear.weight.detach(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours, step.layer.weight.detach(), rtol=1e-6, atol=1e-9)
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def by_the_formula(marked: Case, step: Step) -> dict[str, Tensor]:
     """What a step changes in each band, before LayerScale."""
     tap, backbone, clean = step.tap, marked.backbone, marked.seen.output
     hidden: list[Tensor] = []
-    hook = step.linear.register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
+    hook = step.layer.register_forward_pre_hook(lambda _module, args: hidden.append(args[0]))
     backbone.run(clean, tap, tap + 1)
     # As the edit goes through them; those that carry no band of this step are left out.
     books = [index for index, book in enumerate(marked.books) if book.band.name in step.shares]
@@ -251,7 +251,7 @@ def by_the_formula(marked: Case, step: Step) -> dict[str, Tensor]:
         dk[book.band.name].append(flat)
         cross[book.band.name].append(flat.T @ delta.flatten(0, 1) / len(flat) / book.band.books)
     hook.remove()
-    every = max(1, len(k_clean) * clean.shape[1] // (CLEAN_ROWS * step.linear.in_features))
+    every = max(1, len(k_clean) * clean.shape[1] // (CLEAN_ROWS * step.layer.in_features))
     k0 = torch.cat([part.flatten(0, 1)[::every] for part in k_clean.split(16)])
     matrix0 = k0.T @ k0 / len(k0)
     expected = {}

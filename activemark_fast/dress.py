@@ -1,0 +1,65 @@
+"""Modules in special dress: wrappers to look through, and weights that cannot be marked as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` was given."""
+    while True:
+        compiled = model._modules.get("_orig_mod")
+        if compiled is not None:
+            model = compiled
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def hindrance(model: nn.Module) -> str | None:
+    """What keeps a model that `unwrapped` returned from being run block by block, or None."""
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            return f"{_called(name)} is compiled: mark the model first, then compile it"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            return f"{name} holds no values (it is on the meta device): load the weights first"
+        if hasattr(tensor, "full_tensor") or getattr(tensor, "_is_flat_param", False):
+            return f"{name} is spread over processes: gather the whole model first"
+    return None
+
+
+def fixed_weight(linear: nn.Module) -> str | None:
+    """Why the weight of a linear layer or convolution cannot be written to, or None where it can."""
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return (
+            "is computed from other tensors (it is pruned, normalised or otherwise parametrised): make that "
+            "permanent first"
+        )
+    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+        kind = str(weight.dtype).removeprefix("torch.")
+        kind = kind if type(weight.data) is Tensor else type(weight.data).__name__
+        return f"is quantised or sharded ({kind}): mark the model first"
+    return None
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """float32 is the default dtype for a while, and inference mode is off; both are put back."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _called(name: str) -> str:
+    return repr(name) if name else "it"
