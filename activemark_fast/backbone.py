@@ -107,7 +107,8 @@ class Backbone:
         self.mean, self.std = _normalisation(owners, self.family)
         self._sequence_first = False
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._linears: dict[int, nn.Linear] = {}
+        self._linears: dict[int, list[nn.Linear]] = {}  # of each block, in the order they are called
+        self._within: dict[nn.Linear, nn.MultiheadAttention] = {}  # what applies a layer without calling it
         self.norm: nn.Module = nn.Identity()
         with evaluating(self.encoder), torch.no_grad():
             tokens = self._probe_stem()
@@ -232,9 +233,63 @@ class Backbone:
         """
         if not 0 <= index < self.depth:
             raise ValueError(f"index: wanted 0 <= index < {self.depth}, got {index}")
-        if index not in self._linears:
+        called = self._linears.get(index, [])
+        if not called or called[-1] in self._within:
             raise ValueError(f"block {index} called no torch.nn.Linear that maps to its width, {self.width}")
-        return self._linears[index]
+        return called[-1]
+
+    def attention_out(self, index: int) -> tuple[nn.Linear, Tensor] | None:
+        """The live linear layer by which block `index` writes to the residual stream before `mlp_out` does.
+
+        Found by structure: the last linear layer of the block to `width` whose output, while `mlp_out` is
+        silenced, adds to the block's output channel by channel.
+
+        Returns:
+            The layer, and what one unit of its output adds, (width,) as of `mlp_gain`; None where there is
+            none.
+
+        Raises:
+            ValueError: there is no such block, or it has no `mlp_out`.
+        """
+        last = self.mlp_out(index)
+        for linear in reversed(self._linears[index][:-1]):
+            gain = self._gain(index, linear, silent=last)
+            if gain is not None and bool(gain.any()):
+                return linear, gain
+        return None
+
+    @contextmanager
+    def inputs_of(self, linear: nn.Linear) -> Iterator[list[Tensor]]:
+        """A list to which each run of the block adds what `linear` takes, (..., in_features).
+
+        linear: as `mlp_out` or `attention_out` gives it. That of a torch.nn.MultiheadAttention is applied
+        without a call; while the list is there it is the identity inside, and is applied to what comes out.
+        """
+        seen: list[Tensor] = []
+        attention = self._within.get(linear)
+        if attention is None:
+            hooks = [linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))]
+        else:
+            weight, bias = linear.weight, linear.bias
+            same = nn.Parameter(torch.eye(*weight.shape, out=torch.empty_like(weight)), requires_grad=False)
+            zero = None if bias is None else nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+
+            def before(_module: nn.Module, _args: Any) -> None:
+                linear.weight, linear.bias = same, zero
+
+            def after(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+                linear.weight, linear.bias = weight, bias
+                seen.append(output[0])
+                return linear(output[0]), output[1]
+
+            hooks = [attention.register_forward_pre_hook(before)]
+            hooks.append(attention.register_forward_hook(after))
+        try:
+            with _removing(hooks):
+                yield seen
+        finally:
+            if attention is not None:  # a run may have failed half way
+                linear.weight, linear.bias = weight, bias
 
     def mlp_gain(self, index: int) -> Tensor:
         """What one unit of `mlp_out(index)`'s output adds to the block's output, for each channel.
@@ -248,32 +303,46 @@ class Backbone:
         Raises:
             ValueError: there is no such block, or it is not pre-norm residual.
         """
-        linear = self.mlp_out(index)
+        gain = self._gain(index, self.mlp_out(index))
+        if gain is None:
+            raise ValueError(
+                f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
+                f"per-channel multiple of its last linear layer"
+            )
+        return gain
+
+    def _gain(self, index: int, linear: nn.Linear, silent: nn.Linear | None = None) -> Tensor | None:
+        """As `mlp_gain`, of any linear layer of a block; None where it does not add channel by channel.
+
+        silent: a layer whose output is taken for 0.
+        """
         generator = torch.Generator().manual_seed(index)
         shape = (1, self.num_tokens, self.width)
         tokens = torch.randn(shape, generator=generator).to(self.device, self.dtype)
         signs = (torch.randint(0, 2, shape, generator=generator) * 2 - 1).to(self.device)
         written: list[Tensor] = []
 
-        def cut(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            written.append(output.detach().requires_grad_())
-            return written[-1].clone()  # a LayerScale may work in place, which a leaf forbids
+        def cut(_module: nn.Module, _args: Any, output: Any) -> Any:
+            written.append(_hidden(output).detach().requires_grad_())
+            made = written[-1].clone()  # a LayerScale may work in place, which a leaf forbids
+            return (made, *output[1:]) if isinstance(output, tuple) else made
 
         block = self.blocks[index]
-        with evaluating(block), _removing([linear.register_forward_hook(cut)]), torch.enable_grad():
+        hooks = [self._within.get(linear, linear).register_forward_hook(cut)]
+        if silent is not None:
+            hooks.append(
+                silent.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
+            )
+        with evaluating(block), _removing(hooks), torch.enable_grad():
             output = self.run(tokens, index, index + 1)
-        not_residual = ValueError(
-            f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
-            f"per-channel multiple of its last linear layer"
-        )
         if len(written) != 1 or not output.requires_grad:
-            raise not_residual
+            return None
         (plain,) = torch.autograd.grad(
             output, written, torch.ones_like(output), retain_graph=True, allow_unused=True
         )
         (signed,) = torch.autograd.grad(output, written, signs.to(output.dtype), allow_unused=True)
         if plain is None or signed is None:
-            raise not_residual
+            return None
         wide = torch.promote_types(plain.dtype, torch.float32)
         plain, signed = plain.reshape(-1, self.width).to(wide), signed.reshape(-1, self.width).to(wide)
         gain = plain[0]
@@ -283,7 +352,7 @@ class Backbone:
             torch.allclose(plain, gain.expand_as(plain), rtol=tolerance, atol=0)
             and torch.allclose(signed, expected, rtol=tolerance, atol=0)
         ):
-            raise not_residual
+            return None
         return gain.clone()
 
     def _first_matrix(self) -> Tensor:
@@ -403,8 +472,16 @@ class Backbone:
             return hook
 
         def note_linear(index: int) -> Callable[..., None]:
-            def hook(module: nn.Linear, _args: Any) -> None:
-                self._linears[index] = module
+            def hook(module: nn.Linear | nn.MultiheadAttention, _args: Any) -> None:
+                called = self._linears.setdefault(index, [])
+                if isinstance(module, nn.MultiheadAttention):
+                    linear: nn.Linear = module.out_proj
+                    self._within[linear] = module
+                else:
+                    linear = module
+                if linear in called:
+                    called.remove(linear)
+                called.append(linear)
 
             return hook
 
@@ -420,7 +497,8 @@ class Backbone:
             handles.append(block.register_forward_hook(leave(index)))
             for module in block.modules():
                 inside.add(module)
-                if isinstance(module, nn.Linear) and module.out_features == self.width:
+                last = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
+                if isinstance(last, nn.Linear) and last.out_features == self.width:
                     handles.append(module.register_forward_pre_hook(note_linear(index)))
         for module in self.encoder.modules():
             if module not in inside and "norm" in type(module).__name__.lower():

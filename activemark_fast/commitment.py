@@ -20,11 +20,11 @@ import hmac
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from activemark_fast.files import write_whole
 from activemark_fast.key import Key
@@ -287,6 +287,13 @@ class Opening:
             "timestamp_trusted": None if self.timestamp is None else self.timestamp.trusted,
             "public_key": self.public_key,
         }
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Opening:
+        """What `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        time = written["timestamp"]
+        seen = None if time is None else Timestamp(datetime.fromisoformat(time), written["timestamp_trusted"])
+        return cls(written["committed"], written["created"], seen, written["public_key"])
 
 
 def timestamp_request(commitment: bytes) -> bytes:

@@ -421,7 +421,9 @@ def _edit(
     checked = draw_sent(stretched, "check", len(subject.carriers), bits)
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
     check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
-    history = search_edit(backbone, books, site, output, sent, subject.fidelity, wanted, engine, bar)
+    history = search_edit(
+        backbone, books, site, output, sent, subject.fidelity, check.margin, wanted, engine, bar
+    )
     return check, history
 
 

@@ -31,6 +31,7 @@ from activemark_fast.attacks.resize import resize
 from activemark_fast.attacks.suite import Attack, suite
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Task
+from activemark_fast.descent import compare
 from activemark_fast.embed import embed
 from activemark_fast.files import write_whole
 from activemark_fast.key import Key
@@ -148,14 +149,16 @@ class Evaluation:
         """What each attack removes and what it costs: one dict an attack, from the owner's reading.
 
         Returns:
-            attack, family, strength, p_value, detection_rate, lost (points of the linear probe's accuracy,
-            from the marked model as released), images, steps and seconds (of the attack). Attacks whose
-            accuracy could not be measured are left out.
+            attack, family, strength, p_value, detection_rate, descent and descent_score (what `compare` still
+            shows; None where that was not measured), lost (points of the linear probe's accuracy, from the
+            marked model as released), images, steps and seconds (of the attack). Attacks whose accuracy could
+            not be measured are left out.
         """
         released = self.row("as released")
         before = None if released is None else released["probe_accuracy"]
         return [
             {name: row[name] for name in ("attack", "family", "strength", "p_value", "detection_rate")}
+            | {name: row.get(name) for name in ("descent", "descent_score")}
             | {"lost": 100 * (before - row["probe_accuracy"])}
             | {"images": row["images"], "steps": row["steps"], "seconds": row["attack_seconds"]}
             for row in self.rows
@@ -215,8 +218,10 @@ def evaluate(
         as_expected (a match where one is expected, none where none is), reason, detection_rate, p_value,
         mean_bit_errors, histogram (images with 0, 1, … wrong bits), cosine (to the original's features),
         knn_accuracy and probe_accuracy (similar task), task_score (probe accuracy or mean IoU on the attack's
-        own task), images and steps (clean images and gradient steps the attack took, where it tells),
-        attack_seconds, seed, seconds (attack, utility and reading). What could not be measured is None.
+        own task), descent, descent_score and descent_p_value (what `compare` still shows of the original in
+        the attacked marked model's weights; an attack by hooks, as slicing is, leaves these as they were),
+        images and steps (clean images and gradient steps the attack took, where it tells), attack_seconds,
+        seed, seconds (attack, utility and reading). What could not be measured is None.
 
     Raises:
         ValueError: an argument is not as described, or `out` holds another evaluation.
@@ -334,6 +339,7 @@ class _Bench:
             model = attack.run(model, self._tasks[attack.task].train, self._seed, attack.strength, **settings)
         attacked = time.perf_counter()
         useful = self._utility(model, attack)
+        descent = self._descent(model if subject == "marked" else None)
         readings = [("owner", self._owner)]
         if subject == "marked":
             readings.append(("another", self._other))
@@ -357,6 +363,7 @@ class _Bench:
                 "expected": expected,
                 **_told(verdict, expected, note),
                 **useful,
+                **(descent if key == "owner" else self._descent(None)),
                 **cost(attack, len(self._tasks[attack.task].train)),
                 "attack_seconds": round(attacked - started, 3),
                 "seed": self._seed,
@@ -364,6 +371,18 @@ class _Bench:
             }
             for key, expected, verdict, note in found
         ]
+
+    def _descent(self, model: nn.Module | None) -> Row:
+        """What the weights alone say of a descent from the original; None of weights that are not read."""
+        try:
+            found = None if model is None else compare(self._original, model)
+        except ValueError:
+            found = None
+        return {
+            "descent": None if found is None else found.decision,
+            "descent_score": None if found is None else found.score,
+            "descent_p_value": None if found is None else found.p_value,
+        }
 
     def _utility(self, model: nn.Module, attack: Attack) -> dict[str, float | None]:
         similar = self._tasks["similar"]

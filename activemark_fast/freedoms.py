@@ -2,14 +2,16 @@
 
 Whoever makes a watermark file may have had the suspect first. Everything a verification uses is therefore
 of one of five kinds (`Kind`), and `FIELDS` says of which kind each field of the file is. What an owner may
-choose among few values is *paid* for: by a union bound, the best of C choices reaches a p-value of p with a
-probability of at most C p, so p is multiplied by C. What they may choose among endlessly many is *chosen*:
-it is evidence only if it was committed to before the suspect appeared.
+choose among few values is *paid* for, by a weighted union bound: every value has a weight that the key has
+nothing to do with, the weights of all values sum to at most 1, and p is divided by the weight of the one that
+was chosen. What they may choose among endlessly many is *chosen*: it is evidence only if it was committed to
+before the suspect appeared.
 
 The theorem, with its conditions: take a suspect that was made without the key, and any rule by which an owner
 picks the paid settings after having seen it. Then P(paid p-value <= alpha) <= alpha over the random key. For
 each setting the p-value is exact (`verdict.sign_flip_p_value`); that settings share the key and the suspect
-does not matter to a union bound. Looks, bands and alignment are paid for in the same way, inside the p-value.
+does not matter to a union bound: P(some p_c <= w_c alpha) <= sum_c w_c alpha <= alpha. Looks, bands,
+alignment and the places of a mark in a suspect of other depth are paid for in the same way, in the p-value.
 It says nothing of an owner who picks the *key* after having seen the suspect: of N keys the best reaches
 1 / N by luck, at the price of stretching N keys (`Key.stretched`). That is what `EVIDENCE_AT` is for. Nor is
 the suspect the owner's to choose: of n innocent models the likeliest reaches p with a probability of n p, as
@@ -64,8 +66,11 @@ FIELDS: dict[str, Kind] = {
 
 BITS = range(8, 257, 8)
 """Message lengths of a mark."""
+USUAL_BITS = 32
+"""The message length of the paper, and the default: half of the weight of all."""
 DEPTHS = 64
-"""Depths of the marked model that are paid for: a suspect may have fewer blocks than it."""
+"""Depths of the marked model that are paid for: a suspect may have fewer blocks than it. The suspect's own
+has half of the weight of all."""
 ARCHITECTURES = 1 << 16
 """Ways to run given weights that are paid for: names in the libraries' registries under which their shapes
 fit, or numbers of heads and the few other settings that shapes leave open: some 26,000 of timm's for a
@@ -99,16 +104,21 @@ def known_normalisation(preprocess: Preprocess) -> Preprocess | None:
 
 
 def paid(p_value: float, choices: Mapping[str, int]) -> float:
-    """The p-value times the number of settings that an owner could choose from (a union bound), at most 1."""
+    """The p-value times what is paid for all that an owner could choose (`alternatives`), at most 1."""
     return min(1.0, p_value * math.prod(choices.values()))
 
 
-def alternatives(site: Site) -> dict[str, int]:
-    """How many values an owner could choose each paid field from; their product multiplies the p-value."""
-    return {
-        "block": max(1, site.depth - 2),
-        "depth": DEPTHS,
-        "bits": len(BITS),
-        "normalisation": len(NORMALISATIONS),
-        "architecture": ARCHITECTURES,
-    }
+def alternatives(site: Site, bits: int, depth: int, architecture: bool) -> dict[str, int]:
+    """One over the weight of what an owner chose for each paid field; their product multiplies the p-value.
+
+    Args:
+        site: of the watermark.
+        bits: message length of the watermark.
+        depth: number of the suspect's blocks.
+        architecture: the suspect is run as the watermark says; else somebody else said how.
+    """
+    usual = {"depth": (site.depth == depth, DEPTHS), "bits": (bits == USUAL_BITS, len(BITS))}
+    choices = {"block": max(1, site.depth - 2)}
+    choices |= {name: 2 if is_it else 2 * (count - 1) for name, (is_it, count) in usual.items()}
+    choices["normalisation"] = len(NORMALISATIONS)
+    return choices | ({"architecture": ARCHITECTURES} if architecture else {})

@@ -9,6 +9,8 @@ FIRST_LOOK = 8
 """Images read before the first look; each further look doubles their number."""
 WEAKEST_MARK = 0.25
 """The least mean agreement of a mark that is not given up early: at most 12 of 32 bits wrong (chance: 16)."""
+WEAKEST_NATURAL = 0.1
+"""The same for single readings in the natural band: 45 of 100 wrong."""
 
 
 def look_ends(images: int) -> list[int]:
@@ -34,23 +36,24 @@ def look_penalties(looks: int) -> list[int]:
     return [1] if looks == 1 else [2 * (looks - 1)] * (looks - 1) + [2]
 
 
-def mark_excluded(agreement: npt.NDArray[np.float64], miss: float) -> bool:
-    """Whether the images read so far exclude a mark of `WEAKEST_MARK` or more at every tap.
+def mark_excluded(agreement: npt.NDArray[np.float64], miss: float, weakest: float = WEAKEST_MARK) -> bool:
+    """Whether the images read so far exclude a mark of `weakest` or more at every tap.
 
     Given the suspect, its images and messages are independent draws, and so are the rows of `agreement`. The
-    upper confidence limit (Student's t, level 1 - `miss`) of their mean is compared with `WEAKEST_MARK`: a
+    upper confidence limit (Student's t, level 1 - `miss`) of their mean is compared with `weakest`: a
     suspect whose true mean agreement at some tap is that or higher is excluded with a probability of `miss`.
 
     Args:
         agreement: (n, taps), mean over the bits of +1 for a right bit and -1 for a wrong one; n >= 2.
         miss: between 0 and 1.
+        weakest: mean agreement of the mark that is to be excluded.
     """
     from scipy.special import stdtrit  # scipy takes longer to import than all the rest
 
     n = len(agreement)
     error = agreement.std(axis=0, ddof=1) / np.sqrt(n)
     limit = agreement.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error
-    return bool((limit < WEAKEST_MARK).all())
+    return bool((limit < weakest).all())
 
 
 def images_to_exclude(agreement: npt.NDArray[np.float64], miss: float) -> int | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -143,7 +144,8 @@ class Verdict:
         aligned: "permutation", "rotation" or "scaling" of the residual stream that was undone before reading.
         chosen: what the owner chose and could have fitted to a suspect that was already at hand.
         opening: whether the key and the watermark were committed to; None if no commitment was given.
-        alternatives: how many values the owner could choose from, for each thing that is paid for.
+        alternatives: what the p-value is multiplied with for each thing that the owner could choose
+            (`freedoms.alternatives`).
         bands: p-value of each band of the mark alone, on all images read, with nothing paid.
         trace: whose copy the suspect was made from; None without a register, or where it could not be read.
             Its p-values hold whatever the decision is.
@@ -168,7 +170,7 @@ class Verdict:
 
     @property
     def paid_p_value(self) -> float | None:
-        """The p-value times the number of settings that an owner could choose from (a union bound)."""
+        """The p-value times what is paid for everything that an owner could choose (a union bound)."""
         return None if self.p_value is None else paid(self.p_value, self.alternatives)
 
     @property
@@ -258,7 +260,7 @@ class Verdict:
         if self.alternatives:
             factors = ", ".join(f"{name} {count}" for name, count in self.alternatives.items())
             lines.append(
-                f"  paid p-value = {self.paid_p_value:.3g}, times what an owner could choose ({factors}); "
+                f"  paid p-value = {self.paid_p_value:.3g}, with what an owner could choose ({factors}); "
                 f"match at or below {self.alpha:.3g}, evidence at or below {EVIDENCE_AT:.0e}"
             )
         else:
@@ -289,3 +291,36 @@ class Verdict:
             "trace": None if self.trace is None else self.trace.to_dict(),
             "bit_errors": self.bit_errors.tolist(),
         }
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Verdict:
+        """The verdict that `to_dict` wrote.
+
+        Raises:
+            ValueError: it is something else, or does not agree with itself.
+        """
+        same = (
+            *("decision", "reason", "bits", "tau", "p_value", "alpha", "codec", "identical", "aligned"),
+            *("alternatives", "bands"),
+        )
+        try:
+            rate, opening = written["detection_rate"], written["commitment"]
+            verdict = cls(
+                **{name: written[name] for name in same},
+                bit_errors=np.array(written["bit_errors"], dtype=np.int64),
+                detection_rate=math.nan if rate is None else rate,
+                chosen=tuple(written["chosen"]),
+                opening=None if opening is None else Opening.from_dict(opening),
+            )
+            agrees = json.loads(json.dumps(verdict.to_dict())) == dict(written)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"no verdict: {type(error).__name__}: {error}") from error
+        if not agrees or verdict.decision not in get_args(Decision):
+            raise ValueError("no verdict: its parts do not agree")
+        return verdict
+
+
+def rank(verdict: Verdict) -> tuple[int, float]:
+    """Smaller for verdicts that say more of a mark."""
+    weight = ("match", "inconclusive", "no match").index(verdict.decision)
+    return weight, 1.0 if verdict.p_value is None else verdict.p_value

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations_with_replacement
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,14 +26,21 @@ from activemark_fast.backbone import Backbone, NotAViTError, evaluating, non_fin
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.commitment import Commitment, Opening
-from activemark_fast.freedoms import alternatives, known_normalisation, paid
+from activemark_fast.freedoms import EVIDENCE_AT, alternatives, known_normalisation, paid
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.runtime import resolve_autocast, resolve_device
-from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties, mark_excluded
+from activemark_fast.sequential import (
+    WEAKEST_NATURAL,
+    images_to_exclude,
+    look_ends,
+    look_penalties,
+    mark_excluded,
+)
+from activemark_fast.site import Site
 from activemark_fast.tracing import Register, RegisterError, Trace, trace_answers
 from activemark_fast.triggers import ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import (
@@ -38,6 +48,7 @@ from activemark_fast.verdict import (
     Decision,
     Verdict,
     default_tau,
+    rank,
     sign_flip_p_value,
 )
 from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
@@ -47,13 +58,15 @@ LEARNED_MATCH_RATE = 0.5
 LEARNED_ORIGINAL_RATE = 0.01
 """Detection rate on the unmarked original above which a learned codec can make no match."""
 MISS = 1e-3
-"""How often "no match" may be said of a mark of `sequential.WEAKEST_MARK` where all images are read."""
+"""How often "no match" may be said of a mark as faint as `sequential` has it where all images are read."""
 PLAIN_PRICE, ALIGNED_PRICE = 101 / 100, 101.0
 """What the p-values of the plain and of the aligned reading are multiplied with where both may be made.
 
 Weighted Bonferroni: the inverses sum to 1, so the smaller product is a p-value whenever the second reading is
 made, for whatever reason, and however the two depend on one another.
 """
+MOST_MOVED = 4
+"""Blocks more or fewer than the marked model's for which every place is tried that the mark may have."""
 FIRST_SAMPLED = 4
 """Images on which no map must explain the suspect for it to be let go without a look at the others."""
 
@@ -68,11 +81,17 @@ def verify(
     tau: int | None = None,
     align: bool | None = None,
     commitment: Commitment | None = None,
+    exhaustive: bool = False,
+    architecture: str | None = None,
     register: Register | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
 ) -> Verdict:
     """Reads the mark from `suspect` and says whether it is there.
+
+    Images are read in growing steps, in a secret random order, until a match is evidence even against a lying
+    owner (`freedoms.EVIDENCE_AT`); what is not is read to the end. The p-value stays exact
+    (`sequential.look_penalties`).
 
     The suspect runs no further than the last tap, in eval mode, and is left as it was. What is wrong with a
     suspect (another architecture, too few blocks, non-finite weights or outputs) makes the verdict
@@ -91,6 +110,9 @@ def verify(
             well; the p-value pays for the second try.
         commitment: what the owner published; the verdict then tells whether this key and watermark are the
             committed ones, and since when.
+        exhaustive: read all images of every suspect, so that detection rates can be compared.
+        architecture: the model string by which the suspect was built, where that is the owner's word, such as
+            the watermark's: heads, norms and the like, which weights leave open. The p-value pays for it.
         register: of the recipients of copies (`Embedding.register`, `Register.load`); `Verdict.trace` then
             tells whose copy the suspect was made from. A recipient is accused at `alpha`, all of them paid.
         device: where to compute; by default where the suspect is.
@@ -98,10 +120,10 @@ def verify(
 
     Returns:
         The verdict. Keyed codec: "match" if the exact p-value is at most `alpha` after all that an owner
-        could choose is paid for (`freedoms`); "no match" if it is above
-        0.001 and the images exclude a mark of `sequential.WEAKEST_MARK`; else, and where the mark has too few
-        bits for `alpha`, "inconclusive". Learned codec: "match" if at least half of the images are detected,
-        "inconclusive" if the codec also reads the unmarked original; there is no p-value.
+        could choose is paid for (`freedoms`); "no match" if it is above 0.001 and the images exclude a mark
+        as faint as `sequential` has it; else, and where the mark has too few bits for `alpha`,
+        "inconclusive". Learned codec: "match" if at least half of the images are detected, "inconclusive" if
+        the codec also reads the unmarked original; there is no p-value.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -121,6 +143,8 @@ def verify(
         tau=tau,
         align=align,
         commitment=commitment,
+        architecture=architecture,
+        power=None if exhaustive else 1.0,
         register=register,
         device=place,
         precision=precision,
@@ -136,7 +160,7 @@ class _Reading:
         p_value: of all bands together, the reading's price paid; 1 for a codec without.
         bands: of each band alone, nothing paid.
         errors: (taps, n), wrong bits of each image's message, of the first band.
-        excluded: whether the images exclude a mark of `sequential.WEAKEST_MARK`.
+        excluded: whether the images exclude a mark that is as strong as `sequential` has it in either band.
         alignment: what was undone before.
     """
 
@@ -153,10 +177,6 @@ class _Means:
 
     bands: list[list[Channel]]
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.bands[0][0].codec.taps
-
 
 class Verifier:
     """Judges suspects under one watermark and key.
@@ -167,11 +187,14 @@ class Verifier:
 
     Args:
         watermark, key, images, alpha, tau, align, commitment, register, precision: as `verify` takes them.
-        chosen: what else of this verification the owner chose, in words; `Verdict.chosen` will have it.
+        architecture: the model string by which suspects are built, where it is the watermark's own word; None
+            where somebody else says how suspects are run. The p-value pays for it, and a configuration that
+            the owner may have written (`hf:`) counts as chosen.
         power: None to read every image. Otherwise the images are read in a secret random order and in growing
-            steps, until the verdict is settled: a match, or no sign of a mark where a suspect with a mark of
-            `sequential.WEAKEST_MARK` would be given up with a probability of at most 1 - `power`. The p-value
-            stays exact (`sequential.look_penalties`). Above 0 and below 1. A codec without p-value reads all.
+            steps, until the verdict is settled: 1, as `verify` does; below 1, a match at `alpha`, or no sign
+            of a mark where a suspect with the faintest mark that `sequential` has would be given up with a
+            probability of at most 1 - `power`. Above 0. The p-value stays exact
+            (`sequential.look_penalties`). A codec without p-value reads all.
         device: where to compute; by default the CPU.
 
     Raises:
@@ -189,8 +212,8 @@ class Verifier:
         power: float | None = None,
         align: bool | None = None,
         commitment: Commitment | None = None,
+        architecture: str | None = None,
         register: Register | None = None,
-        chosen: tuple[str, ...] = (),
         device: str | torch.device | None = None,
         precision: str = "auto",
     ) -> None:
@@ -204,8 +227,8 @@ class Verifier:
             raise TypeError(f"tau: wanted int, got {type(tau).__name__}")
         if power is not None and not isinstance(power, (int, float)):
             raise TypeError(f"power: wanted a number, got {type(power).__name__}")
-        if power is not None and not 0 < power < 1:
-            raise ValueError(f"power: wanted above 0 and below 1, got {power}")
+        if power is not None and not 0 < power <= 1:
+            raise ValueError(f"power: wanted above 0 and at most 1, got {power}")
         if align is not None and not isinstance(align, bool):
             raise TypeError(f"align: wanted True, False or None, got {type(align).__name__}")
         if commitment is not None and not isinstance(commitment, Commitment):
@@ -240,7 +263,8 @@ class Verifier:
             raise ImageMismatchError("images: wanted none, for this mark's are made from the key, got some")
         known = known_normalisation(watermark.preprocess)
         self._normalisation_chosen = known is None and watermark.two_bands
-        self._chosen = chosen
+        self._architecture = architecture
+        self._claims = 1 if commitment is None else len(commitment.claims)
         self._preprocess = known if known is not None and watermark.two_bands else watermark.preprocess
         old = watermark.version < TWO_BANDS
         holdout = holdout_images(images, secret, self._preprocess, watermark.images, synthetic=old)
@@ -251,13 +275,10 @@ class Verifier:
         if watermark.two_bands:
             self._stretched = secret.stretched()
             sent = draw_sent(self._stretched, "verify", count, bits)
-            self._alternatives = alternatives(watermark.site)
-            if commitment is not None and len(commitment.claims) > 1:
-                self._alternatives["committed claim"] = len(commitment.claims)
         else:
             self._codec = watermark.restore_codec(secret).to(self.device)
             sent = [torch.from_numpy(secret.stream("messages/verify").bits((count, 1, bits)))]
-            self._alternatives = {}
+        self._own = watermark.site if self._codec is None else replace(watermark.site, taps=self._codec.taps)
         self._exact = self._codec is None or self._codec.exact
         self._power = power if self._exact else None
         if self._power is None:
@@ -271,9 +292,6 @@ class Verifier:
         if register is not None:
             pixels = holdout_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
             self._traced_pixels = pixels.to(self.device)
-            self._traced = traced_channels(
-                self._stretched, watermark.site, bits, register.measured, self.device
-            )
 
     @torch.no_grad()
     def judge(self, suspect: nn.Module) -> Verdict:
@@ -293,7 +311,7 @@ class Verifier:
         misfit = self.misfit(backbone)
         if misfit is not None:
             return self.inconclusive(misfit)
-        verdict = self.read(backbone, backbone.depth)
+        verdict = self.read(backbone, backbone.depth, blocks=backbone.depth)
         return replace(
             verdict,
             identical=verdict.images > 0 and fingerprint(suspect) == self.watermark.fingerprint,
@@ -301,7 +319,13 @@ class Verifier:
 
     @torch.no_grad()
     def read(
-        self, backbone: Backbone, depth: int, prefix: list[SiteActivations] | None = None, tries: int = 1
+        self,
+        backbone: Backbone,
+        depth: int,
+        prefix: list[SiteActivations] | None = None,
+        tries: int = 1,
+        blocks: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Verdict:
         """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
 
@@ -311,76 +335,142 @@ class Verifier:
             prefix: the activations of each look's images at the site, in order, as far as an earlier call got
                 them from weights that were equal up to the site's block; those that are needed are added.
             tries: of how many readings of one suspect the best is reported; the p-value pays for them.
+            blocks: how many blocks the suspect has in all; by default as many as the marked model. Where it
+                has others, the mark is looked for at all of `sites`, which the p-value pays for, too.
+            check: called now and then; what it raises ends the reading.
         """
-        prefix = [] if prefix is None else prefix
-        read_at = self.watermark.site.taps if self._codec is None else self._codec.taps
-        taps = tuple(tap for tap in read_at if tap < depth)
-        if not taps:
+        own = self._own
+        blocks = own.depth if blocks is None else blocks
+        sites = self.sites(blocks, depth)
+        if not sites:
             return self.inconclusive(
-                f"the suspect has {depth} blocks, the mark is first read after {read_at[0] + 1}"
+                f"the suspect has {depth} blocks, the mark is first read after {own.taps[0] + 1}"
             )
+        choices = self._choices(blocks)
+        verdicts = []
+        known = {own.block: [] if prefix is None else prefix}
+        for site in sites:
+            before = known.setdefault(site.block, [])
+            verdict = self._read_at(site, backbone, before, tries * len(sites), choices, check)
+            if site.block != own.block or site.taps != own.taps[: len(site.taps)]:
+                at = ", ".join(str(tap + 1) for tap in site.taps)
+                verdict = replace(
+                    verdict,
+                    reason=f"{verdict.reason} (written after block {site.block + 1} and read after {at}: it "
+                    f"has {blocks} blocks, the marked model {own.depth})",
+                )
+            verdicts.append(verdict)
+            if verdict.decision == "match":
+                break
+        best = min(verdicts, key=rank)
+        if best.decision == "no match" and own.depth not in (0, blocks):
+            reason = f"no sign of the mark, but the suspect has {blocks} blocks, the marked model {own.depth}"
+            return replace(best, decision="inconclusive", reason=reason)
+        return best
+
+    def sites(self, blocks: int, depth: int) -> list[Site]:
+        """Where the mark may lie in a suspect of `blocks` blocks of which the first `depth` can be run.
+
+        Blocks that were dropped, doubled or put in before the site move it and its taps by as many; those
+        between the site and a tap, that tap. Up to `MOST_MOVED` blocks, every way there is; of more, all in
+        one place or spread evenly. The first is the place that the mark was given; there is none where the
+        suspect is too short.
+        """
+        own = self._own
+        more = blocks - own.depth
+        moves = [(0,) * (1 + len(own.taps))]
+        if self._codec is None and more:
+            steps = range(abs(more) + 1) if abs(more) <= MOST_MOVED else (0, abs(more))
+            sign = 1 if more > 0 else -1
+            moves = [
+                tuple(sign * move for move in ways)
+                for ways in combinations_with_replacement(steps, 1 + len(own.taps))
+            ]
+            moves.append(
+                tuple(round((place + 1) * blocks / own.depth) - 1 - place for place in (own.block, *own.taps))
+            )
+        found = {}
+        for move, *tap_moves in moves:
+            taps = (tap + moved for tap, moved in zip(own.taps, tap_moves, strict=True))
+            places = (own.block + move, *(tap for tap in taps if tap < depth))
+            rises = all(before < after for before, after in zip((-1, *places), places, strict=False))
+            if rises and len(places) > 1:
+                found[places] = replace(own, block=places[0], taps=places[1:])
+        return list(found.values())
+
+    def _read_at(
+        self,
+        site: Site,
+        backbone: Backbone,
+        prefix: list[SiteActivations],
+        tries: int,
+        choices: Mapping[str, int],
+        check: Callable[[], None],
+    ) -> Verdict:
+        """See `read`; the taps of `site` can all be run."""
         measured = None
         if self._codec is None:
             if not prefix:
-                prefix.append(self._at_site(backbone, self._measured_pixels))
-            measured = SiteMeasure.of(prefix[0].output, self.watermark.site.prefix_tokens)
+                prefix.append(self._at_site(site, backbone, self._measured_pixels))
+            measured = SiteMeasure.of(prefix[0].output, site.prefix_tokens)
             if not measured.usable:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
         readings = []
         if self._align is not True:
-            price = 1.0 if self._align is False else PLAIN_PRICE
-            plain = self._reading(backbone, self._means(taps, measured, None), prefix, price * tries, None)
+            price = tries * (1.0 if self._align is False else PLAIN_PRICE)
+            means = self._means(site, measured, None)
+            plain = self._reading(site, backbone, means, prefix, price, choices, None, check)
             if plain is None:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
             readings.append(plain)
-        if self._align is True or (self._align is None and not self._matches(readings[0].p_value)):
-            alignment = self._alignment(backbone)
+        if self._align is True or (self._align is None and not self._matches(readings[0].p_value, choices)):
+            alignment = self._alignment(site, backbone)
             if alignment is not None and self._exact:
-                price = 1.0 if self._align else ALIGNED_PRICE
-                means = self._means(taps, measured, alignment)
-                aligned = self._reading(backbone, means, prefix, price * tries, alignment)
+                price = tries * (1.0 if self._align else ALIGNED_PRICE)
+                means = self._means(site, measured, alignment)
+                aligned = self._reading(site, backbone, means, prefix, price, choices, alignment, check)
                 readings += [] if aligned is None else [aligned]
         if not readings:
             return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
         reading = min(readings, key=lambda reading: reading.p_value)
-        verdict = self._decide(reading)
+        verdict = self._decide(reading, choices)
         if self._register is None:
             return verdict
-        return replace(verdict, trace=self._trace(self._register, backbone, taps, reading.alignment))
+        return replace(verdict, trace=self._trace(self._register, site, backbone, reading.alignment))
 
     def _trace(
-        self, register: Register, backbone: Backbone, taps: tuple[int, ...], alignment: Alignment | None
+        self, register: Register, site: Site, backbone: Backbone, alignment: Alignment | None
     ) -> Trace:
-        """What the suspect tells of the recipients, read at `taps` after undoing `alignment`."""
-        block = self.watermark.site.block
-        channels = []
-        for channel in self._traced:
-            codec = copy.copy(channel.codec)
-            if alignment is not None and isinstance(codec, KeyedCodec):
-                codec = codec.aligned(alignment.matrix.to(self.device), alignment.scale)
-            codec.taps = taps
-            channels.append(Channel(codec, channel.sent))
-        read = self._at_site(backbone, self._traced_pixels)
+        """What the suspect tells of the recipients, read at `site` after undoing `alignment`."""
+        bits = self.watermark.bits
+        channels = traced_channels(self._stretched, site, bits, register.measured, self.device)
+        if alignment is not None:
+            matrix, scale = alignment.matrix.to(self.device), alignment.scale
+            channels = [
+                Channel(channel.codec.aligned(matrix, scale), channel.sent)
+                for channel in channels
+                if isinstance(channel.codec, KeyedCodec)
+            ]
+        read = self._at_site(site, backbone, self._traced_pixels)
         answers = np.full(register.reference.shape, np.nan)
         with evaluating(backbone.model):
-            answers[: len(taps)] = row_answers(backbone, channels, read, block, self._autocast).numpy()
+            told = row_answers(backbone, channels, read, site.block, self._autocast)
+        answers[: len(site.taps)] = told.numpy()
         return trace_answers(register, self._secret, answers, self.alpha)
 
-    def _at_site(self, backbone: Backbone, pixels: Tensor) -> SiteActivations:
+    def _at_site(self, site: Site, backbone: Backbone, pixels: Tensor) -> SiteActivations:
         with evaluating(backbone.model):
-            return site_activations(backbone, pixels, self.watermark.site.block, self._autocast)
+            return site_activations(backbone, pixels, site.block, self._autocast)
 
-    def _means(
-        self, taps: tuple[int, ...], measured: SiteMeasure | None, alignment: Alignment | None
-    ) -> _Means:
-        """What reads a suspect at `taps`, after undoing `alignment`. `measured`: on it, for two bands."""
+    def _means(self, site: Site, measured: SiteMeasure | None, alignment: Alignment | None) -> _Means:
+        """What reads a suspect at `site`, after undoing `alignment`. `measured`: on it, for two bands."""
         if measured is None:
             assert self._codec is not None
             codecs: list[Codec] = [copy.copy(self._codec)]
             counts = [1]
         else:
             back = measured if alignment is None else measured.turned_back(alignment.matrix)
-            codecs = list(codebooks(self._stretched, self.watermark.site, self.watermark.bits, back))
+            codecs = list(codebooks(self._stretched, site, self.watermark.bits, back))
             counts = [band.books for band in BANDS]
         channels = []
         for codec, sent in zip(codecs, self._sent, strict=True):
@@ -388,14 +478,29 @@ class Verifier:
             if alignment is not None and isinstance(codec, KeyedCodec):
                 scale = alignment.scale if measured is None else 1.0  # measured on the suspect already
                 codec = codec.aligned(alignment.matrix.to(self.device), scale)
-            codec.taps = taps
+            codec.taps = site.taps
             channels.append(Channel(codec, sent))
         ends = np.cumsum(counts)
         return _Means([channels[end - count : end] for count, end in zip(counts, ends, strict=True)])
 
-    def _matches(self, p_value: float) -> bool:
+    def _choices(self, blocks: int) -> dict[str, int]:
+        """What is paid for a suspect of `blocks` blocks; nothing where all counts as chosen."""
+        watermark = self.watermark
+        if not watermark.two_bands:
+            return {}
+        choices = alternatives(watermark.site, watermark.bits, blocks, self._architecture is not None)
+        return choices | ({"committed claim": self._claims} if self._claims > 1 else {})
+
+    def _matches(self, p_value: float, choices: Mapping[str, int]) -> bool:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""
-        return paid(p_value, self._alternatives) <= self.alpha
+        return paid(p_value, choices) <= self.alpha
+
+    def _settled(self, p_value: float, excluded: bool, choices: Mapping[str, int]) -> bool:
+        """Whether no further look is needed."""
+        if self._power == 1:
+            return paid(p_value, choices) <= min(self.alpha, EVIDENCE_AT)
+        given_up = p_value > NO_MATCH_ABOVE and excluded
+        return self._power is not None and (given_up or self._matches(p_value, choices))
 
     @cached_property
     def _sample_images(self) -> Tensor:
@@ -409,12 +514,12 @@ class Verifier:
         stored = self.watermark.alignment
         return None if stored is None else stored.to(self.device).float()
 
-    def _alignment(self, backbone: Backbone) -> Alignment | None:
+    def _alignment(self, site: Site, backbone: Backbone) -> Alignment | None:
         """How the suspect's residual stream lies to the original's; None if it is not worth a reading."""
         stored = self._original_sample
         if stored is None:
             return None
-        site, preprocess = self.watermark.site, self._preprocess
+        preprocess = self._preprocess
 
         def sampled(images: Tensor) -> Tensor:
             with evaluating(backbone.model):
@@ -431,27 +536,31 @@ class Verifier:
 
     def _reading(
         self,
+        site: Site,
         backbone: Backbone,
         means: _Means,
         prefix: list[SiteActivations],
         price: float,
+        choices: Mapping[str, int],
         alignment: Alignment | None,
+        check: Callable[[], None],
     ) -> _Reading | None:
         """Looks at more and more images until the verdict is settled; None where the suspect overflows.
 
         price: what a p-value is multiplied with besides the penalty of its look and the number of bands.
         """
-        block = self.watermark.site.block
+        block = site.block
         ahead = int(self._codec is None)  # what comes first in `prefix` tells how the tokens vary
         parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in means.bands]
         p_value = 1.0
         start = 0
         for look, (end, penalty) in enumerate(zip(self._ends, self._penalties, strict=True)):
             if ahead + look == len(prefix):
-                prefix.append(self._at_site(backbone, self._pixels[start:end]))
+                prefix.append(self._at_site(site, backbone, self._pixels[start:end]))
             with evaluating(backbone.model):
                 for band, kept in zip(means.bands, parts, strict=True):
                     for channel, seen in zip(band, kept, strict=True):
+                        check()
                         seen.append(
                             channel.agreement(backbone, prefix[ahead + look], start, block, self._autocast)
                         )
@@ -464,14 +573,16 @@ class Verifier:
             if self._exact:
                 bands = tuple(sign_flip_p_value(row_scores(kept)) for kept in agreements)
                 p_value = min(p_value, price * penalty * len(bands) * min(bands))
-                excluded = mark_excluded(self._agreement(errors), self._miss(penalty))
-                settled = self._matches(p_value) or (p_value > NO_MATCH_ABOVE and excluded)
-                if settled and self._power is not None:
+                miss = self._miss(penalty)
+                excluded = mark_excluded(self._agreement(errors), miss) and all(
+                    mark_excluded(_single(kept), miss, WEAKEST_NATURAL) for kept in agreements[1:]
+                )
+                if self._settled(p_value, excluded, choices):
                     break
             start = end
         return _Reading(p_value, bands, errors, excluded, alignment)
 
-    def _decide(self, reading: _Reading) -> Verdict:
+    def _decide(self, reading: _Reading, choices: Mapping[str, int]) -> Verdict:
         if not self._exact:
             return self._decide_learned(reading.errors[-1])
         taps, images = reading.errors.shape
@@ -480,9 +591,9 @@ class Verifier:
         bits = taps * self.watermark.bits * books
         price = 1.0 if self._align is not None else ALIGNED_PRICE if alignment is not None else PLAIN_PRICE
         decision: Decision
-        if self._matches(p_value):
+        if self._matches(p_value, choices):
             decision, reason = "match", "the suspect carries the mark"
-        elif not self._matches(price * self._penalties[-1] * len(reading.bands) * 2.0**-bits):
+        elif not self._matches(price * self._penalties[-1] * len(reading.bands) * 2.0**-bits, choices):
             decision = "inconclusive"
             reason = (
                 f"{bits} bits are too few for a match at alpha = {self.alpha:g}, whatever they read: "
@@ -498,7 +609,7 @@ class Verifier:
         else:
             decision = "inconclusive"
             reason = "signs of the mark, but not enough to exclude chance: more hold-out images or bits might"
-        verdict = self._verdict(decision, reason, reading.errors[-1], p_value, reading.bands)
+        verdict = self._verdict(decision, reason, reading.errors[-1], p_value, reading.bands, choices)
         if alignment is None:
             return verdict
         kind = "scaling" if alignment.kind == "identity" else alignment.kind
@@ -533,7 +644,7 @@ class Verifier:
 
     def _miss(self, penalty: int) -> float:
         """The share of all misses that one look may make."""
-        return MISS if self._power is None else (1 - self._power) / penalty
+        return MISS if self._power in (None, 1) else (1 - self._power) / penalty
 
     def _decide_learned(self, errors: np.ndarray) -> Verdict:
         found = float((errors <= self.tau).mean()) >= LEARNED_MATCH_RATE
@@ -562,6 +673,7 @@ class Verifier:
         errors: np.ndarray | None = None,
         p_value: float | None = None,
         bands: tuple[float, ...] = (),
+        choices: Mapping[str, int] = MappingProxyType({}),
     ) -> Verdict:
         errors = np.zeros(0, dtype=np.int64) if errors is None else errors
         rate = float((errors <= self.tau).mean()) if len(errors) else float("nan")
@@ -573,7 +685,8 @@ class Verifier:
             chosen.append("the hold-out images")
         if self._normalisation_chosen:
             chosen.append("the normalisation of images")
-        chosen += self._chosen
+        if str(self._architecture).startswith("hf:"):
+            chosen.append("the model's configuration")
         return Verdict(
             decision,
             reason,
@@ -586,6 +699,12 @@ class Verifier:
             watermark.codec,
             chosen=tuple(chosen),
             opening=self._opening,
-            alternatives=self._alternatives,
-            bands={band.name: p for band, p in zip(BANDS, bands, strict=False)} if self._alternatives else {},
+            alternatives=choices,
+            bands={band.name: p for band, p in zip(BANDS, bands, strict=False)} if choices else {},
         )
+
+
+def _single(agreements: Sequence[Tensor]) -> np.ndarray:
+    """Of a band's (taps, n, reads, M): (n, taps), the mean of +1 for a right bit and -1 for a wrong one."""
+    right = torch.stack([torch.sign(part).double().mean(dim=(2, 3)) for part in agreements])
+    return np.asarray(right.mean(dim=0).T.cpu())

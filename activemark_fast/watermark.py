@@ -33,7 +33,7 @@ FORMAT_VERSION = 3
 nothing that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
 TWO_BANDS = 3
 """The first format of marks in two bands."""
-HOLDOUT_IMAGES = 64
+HOLDOUT_IMAGES = 128
 """Images from the key that a mark in two bands is read on."""
 DEEPEST = 4096
 MOST_HASHED_AT_ONCE = 8

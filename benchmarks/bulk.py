@@ -4,12 +4,15 @@
     .venv/bin/python benchmarks/bulk.py kills  [--kills 20]
     .venv/bin/python benchmarks/bulk.py memory [--suspects 1000]
     .venv/bin/python benchmarks/bulk.py stacking [--suspects 16]
+    .venv/bin/python benchmarks/bulk.py blocks
 
 `speed` compares with a loop of `verify` and with the plain recipe (load, all blocks, all images), both over
 `--loop` of the readable suspects, per suspect, and with the disk: the files are read from it, not from the
 system's cache. `--bf16`: the models' weights are. All in one run, on CUDA if there is a device. `stacking`
 runs models through their first 11 blocks, one after the other and with stacked weights, on as many images as
-looks take.
+looks take. `blocks` reads marked demo models of which each block in turn was dropped, doubled, exchanged with
+the next, dropped while another was doubled, or has one before it that adds next to nothing (1/1000 of what it
+wrote).
 """
 
 from __future__ import annotations
@@ -255,6 +258,50 @@ def stacking(args: argparse.Namespace, folder: Path) -> None:
         count *= 2
 
 
+def blocks(args: argparse.Namespace, folder: Path) -> None:
+    original = load_model(args.architecture)
+    depth = Backbone(original).depth
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        marked = embed(original.to(DEVICE), KEY)
+    state = {name: tensor.cpu() for name, tensor in marked.model.state_dict().items()}
+    whole = list(range(depth))
+    changes = {
+        "dropped": [(f"{i}", [*whole[:i], *whole[i + 1 :]]) for i in whole],
+        "doubled": [(f"{i}", [*whole[: i + 1], *whole[i:]]) for i in whole],
+        "exchanged": [(f"{i}", [*whole[:i], i + 1, i, *whole[i + 2 :]]) for i in whole[:-1]],
+        "dropped, the fifth after it doubled": [
+            (f"{i}", [j for j in whole if j != i for _ in range(1 + (j == (i + 5) % depth))]) for i in whole
+        ],
+        "quiet": [(f"{i}", [*whole[:i], -1, *whole[i:]]) for i in whole],
+    }
+    for change, orders in changes.items():
+        for name, order in orders:
+            torch.save(rearranged(state, order), folder / f"{change}-{name}.pt")
+    paths = sorted(folder.glob("*.pt"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    architecture = architecture_of(args.architecture)
+    told: dict[str, list[str]] = {change: [] for change in changes}
+    for result in verify_many(paths, marked.watermark, KEY, architecture, device=DEVICE, in_order=True):
+        change, _, name = Path(result.suspect).stem.rpartition("-")
+        verdict = result.verdict
+        assert verdict is not None, result.error
+        told[change].append(f"{name} {verdict.decision} {verdict.p_value:.1e}")
+    for change, verdicts in told.items():
+        matches = sum(" match " in verdict for verdict in verdicts)
+        print(f"{change}: a match after {matches} of {len(verdicts)}; {', '.join(verdicts)}", flush=True)
+
+
+def rearranged(state: dict[str, Tensor], order: list[int]) -> dict[str, Tensor]:
+    """The state with its blocks in this order; -1 is block 0, writing next to nothing."""
+    made = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    for new, old in enumerate(order):
+        for name, tensor in state.items():
+            if name.startswith(f"blocks.{max(old, 0)}."):
+                quiet = old < 0 and ("proj" in name or "fc2" in name)
+                made[f"blocks.{new}.{name.split('.', 2)[2]}"] = tensor * (1e-3 if quiet else 1)
+    return made
+
+
 def fastest(run: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
     """Seconds, the best of 5."""
     seconds = []
@@ -269,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "kills", "memory", "stacking"))
+    parser.add_argument("what", choices=("speed", "kills", "memory", "stacking", "blocks"))
     parser.add_argument("--architecture", default="demo")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what speed measures into it, too")
@@ -279,7 +326,7 @@ def main() -> None:
     args = parser.parse_args()
     args.suspects = args.suspects or {"memory": 1000, "stacking": 16}.get(args.what, 50)
     with TemporaryDirectory() as folder:
-        modes = {"speed": speed, "kills": kills, "memory": memory, "stacking": stacking}
+        modes = {"speed": speed, "kills": kills, "memory": memory, "stacking": stacking, "blocks": blocks}
         modes[args.what](args, Path(folder))
 
 

@@ -130,7 +130,7 @@ class Bench:
             embedding = activemark_fast.embed(self.original, OWNER, block=int(name))
         pruned = prune(embedding.model, None, 0, 0.6)
         read = {
-            suspect: verify(model, embedding.watermark, OWNER, align=False)
+            suspect: verify(model, embedding.watermark, OWNER, align=False, exhaustive=True)
             for suspect, model in (
                 ("marked", embedding.model),
                 ("pruned", pruned),
@@ -163,7 +163,7 @@ class Bench:
                 model, watermark = embedding.model, embedding.watermark
 
             def rate(suspect: nn.Module) -> float:
-                return verify(suspect, watermark, OWNER, align=False).detection_rate
+                return verify(suspect, watermark, OWNER, align=False, exhaustive=True).detection_rate
 
         else:
             baseline = {"IPGuard": ipguard, "ADV-TRA": adv_tra}[name]

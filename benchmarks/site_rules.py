@@ -34,7 +34,7 @@ def left(embedding: Embedding, images: Labelled) -> list[str]:
     tuned = finetune(embedding.model, images, 0, LEARNING_RATE, epochs=EPOCHS, batch_size=BATCH_SIZE)
     pruned, both = (prune(model, None, 0, PRUNED_SHARE) for model in (embedding.model, tuned))
     verdicts = [
-        activemark_fast.verify(suspect, embedding.watermark, KEY, align=False)
+        activemark_fast.verify(suspect, embedding.watermark, KEY, align=False, exhaustive=True)
         for suspect in (pruned, tuned, both)
     ]
     return [f"{verdict.bit_errors.mean():.2f}, {verdict.p_value:.1e}" for verdict in verdicts]

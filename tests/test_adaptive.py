@@ -434,6 +434,8 @@ def test_the_frontier_is_in_points_from_the_marked_model_and_is_drawn() -> None:
         "strength": 32,
         "p_value": 1e-3,
         "detection_rate": 0.5,
+        "descent": None,
+        "descent_score": None,
         "lost": 1,
         "images": 10,
         "steps": 0,

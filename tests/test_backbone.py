@@ -327,6 +327,46 @@ def test_an_edit_of_mlp_out_adds_what_the_gain_says(case: Case) -> None:
     torch.testing.assert_close(after - before, added, rtol=1e-6, atol=1e-12)
 
 
+def test_an_edit_of_attention_adds_what_its_gain_says(case: Case) -> None:
+    backbone = Backbone(randomised(case).double())
+    tokens = backbone.run(backbone.stem(images_for(backbone).double()), 0, 2)
+    found = backbone.attention_out(2)
+    assert found is not None
+    linear, gain = found
+    last, weight = backbone.mlp_out(2), linear.weight
+    assert linear is not last
+    with torch.no_grad():
+        last.weight.zero_()  # what the MLP makes of what attention adds is left out
+        expected = backbone.run(tokens, 2, 3)
+        with backbone.inputs_of(linear) as seen:
+            before = backbone.run(tokens, 2, 3)
+            assert linear.weight is weight
+        torch.testing.assert_close(before, expected, rtol=1e-9, atol=1e-12)
+        delta = torch.randn_like(weight)
+        weight += delta
+        after = backbone.run(tokens, 2, 3)
+    added = seen[0] @ delta.T * gain
+    if added.shape[0] != tokens.shape[0]:
+        added = added.transpose(0, 1)
+    torch.testing.assert_close(after - before, added, rtol=1e-6, atol=1e-12)
+
+
+def test_a_run_that_fails_leaves_attention_as_it_was() -> None:
+    backbone = Backbone(clip())
+    linear, _ = backbone.attention_out(2) or pytest.fail("none found")
+    weight, bias = linear.weight, linear.bias
+
+    def fail(_module: nn.Module, _args: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    handle = backbone.mlp_out(2).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"), backbone.inputs_of(linear):
+        backbone.run(backbone.stem(images_for(backbone)), 2, 3)
+    handle.remove()
+    assert linear.weight is weight
+    assert linear.bias is bias
+
+
 def test_gradients_flow(case: Case) -> None:
     backbone = Backbone(randomised(case))
     tokens = backbone.stem(images_for(backbone)).detach().requires_grad_()

@@ -238,7 +238,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ([], ["key"], ["key", "new"], ["embed"], ["verify"], ["demo"]):
         with pytest.raises(SystemExit, match="0"):
             main([*command, "--help"])
-        assert capsys.readouterr().out.startswith(" ".join(["usage: activemark", *command]))
+        out = capsys.readouterr().out
+        assert out.startswith(" ".join(["usage: activemark", *command]))
+        assert command or "1 the answer is no, and never a failure; 2 error" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -532,7 +534,7 @@ def test_verify_text_and_json_agree(ready: Ready, run: Callable[..., Result]) ->
     assert record["suspect"] == str(ready.marked)
     assert record["decision"] == "match"
     assert record["identical"] is True
-    assert len(record["bit_errors"]) == record["images"] == 64
+    assert len(record["bit_errors"]) == record["images"] == 128
     assert f"p-value = {record['p_value']:.3g}" in text.out
 
 
@@ -659,6 +661,8 @@ def test_inconclusive_suspects(ready: Ready, run: Callable[..., Result], tmp_pat
         assert result.code == 3
         assert result.out.startswith("INCONCLUSIVE: ")
         assert reason in result.out
+        assert "activemark compare" not in result.out
+        assert "  activemark compare ORIGINAL SUSPECT tells " in run(*ready.verify_args(suspect)).out
         record = run(*ready.verify_args(suspect, "--json")).record()
         assert record["decision"] == "inconclusive"
         assert record["p_value"] is record["detection_rate"] is None

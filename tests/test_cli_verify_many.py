@@ -50,7 +50,7 @@ def arguments(ready: Path, out: Path, *more: object) -> list[str]:
 
 def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.jsonl"
-    assert main(arguments(ready, out, "--csv", tmp_path / "results.csv")) == 1
+    assert main(arguments(ready, out, "--csv", tmp_path / "results.csv")) == 2
     text = capsys.readouterr().out
     rows = [line.rsplit(None, 1) for line in text.splitlines()[:6]]
     assert {name.strip(): int(count) for name, count in rows} == {
@@ -75,7 +75,7 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     # Once more it is refused; resumed, there is nothing left to do.
     assert main(arguments(ready, out)) == 2
     assert "resume it" in capsys.readouterr().err
-    assert main(arguments(ready, out, "--resume", "--json")) == 1
+    assert main(arguments(ready, out, "--resume", "--json")) == 2
     record = json.loads(capsys.readouterr().out)
     assert (record["suspects"], record["judged_now"], record["match"], record["error"]) == (6, 0, 2, 1)
     assert main(arguments(ready, out, "--resume", "--exhaustive")) == 2

@@ -84,8 +84,8 @@ def test_the_demo_model_with_images_from_the_key() -> None:
     assert embedding.quality.reaches(0.997)
     assert "massive activations emerge" in embedding.site_reason
     assert embedding.watermark.image_source == "key"
-    verdict = verify(embedding.model, embedding.watermark, KEY)
-    assert (verdict.decision, verdict.identical, verdict.images) == ("match", True, 64)
+    verdict = verify(embedding.model, embedding.watermark, KEY, exhaustive=True)
+    assert (verdict.decision, verdict.identical, verdict.images) == ("match", True, 128)
     assert verdict.paid_p_value is not None
     assert verdict.paid_p_value < 1e-15
     assert verdict.detection_rate > 0.98
@@ -139,9 +139,9 @@ def test_every_form_of_images(form: str, tmp_path: Path) -> None:
     pictures = forms[form]()
     embedding = marked(model, pictures)
     assert embedding.watermark.image_source == ("key" if form == "none" else form)
-    wanted = {"none": 64, "folder": 20}.get(form, 32)
+    wanted = {"none": 128, "folder": 20}.get(form, 32)
     for suspect, decision in ((embedding.model, "match"), (model, "no match"), (vit(seed=1), "no match")):
-        verdict = verify(suspect, embedding.watermark, KEY, pictures)
+        verdict = verify(suspect, embedding.watermark, KEY, pictures, exhaustive=True)
         assert verdict.decision == decision
         assert verdict.images == wanted
 

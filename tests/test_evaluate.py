@@ -4,6 +4,7 @@ import csv
 import importlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,11 @@ def test_what_the_rows_say(done: tuple[Evaluation, Path]) -> None:
     assert "read after resizing back" in row("images 1.5 times as large")["reason"]
     collusion = "collusion: mean with a sibling under another key"
     assert row(collusion, key="another")["expected"] == "match"
+    assert row("40% of weights")["descent"] == "descent"
+    assert row("40% of weights")["descent_score"] > 0.5
+    assert row("all blocks re-initialised")["descent"] != "descent"
+    for other in (row("40% of weights", "original"), row("40% of weights", key="another")):
+        assert other["descent"] is other["descent_score"] is other["descent_p_value"] is None
     assert row("all blocks re-initialised")["expected"] is None
     assert row("all blocks re-initialised")["decision"] == "no match"
     assert row("last block re-initialised")["cosine"] < 0.9
@@ -290,3 +296,5 @@ def test_the_command(
     assert run("--suite", "adaptive", "--out", adaptive, key_file="other.key") == 0
     out = capsys.readouterr().out
     assert "attacks that cost at most 2 of 100 points of the probe: a match after" in out
+    assert re.search(r"`compare` still shows the descent after [12];", out)
+    assert re.search(r"loudest of fc2, 32 .* descent 0\.\d\d ", out)

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import get_type_hints
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from activemark_fast import Key, Watermark, embed, verify
 from activemark_fast.commitment import Commitment
-from activemark_fast.freedoms import FIELDS, NORMALISATIONS, Kind, alternatives, known_normalisation
+from activemark_fast.freedoms import (
+    ARCHITECTURES,
+    BITS,
+    FIELDS,
+    NORMALISATIONS,
+    Kind,
+    alternatives,
+    known_normalisation,
+)
 from activemark_fast.site import Site
 from activemark_fast.triggers import Preprocess
 from activemark_fast.watermark import WatermarkError
@@ -100,13 +111,26 @@ def test_the_p_value_pays_for_what_the_owner_could_choose(marked: tuple[nn.Modul
     model, watermark = marked
     verdict = verify(model, watermark, KEY)
     factor = 1
-    for count in alternatives(watermark.site).values():
+    for count in verdict.alternatives.values():
         factor *= count
     assert verdict.decision == "match"
     assert verdict.p_value is not None
     assert verdict.paid_p_value == pytest.approx(min(1, verdict.p_value * factor))
     assert verdict.chosen == ()
-    assert alternatives(watermark.site)["block"] == 4  # of 6 blocks
+    # One of 4 blocks, the usual ones of 64 depths and 32 lengths, one of 6 normalisations.
+    assert verdict.alternatives == {"block": 4, "depth": 2, "bits": 2, "normalisation": 6}
+
+
+@given(st.integers(3, 64), st.booleans())
+def test_the_weights_of_all_choices_sum_to_at_most_1(suspects_depth: int, architecture: bool) -> None:
+    total = 0.0
+    for depth in range(3, 64 + 3):
+        for bits in BITS:
+            for block in range(depth - 2):
+                site = Site(block, (depth - 1,), num_tokens=5, prefix_tokens=1, width=8, depth=depth)
+                choices = alternatives(site, bits, suspects_depth, architecture)
+                total += 1 / math.prod(choices.values())
+    assert total * len(NORMALISATIONS) * (ARCHITECTURES if architecture else 1) == pytest.approx(1)
 
 
 def test_many_claims_in_a_commitment_are_paid_for(marked: tuple[nn.Module, Watermark]) -> None:
@@ -114,9 +138,10 @@ def test_many_claims_in_a_commitment_are_paid_for(marked: tuple[nn.Module, Water
     others = [Key(bytes([n]) * 32) for n in range(3)]
     claims = [(Key.of(KEY), watermark), *((key, embed(vit(), key, fidelity=0.9).watermark) for key in others)]
     alone, among_four = (Commitment.make(Key.of(KEY), marks) for marks in (claims[:1], claims))
-    assert verify(model, watermark, KEY, commitment=alone).alternatives == alternatives(watermark.site)
+    unpaid = verify(model, watermark, KEY).alternatives
+    assert verify(model, watermark, KEY, commitment=alone).alternatives == unpaid
     paid = verify(model, watermark, KEY, commitment=among_four).alternatives
-    assert paid == alternatives(watermark.site) | {"committed claim": 4}
+    assert paid == unpaid | {"committed claim": 4}
 
 
 def test_a_normalisation_of_ones_own_is_chosen(marked: tuple[nn.Module, Watermark]) -> None:
@@ -146,4 +171,5 @@ def test_published_normalisations_are_told_apart() -> None:
 
 
 def test_an_unknown_depth_is_paid_like_one_block() -> None:
-    assert alternatives(Site(block=0, taps=(1,), num_tokens=5, prefix_tokens=1, width=8))["block"] == 1
+    site = Site(block=0, taps=(1,), num_tokens=5, prefix_tokens=1, width=8)
+    assert alternatives(site, 32, 12, False)["block"] == 1

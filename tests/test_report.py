@@ -18,6 +18,7 @@ from tiny import vit
 
 from activemark_fast.attacks import noise
 from activemark_fast.attacks.suite import suite
+from activemark_fast.bulk import read_journal
 from activemark_fast.checkpoints import save_model
 from activemark_fast.cli import main
 from activemark_fast.commitment import Opening
@@ -305,6 +306,35 @@ def test_the_command(
 
     assert run("original.pt", "--out", "other.html")[0] == 1
     assert "No match" in Path("other.html").read_text(encoding="utf-8")
+
+    fixed = ["--watermark", "wm.safetensors", "--key", "owner.key", "--out", "swept.jsonl"]
+    Path("empty.pt").touch()
+    assert main(["verify-many", "marked.safetensors", "original.pt", "empty.pt", *fixed]) == 2
+    capsys.readouterr()
+    from_journal = ["--watermark", "wm.safetensors", "--journal", "swept.jsonl", "--out", "swept.html"]
+    assert main(["report", "marked.safetensors", *from_journal, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    line = next(line for line in read_journal("swept.jsonl") if "marked" in line["suspect"])
+    assert record.items() >= line["verdict"].items()
+    page = Path("swept.html").read_text(encoding="utf-8")
+    assert "Match: this model carries" in page
+    assert "swept.jsonl, which verify-many wrote; not read again" in page
+    assert main(["report", "original.pt", *from_journal]) == 1
+    for suspect, message in (
+        ("empty.pt", "is an empty file"),
+        ("original.safetensors", "has no result on"),
+    ):
+        assert main(["report", suspect, *from_journal]) == 2
+        assert message in capsys.readouterr().err
+    Path("swept.jsonl").write_text(Path("swept.jsonl").read_text().replace('"images": ', '"images": 9'))
+    assert main(["report", "marked.safetensors", *from_journal]) == 2
+    assert "holds no verdict: its parts do not agree" in capsys.readouterr().err
+    Path("swept.jsonl").unlink()
+    assert main(["verify-many", "marked.safetensors", *fixed]) == 0
+    save_model(original, "marked.safetensors", ARCHITECTURE)
+    assert main(["report", "marked.safetensors", *from_journal]) == 2
+    assert "was changed after the journal was written" in capsys.readouterr().err
+    save_model(embedding.model, "marked.safetensors", ARCHITECTURE)
 
     for more, message in (
         (["--out", "page.txt"], "--out: wanted a file name that ends in .html, got page.txt"),

@@ -48,6 +48,11 @@ def test_verdicts(verdict: Verdict) -> None:
     assert written.keys() == SCHEMA["$defs"]["verdict"]["properties"].keys()
     with pytest.raises(jsonschema.ValidationError):
         check(written | {"decision": "maybe"}, "verdict")
+    read = json.loads(json.dumps(written))
+    assert Verdict.from_dict(read).to_dict() == written
+    for change in ({"decision": "maybe"}, {"paid_p_value": 0.5}, {"commitment": {}}, {"images": 9}):
+        with pytest.raises(ValueError, match="no verdict: "):
+            Verdict.from_dict(read | change)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from activemark_fast.attacks import prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.embed import Embedding, embed
+from activemark_fast.freedoms import EVIDENCE_AT
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.triggers import ImageMismatchError
@@ -67,7 +68,7 @@ def check(suspect: nn.Module, keyed: Embedding, **settings: Any) -> Verdict:
 
 
 def test_the_marked_model(keyed: Embedding) -> None:
-    verdict = check(keyed.model, keyed)
+    verdict = check(keyed.model, keyed, exhaustive=True)
     assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")
     assert verdict.p_value is not None
     assert PLAIN_PRICE * 2 * 2.0**-128 <= verdict.p_value < 1e-17  # two bands, the larger of 128 rows
@@ -87,13 +88,21 @@ def test_innocent_models(seed: int, keyed: Embedding) -> None:
     assert verdict.detection_rate == 0
 
 
+def test_a_match_is_read_until_it_is_evidence_and_the_rest_to_the_end(keyed: Embedding) -> None:
+    match, innocent = check(keyed.model, keyed), check(vit(1), keyed)
+    assert match.images < COUNT
+    assert match.paid_p_value is not None
+    assert match.paid_p_value <= EVIDENCE_AT
+    assert (innocent.decision, innocent.images) == ("no match", COUNT)
+
+
 def test_tau_and_alpha(keyed: Embedding) -> None:
     strict, loose = check(keyed.model, keyed, tau=0), check(keyed.model, keyed, tau=31)
     assert strict.detection_rate == (strict.bit_errors == 0).mean()
     assert loose.detection_rate == 1
     # Below the floor of the test nothing can match, and such a p-value is no "no match" either.
-    floored = check(keyed.model, keyed, alpha=1e-30)
-    assert (floored.decision, floored.alpha) == ("inconclusive", 1e-30)
+    floored = check(keyed.model, keyed, alpha=1e-37)
+    assert (floored.decision, floored.alpha) == ("inconclusive", 1e-37)
     assert "too few for a match" in floored.reason
 
 
@@ -124,7 +133,9 @@ def test_suspects_with_their_last_blocks_cut_off(depth: int, taps: int, keyed: E
     assert verdict.decision == "match"
     assert verdict.p_value is not None
     assert PLAIN_PRICE * 2 * 2.0 ** (-64 * taps) <= verdict.p_value < 1e-8
-    assert check(vit(depth=depth), keyed).decision == "no match"
+    other = check(vit(depth=depth), keyed)
+    assert other.decision == "inconclusive"
+    assert f"no sign of the mark, but the suspect has {depth} blocks, the marked model 6" in other.reason
 
 
 def test_suspects_with_new_last_blocks_and_heads(keyed: Embedding) -> None:
@@ -158,6 +169,48 @@ def test_the_learned_codec_reads_at_its_only_tap(learned: Embedding) -> None:
     assert "4 blocks" in short.reason
 
 
+def rearranged(model: Any, *order: int) -> Any:
+    """A copy with these of its blocks."""
+    made = copy.deepcopy(model)
+    made.blocks = nn.Sequential(*(copy.deepcopy(model.blocks[index]) for index in order))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("order", "where"),
+    [
+        ((1, 2, 3, 4, 5), "carries the mark"),
+        ((0, 0, 1, 2, 3, 4, 5), "it has 7 blocks, the marked model 6"),
+        ((0, 1, 2, 2, 3, 4, 5), "carries the mark"),
+    ],
+    ids=["dropped", "doubled", "the site doubled"],
+)
+def test_blocks_that_moved_are_read_where_they_are(
+    order: tuple[int, ...], where: str, keyed: Embedding
+) -> None:
+    verdict = check(rearranged(keyed.model, *order), keyed)
+    assert verdict.decision == "match"
+    assert where in verdict.reason
+    other = check(rearranged(vit(), *order), keyed)
+    assert other.decision == "inconclusive"
+
+
+def test_where_a_mark_may_lie_in_a_suspect_of_other_depth(keyed: Embedding) -> None:
+    verifier = Verifier(keyed.watermark, KEY, images())
+
+    def places(blocks: int, depth: int | None = None) -> list[tuple[int, ...]]:
+        found = verifier.sites(blocks, blocks if depth is None else depth)
+        return [(site.block, *site.taps) for site in found]
+
+    assert places(6) == [(2, 3, 4)]
+    assert places(6, 4) == [(2, 3)]
+    assert places(6, 3) == places(1) == []
+    assert places(7) == [(2, 3, 4), (2, 3, 5), (2, 4, 5), (3, 4, 5)]
+    assert places(5) == [(2, 3, 4), (1, 2, 3)]  # others would have two of them in one place
+    assert len(places(10)) == 35
+    assert places(12) == [(2, 3, 4), (2, 3, 10), (2, 9, 10), (8, 9, 10), (5, 7, 9)]
+
+
 def overflowing() -> nn.Module:
     model = vit()
     with torch.no_grad():
@@ -184,7 +237,6 @@ def zeros() -> nn.Module:
     ("suspect", "reason"),
     [
         (lambda: vit(embed_dim=64), "the suspect has width 64, the marked model 128"),
-        (lambda: vit(depth=3), "the suspect has 3 blocks, the mark is first read after 4"),
         (lambda: vit(img_size=48), r"images of \(48, 48\) as 37 tokens, the marked model \(32, 32\) as 17"),
         (lambda: vit(patch_size=4), r"images of \(32, 32\) as 65 tokens, the marked model \(32, 32\) as 17"),
         (lambda: vit(class_token=False, global_pool="avg"), "as 16 tokens, .* as 17"),
@@ -197,7 +249,6 @@ def zeros() -> nn.Module:
     ],
     ids=[
         "width",
-        "blocks",
         "image_size",
         "patches",
         "no_class_token",
@@ -321,7 +372,7 @@ def test_a_verifier_that_reads_all_images_is_verify(keyed: Embedding, learned: E
     for made in (keyed, learned):
         verifier = Verifier(made.watermark, KEY, images())
         for suspect in (made.model, vit(1), vit(depth=3), vit(2), nn.Identity()):
-            verdict = verify(suspect, made.watermark, KEY, images())
+            verdict = verify(suspect, made.watermark, KEY, images(), exhaustive=True)
             assert verifier.judge(suspect).to_dict() == verdict.to_dict()
     early = Verifier(learned.watermark, KEY, images(), power=0.9)  # no p-value, so nothing to stop by
     assert early.judge(vit(1)).to_dict() == check(vit(1), learned).to_dict()

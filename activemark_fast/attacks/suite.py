@@ -244,6 +244,14 @@ def adaptive_attacks() -> list[Attack]:
     tuned = partial(finetune, batch_size=BATCH_SIZE)
     return [
         *curve("loudest of fc2", spectral, (8, 16, 32, 64, 128), "d", (32, 64, 128)),
+        *curve(
+            "loudest of fc2 and attention",
+            spectral,
+            (32, 64, 96),
+            "d",
+            (64, 96),
+            matrices=["fc2", "attention"],
+        ),
         *curve("loudest of all", spectral, (8, 16, 32, 64), "d", (16, 32), matrices=every),
         *curve("energy of fc2", spectral, (0.99, 0.95, 0.9), ".0%", (0.99, 0.95), method="energy"),
         *curve("energy of all", spectral, (0.99, 0.95, 0.9), ".0%", (0.95,), method="energy", matrices=every),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from activemark_fast.bulk.engines import run_local, run_ray
-from activemark_fast.bulk.journal import Journal, JournalError, read_journal
+from activemark_fast.bulk.journal import Journal, JournalError, journal_line, read_journal
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect, find_suspects
 from activemark_fast.bulk.sweep import SweepSettings
@@ -25,6 +25,7 @@ __all__ = [
     "Suspect",
     "SuspectResult",
     "find_suspects",
+    "journal_line",
     "memory_limit",
     "read_journal",
     "verify_many",
@@ -47,6 +48,7 @@ def verify_many(
     device: str | torch.device | None = None,
     precision: str = "auto",
     max_bytes: int | None = None,
+    timeout: float | None = None,
     in_order: bool = False,
     journal: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -68,9 +70,9 @@ def verify_many(
         images: as in `verify`.
         alpha: as in `verify`.
         tau: as in `verify`.
-        power: images are read only until a verdict is settled, and a mark of the strength
-            `sequential.WEAKEST_MARK` is missed with a probability of at most 1 - `power` by that; the
-            p-value stays exact. None reads all images of every suspect.
+        power: images are read only until a verdict is settled, and a mark as faint as `sequential` has it is
+            missed with a probability of at most 1 - `power` by that; the p-value stays exact. None reads all
+            images of every suspect.
         align: as in `verify`.
         commitment: as in `verify`.
         register: as in `verify`; with the engine "local" only, for it is a secret.
@@ -78,6 +80,8 @@ def verify_many(
         precision: as in `verify`.
         max_bytes: most bytes of one suspect in memory; what needs more is an error. Two are in memory at a
             time. By default an eighth of the machine's memory.
+        timeout: seconds after which a suspect is given up, at the next step of its reading; that is an error
+            in its result. Without, none is. It does not count for loaded modules.
         in_order: results come in the order of the suspects, not as they finish.
         journal: a file to which each result is written, safely, before it is returned.
         resume: go on with the journal that is there: suspects that it has are skipped.
@@ -98,6 +102,10 @@ def verify_many(
         raise ValueError(f"engine: wanted 'local' or 'ray', got {engine!r}")
     if engine == "ray" and not isinstance(key, os.PathLike):
         raise TypeError(f"key: wanted the path of a key file for the engine 'ray', got {type(key).__name__}")
+    if timeout is not None and (not isinstance(timeout, (int, float)) or isinstance(timeout, bool)):
+        raise TypeError(f"timeout: wanted a number, got {type(timeout).__name__}")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout: wanted above 0, got {timeout}")
     if engine == "ray" and register is not None:
         raise ValueError(
             "register: wanted none with the engine 'ray', for no secret goes through Ray, got one"
@@ -117,6 +125,7 @@ def verify_many(
         precision,
         _checked_limit(max_bytes),
         commitment,
+        timeout,
         register,
     )
     sweeper = settings.sweeper()  # with ray, too: what is wrong with an argument is found before any work

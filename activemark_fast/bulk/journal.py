@@ -116,6 +116,28 @@ def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return list(_lines(content[: content.rfind(b"\n") + 1], Path(path)))[1:]
 
 
+def journal_line(path: str | os.PathLike[str], suspect: str, watermark: str) -> dict[str, Any]:
+    """The last result on one suspect.
+
+    Args:
+        path: the journal.
+        suspect: its name, as the journal has it.
+        watermark: the digest of the watermark (`Watermark.digest`), hexadecimal, that the journal must be of.
+
+    Raises:
+        JournalError: it is no journal, damaged, of another watermark, or has no such suspect.
+        OSError: it cannot be read.
+    """
+    content = Path(path).read_bytes()
+    header, *lines = _lines(content[: content.rfind(b"\n") + 1], Path(path))
+    if header.get("watermark") != watermark:
+        raise JournalError(f"{path}: is the journal of another watermark")
+    found = [line for line in lines if line["suspect"] == suspect]
+    if not found:
+        raise JournalError(f"{path}: has no result on {suspect}")
+    return found[-1]
+
+
 def _lines(content: bytes, path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(content.splitlines() or [b""], start=1):
         try:

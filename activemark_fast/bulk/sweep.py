@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +31,7 @@ from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.runtime import resolve_device
 from activemark_fast.tracing import Register
-from activemark_fast.verdict import Verdict
+from activemark_fast.verdict import Verdict, rank
 from activemark_fast.verify import Verifier
 from activemark_fast.watermark import Watermark, fingerprint_of
 
@@ -59,12 +62,12 @@ class SweepSettings:
     precision: str
     max_bytes: int
     commitment: Commitment | None = None
+    timeout: float | None = None
     register: Register | None = None
 
     def sweeper(self) -> Sweeper:
         """A sweeper with these settings. Raises what `verify_many` says of its arguments."""
         model = self.model if self.model is not None else self.watermark.architecture
-        owners = self.model is None and str(self.watermark.architecture).startswith("hf:")
         if model is None:
             raise ValueError("model: the watermark names no architecture, so wanted one, got None")
         if not isinstance(model, (str, nn.Module)):
@@ -80,12 +83,12 @@ class SweepSettings:
             align=self.align,
             commitment=self.commitment,
             register=self.register,
-            chosen=("the model's configuration",) if owners else (),
+            architecture=self.watermark.architecture if self.model is None else None,
             device=resolve_device(self.device, tensors[0].device if tensors else torch.device("cpu")),
             precision=self.precision,
         )
         own = build_model(model) if isinstance(model, str) else copy.deepcopy(model)
-        return Sweeper(verifier, own.to(verifier.device), self.max_bytes)
+        return Sweeper(verifier, own.to(verifier.device), self.max_bytes, self.timeout)
 
     def to_dict(self) -> dict[str, object]:
         """What two sweeps with one journal must have in common, as JSON types."""
@@ -111,6 +114,27 @@ class SweepSettings:
         )
 
 
+class _Deadline:
+    """When a suspect is given up; the time that it waits for another one is not its own."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._at = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raises TimeoutError where it has passed."""
+        if time.monotonic() > self._at:
+            raise TimeoutError(f"took more than {self._seconds:g} s")
+
+    @contextmanager
+    def holding(self, lock: threading.Lock) -> Iterator[None]:
+        """Waits for a lock and holds it."""
+        started = time.monotonic()
+        with lock:
+            self._at += time.monotonic() - started
+            yield
+
+
 class Sweeper:
     """Judges suspects with one model, which they are loaded into in place.
 
@@ -122,14 +146,21 @@ class Sweeper:
     stacking`: 0.5 to 1.2 times as fast, mostly below 1, for 2 to 16 demo models); on a GPU it is unmeasured.
     """
 
-    def __init__(self, verifier: Verifier, model: nn.Module, max_bytes: int) -> None:
-        """model: of the marked architecture, on the verifier's device; it becomes the sweeper's own."""
+    def __init__(
+        self, verifier: Verifier, model: nn.Module, max_bytes: int, timeout: float | None = None
+    ) -> None:
+        """model: of the marked architecture, on the verifier's device; it becomes the sweeper's own.
+
+        timeout: seconds after which a suspect is given up, at the next step of its reading.
+        """
         self._verifier = verifier
         self._target = Target(model, verifier.watermark.site)
         misfit = verifier.misfit(self._target.backbone)
         if misfit is not None:
             raise ValueError(f"model: {misfit.replace('the suspect', 'it')}")
         self._max_bytes = max_bytes
+        self._timeout = timeout
+        self._deeper: dict[int, Target] = {}  # the last one only
         self._prefixes: list[_Prefix] = []
         self._judging = threading.Lock()
         self._local = threading.local()
@@ -153,26 +184,26 @@ class Sweeper:
             with self._judging:
                 return {"verdict": self._verifier.judge(suspect.module)}
         assert suspect.path is not None
+        deadline = _Deadline(self._timeout)
         try:
             with Checkpoint(suspect.path, self._max_bytes) as checkpoint:
                 facts |= {"size": checkpoint.size, "modified": checkpoint.modified}
-                return self._read(checkpoint, facts)
+                return self._read(checkpoint, facts, deadline)
         except NotAModelError as error:
             return {"skipped": str(error)}
         except UnreadFormError as error:
             return {"verdict": self._verifier.inconclusive(str(error))}
 
-    def _read(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, checkpoint: Checkpoint, facts: dict[str, Any], deadline: _Deadline) -> dict[str, Any]:
         """Reads every image tower of a checkpoint; the verdict is on the one that shows most of a mark."""
-        every = plans(
-            self._target.wanted,
-            checkpoint.entries,
-            checkpoint.lora_config,
-            checkpoint.unread,
-            lambda names: checkpoint.read(names, self._buffer()),
-        )
-        first_tap = self._verifier.watermark.site.taps[0]
-        deep = [plan for plan in every if plan.depth > first_tap]
+        target = self._target
+        every = self._plans(target, checkpoint)
+        whole = [plan.blocks for plan in every if plan.depth == len(target.wanted.blocks)]
+        more = max(whole, default=0) - target.wanted.depth
+        if more > 0:
+            target = self._with_more(min(more, target.wanted.depth), deadline)
+            every = self._plans(target, checkpoint)
+        deep = [plan for plan in every if self._verifier.sites(plan.blocks, plan.depth)]
         if not deep:
             return {"verdict": self._too_shallow(every[0]), "fit": every[0].fit}
         outcomes: list[tuple[Verdict, Plan]] = []
@@ -182,11 +213,12 @@ class Sweeper:
                 checkpoint.entries[name].nbytes for name in chosen.names
             )
             tensors = self._on_device(tensors)
-            with self._judging:
-                outcomes.append((self._judge(chosen, tensors, len(deep)), chosen))
+            with deadline.holding(self._judging):
+                verdict = self._judge(target, chosen, tensors, len(deep), deadline)
+            outcomes.append((verdict, chosen))
             if outcomes[-1][0].decision == "match":
                 break
-        verdict, chosen = min(outcomes, key=lambda outcome: _rank(outcome[0]))
+        verdict, chosen = min(outcomes, key=lambda outcome: rank(outcome[0]))
         if verdict.decision == "match":
             verdict = replace(verdict, identical=self._is_marked_model(checkpoint, chosen))
         doubts = {doubt: None for plan in deep for doubt in plan.fit.doubts}
@@ -200,6 +232,25 @@ class Sweeper:
             )
         return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(p.fit.tower for _, p in outcomes)}
 
+    def _plans(self, target: Target, checkpoint: Checkpoint) -> list[Plan]:
+        return plans(
+            target.wanted,
+            checkpoint.entries,
+            checkpoint.lora_config,
+            checkpoint.unread,
+            lambda names: checkpoint.read(names, self._buffer()),
+        )
+
+    def _with_more(self, more: int, deadline: _Deadline) -> Target:
+        """A target with more blocks; the usual one where the model does not take any."""
+        with deadline.holding(self._judging):
+            if more not in self._deeper:
+                try:
+                    self._deeper = {more: self._target.deeper(more)}
+                except NotAViTError:
+                    return self._target
+            return self._deeper[more]
+
     def _too_shallow(self, chosen: Plan) -> Verdict:
         """The verdict where too few blocks fit to read anything, with what is missing."""
         return self._verifier.inconclusive(
@@ -208,20 +259,24 @@ class Sweeper:
             f"missing or of another shape: {', '.join(chosen.fit.missing_and_why) or 'none'}"
         )
 
-    def _judge(self, chosen: Plan, tensors: dict[str, Tensor], tries: int) -> Verdict:
-        target, verifier = self._target, self._verifier
+    def _judge(
+        self, target: Target, chosen: Plan, tensors: dict[str, Tensor], tries: int, deadline: _Deadline
+    ) -> Verdict:
         target.load(chosen.tensors(tensors))
         target.fill(chosen.neutral)
         try:
             target.backbone.renew()
         except NotAViTError as error:
-            return self._unreadable(chosen, f"the suspect cannot be read: {error}")
-        verdict = verifier.read(target.backbone, chosen.depth, self._activations(), tries)
-        return verdict if verdict.images else self._unreadable(chosen, verdict.reason)
+            return self._unreadable(target, chosen, f"the suspect cannot be read: {error}")
+        prefix = self._activations() if target is self._target else None
+        verdict = self._verifier.read(
+            target.backbone, chosen.depth, prefix, tries, chosen.blocks, deadline.check
+        )
+        return verdict if verdict.images else self._unreadable(target, chosen, verdict.reason)
 
-    def _unreadable(self, chosen: Plan, reason: str) -> Verdict:
+    def _unreadable(self, target: Target, chosen: Plan, reason: str) -> Verdict:
         for step in chosen.steps:
-            if not bool(torch.isfinite(self._target[step.target]).all()):
+            if not bool(torch.isfinite(target[step.target]).all()):
                 reason = f"the suspect has NaN or infinite weights in {step.target!r}"
                 break
         return self._verifier.inconclusive(reason)
@@ -274,12 +329,6 @@ class Sweeper:
         if not hasattr(self._local, "buffer"):
             self._local.buffer = HostBuffer(pinned=self._verifier.device.type == "cuda")
         return self._local.buffer
-
-
-def _rank(verdict: Verdict) -> tuple[int, float]:
-    """Smaller for verdicts that say more of a mark."""
-    weight = ("match", "inconclusive", "no match").index(verdict.decision)
-    return weight, 1.0 if verdict.p_value is None else verdict.p_value
 
 
 def _unfit(plan: Plan) -> str:

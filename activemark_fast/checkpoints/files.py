@@ -96,11 +96,9 @@ _OTHER_FORMS = (
     (rb"\x89HDF", "an HDF5 file, as Keras writes it: convert it to safetensors first"),
     (rb"GGUF", "a GGUF file of llama.cpp: convert it to safetensors first"),
     (rb"\x93NUMPY", "a single NumPy array: wanted named ones, as numpy.savez writes them"),
-    (
-        rb"(?s)\x08[\x01-\x1f](?:\x12.{1,40}\x1a|\x12[\x03-\x20]pytorch|:).*",
-        "an ONNX model: save its initializers as safetensors first (onnx.numpy_helper.to_array)",
-    ),
 )
+_ONNX = re.compile(rb"\x08[\x01-\x1f](?:\x12[\x01-\x7f]|:)")
+"""The version of its form, then who made it or the graph."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,6 +354,9 @@ class Checkpoint:
             if re.match(rb"[\x81-\x8f\xde\xdf]", start):
                 self._add_msgpack(opened)
                 return
+            if re.match(_ONNX, start):
+                self._add_onnx(opened)
+                return
             text = " but text" if all(32 <= c < 127 or c in b"\t\r\n" for c in start) else ""
             raise CheckpointError(f"{path}: neither a safetensors file nor a torch file{text}")
 
@@ -540,6 +541,36 @@ class Checkpoint:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{opened.path}: no msgpack of Flax: {error}") from error
+
+    def _add_onnx(self, opened: Opened) -> None:
+        from activemark_fast.checkpoints.onnx import initializers
+
+        files: dict[str | None, int] = {None: len(self._files) - 1}
+        try:
+            found = initializers(opened.read, opened.size)
+        except (ValueError, IndexError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{opened.path}: no ONNX model, or a damaged one: {error}") from error
+        for name, tensor in found.items():
+            if tensor.dtype is None:
+                self.unread[name] = "tensor of another type"
+                continue
+            if tensor.location not in files:
+                beside = str(tensor.location)
+                if beside != os.path.basename(beside) or beside in ("", ".", ".."):
+                    raise CheckpointError(f"{opened.path}: names a file outside of its folder")
+                self._open(opened.path.parent / beside)
+                files[tensor.location] = len(self._files) - 1
+            index, shape, strides = files[tensor.location], tensor.shape, None
+            if tensor.transposed:
+                shape, strides = shape[::-1], _c_strides(shape)[::-1]
+            entry = Entry(tensor.dtype, shape, index, tensor.offset, strides)
+            wanted = math.prod(shape) * tensor.dtype.itemsize
+            whole = 0 <= tensor.offset <= tensor.offset + wanted <= self._files[index].size
+            if tensor.size not in (None, wanted) or not whole or len(shape) > _MOST_DIMENSIONS:
+                raise CheckpointError(f"{opened.path}: {name[:100]!r} is truncated or of another shape")
+            self.entries[name] = entry
 
     def _check_unchanged(self) -> None:
         for opened in self._files:

@@ -38,6 +38,9 @@ _MOST_REGISTERS = 16
 _ELSEWHERE = "/"
 """Before the common names of tensors that are not in the image tower."""
 _LAYER_SCALES = (".ls1", ".ls2")
+_HEADED = {"attn.qkv": (0, 3), "attn.q": (0, 1), "attn.k": (0, 1), "attn.v": (0, 1), "attn.proj": (1, 1)}
+"""Along which axis a matrix of the attention has its heads, and in how many groups."""
+_IDLE = "fewer heads: those it lacks add nothing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +205,7 @@ class _Step:
     heads: int | None = None  # rows are sorted by head, then by query, key and value
     resize: tuple[int, int, tuple[int, int]] | None = None  # leading rows there are, wanted; grid wanted
     patch: str | None = None  # how a patch embedding of another kind is unfolded
+    heads_of: tuple[int, int, int] | None = None  # axis, groups along it, length that zeros make of each
     first_row_of: _Part | None = None  # added
 
     def names(self) -> Iterator[str]:
@@ -215,6 +219,8 @@ class _Step:
             value = value.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         if self.slice is not None:
             value = value.chunk(self.slice[1])[self.slice[0]]
+        if self.heads_of is not None:
+            value = _with_idle_heads(value.float(), *self.heads_of)
         if self.resize is not None:
             value = _resized_positions(value.flatten(0, -2), *self.resize)
         if self.patch is not None:
@@ -507,6 +513,9 @@ class _Planner:
             if self._other_units(common, part.shape, shape):
                 units = part.shape[1 if ".fc2." in common else 0]
                 return _Step(own, part.shape, (part,), (*how, f"MLP of {units} units"))
+            idle = self._idle_heads(common, part.shape, shape)
+            if idle is not None:
+                return _Step(own, shape, (part,), (*how, _IDLE), heads_of=idle)
             return f"{_kind(part.source)}, wanted {shape}"
         row = None
         if common == "cls" and "pos" in self.found and "pos" in self.wanted.stem and self.wanted.grid:
@@ -541,6 +550,24 @@ class _Planner:
                 sizes[name] = part.shape[at] if len(part.shape) > at else 0
         return "fc2.weight" in sizes and len(set(sizes.values())) == 1 and len(sizes) > 1
 
+    def _idle_heads(
+        self, common: str, there: tuple[int, ...], wanted: tuple[int, ...]
+    ) -> tuple[int, int, int] | None:
+        """How a tensor of an attention with fewer heads gets as many: those that it lacks are zero.
+
+        A head of which values and outputs are zero adds nothing, so the function stays. See `_Step.heads_of`;
+        None where the tensor differs in anything else.
+        """
+        name = common.split(".", 2)[-1].rpartition(".")[0]
+        if name not in _HEADED or self.wanted.heads is None or self.wanted.grid is None:
+            return None
+        axis, groups = _HEADED[name]
+        if len(there) != len(wanted) or len(there) <= axis or wanted[axis] % (groups * self.wanted.heads):
+            return None
+        others = there[:axis] + there[axis + 1 :] == wanted[:axis] + wanted[axis + 1 :]
+        whole = 0 < there[axis] < wanted[axis] and there[axis] % (wanted[axis] // self.wanted.heads) == 0
+        return (axis, groups, wanted[axis] // groups) if others and whole else None
+
     def _of_several(self, common: str, own: str, shape: tuple[int, ...]) -> _Step | str:
         """A tensor that the checkpoint keeps in other pieces than the model does."""
         module, _, kind = common.rpartition(".")
@@ -555,49 +582,63 @@ class _Planner:
 
         for pieces in FUSED.get(name, ()):
             if there(*pieces):
-                return self._joined(own, shape, [f"{prefix}{piece}.{kind}" for piece in pieces])
+                return self._joined(common, own, shape, [f"{prefix}{piece}.{kind}" for piece in pieces])
         if name == "attn.qkv" and kind == "bias" and there("attn.q", "attn.v") and len(shape) == 1:
             q, v = (f"{prefix}{piece}.bias" for piece in ("attn.q", "attn.v"))
-            return self._joined(own, shape, [q, None, v])
+            return self._joined(common, own, shape, [q, None, v])
         if name == "attn.qkv" and there("attn.qkv_by_head"):
             if self.wanted.heads is None or shape[0] % (3 * self.wanted.heads):
                 return "queries, keys and values sorted by head, of which the number is not known"
-            return self._share(f"{prefix}attn.qkv_by_head.{kind}", own, shape, None)
+            return self._share(f"{prefix}attn.qkv_by_head.{kind}", common, own, shape, None)
         for whole, choices in FUSED.items():
             for pieces in choices:
                 if name in pieces and there(whole) and len(pieces) == len(choices[0]):
                     at = (pieces.index(name), len(pieces))
-                    return self._share(f"{prefix}{whole}.{kind}", own, shape, at)
+                    return self._share(f"{prefix}{whole}.{kind}", common, own, shape, at)
         if name in ("attn.k", "attn.v") and there("attn.kv"):
-            return self._share(f"{prefix}attn.kv.{kind}", own, shape, (int(name == "attn.v"), 2))
+            return self._share(f"{prefix}attn.kv.{kind}", common, own, shape, (int(name == "attn.v"), 2))
         return ""
 
-    def _joined(self, own: str, shape: tuple[int, ...], commons: list[str | None]) -> _Step | str:
-        made = [None if common is None else self._part(common) for common in commons]
+    def _joined(
+        self, common: str, own: str, shape: tuple[int, ...], commons: list[str | None]
+    ) -> _Step | str:
+        made = [None if piece is None else self._part(piece) for piece in commons]
         for part in made:
             if isinstance(part, str):
                 return part
         rows = [part.shape for part in made if isinstance(part, _Part)]
         # The rows that are left out are as many as those of each other piece.
         parts = tuple(_Zeros(rows[0]) if part is None else part for part in made if not isinstance(part, str))
+        misfit = f"pieces of shapes {', '.join(map(str, rows))}, wanted {shape}"
         if any(not part.shape or part.shape[1:] != shape[1:] for part in parts):
-            return f"pieces of shapes {', '.join(map(str, rows))}, wanted {shape}"
-        if sum(part.shape[0] for part in parts) != shape[0]:
-            return f"pieces of shapes {', '.join(map(str, rows))}, wanted {shape}"
-        whats = {what for part in parts if isinstance(part, _Part) for what in self._how(part)}
-        return _Step(own, shape, parts, tuple(sorted(whats | {"fused"})))
+            return misfit
+        whats = {what for part in parts if isinstance(part, _Part) for what in self._how(part)} | {"fused"}
+        whole = (sum(part.shape[0] for part in parts), *shape[1:])
+        if whole == shape:
+            return _Step(own, shape, parts, tuple(sorted(whats)))
+        idle = self._idle_heads(common, whole, shape)
+        if idle is None or len({part.shape for part in parts}) > 1:
+            return misfit
+        return _Step(own, shape, parts, tuple(sorted(whats | {_IDLE})), heads_of=idle)
 
     def _share(
-        self, common: str, own: str, shape: tuple[int, ...], at: tuple[int, int] | None
+        self, stored: str, common: str, own: str, shape: tuple[int, ...], at: tuple[int, int] | None
     ) -> _Step | str:
-        part = self._part(common)
+        part = self._part(stored)
         if isinstance(part, str):
             return part
-        if part.shape != ((at[1] if at else 1) * shape[0], *shape[1:]):
-            return f"{_kind(part.source)}, wanted {at[1] if at else 1} of {shape}"
-        if at is None:
-            return _Step(own, shape, (part,), (*self._how(part), "sorted by head"), heads=self.wanted.heads)
-        return _Step(own, shape, (part,), (*self._how(part), "split"), slice=at)
+        shares = at[1] if at else 1
+        if part.shape == (shares * shape[0], *shape[1:]):
+            if at is None:
+                how = (*self._how(part), "sorted by head")
+                return _Step(own, shape, (part,), how, heads=self.wanted.heads)
+            return _Step(own, shape, (part,), (*self._how(part), "split"), slice=at)
+        if at is not None and part.shape and part.shape[0] % shares == 0:
+            idle = self._idle_heads(common, (part.shape[0] // shares, *part.shape[1:]), shape)
+            if idle is not None:
+                how = (*self._how(part), "split", _IDLE)
+                return _Step(own, shape, (part,), how, slice=at, heads_of=idle)
+        return f"{_kind(part.source)}, wanted {shares} of {shape}"
 
     def _part(self, common: str) -> _Part | str:
         """A tensor of the checkpoint as numbers; or why it is none."""
@@ -707,6 +748,14 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return tuple(shape)
+
+
+def _with_idle_heads(value: Tensor, axis: int, groups: int, length: int) -> Tensor:
+    """Each of `groups` equal parts along `axis`, made `length` long by zeros behind it."""
+    apart = value.unflatten(axis, (groups, -1))
+    zeros = list(apart.shape)
+    zeros[axis + 1] = length - zeros[axis + 1]
+    return torch.cat([apart, apart.new_zeros(zeros)], axis + 1).flatten(axis, axis + 1)
 
 
 def _resized_positions(rows: Tensor, leading: int, wanted: int, grid: tuple[int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,18 +25,27 @@ class Target:
         prefix: own names of the tensors that act up to the site's block.
     """
 
-    def __init__(self, model: nn.Module, site: Site, *, whole: bool = False) -> None:
+    def __init__(self, model: nn.Module, site: Site, *, whole: bool = False, more: int = 0) -> None:
         """A target that is wanted up to the last tap of `site`, or with `whole` to its last block.
 
         model: on its device; it becomes the target's own.
+        more: so many blocks are added to it, and wanted.
+
+        Raises:
+            NotAViTError: the model does not run what is added to its list of blocks.
         """
+        self._site = site
         self.backbone = Backbone(model.eval().requires_grad_(False))
+        depth = self.backbone.depth
+        if more:
+            _add_blocks(self.backbone, more)
+            self.backbone = Backbone(model)
         self._state = model.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         names = {module: name for name, module in model.named_modules()}
         tower = _dotted(names[self.backbone.encoder])
         blocks = [_dotted(names[block]) for block in self.backbone.blocks]
-        last = len(blocks) - 1 if whole else site.taps[-1]
+        last = len(blocks) - 1 if whole else site.taps[-1] + more
         inside = {name for block in blocks for name in self._state if name.startswith(block)}
         stem = self._stem_tensors(name for name in self._state if name not in inside)
         own: dict[str, str] = {}
@@ -59,7 +69,7 @@ class Target:
             own=own,
             dtype=self.backbone.dtype,
             tower=_clean(tower),
-            depth=len(blocks),
+            depth=depth,
             grid=self._grid(stem),
             heads=_heads(self.backbone.blocks[0]),
         )
@@ -67,6 +77,17 @@ class Target:
             *stem,
             *(name for group in groups[: site.block + 1] for name, _ in group.values()),
         ]
+
+    def deeper(self, more: int) -> Target:
+        """A target with so many more blocks, for suspects that have them.
+
+        Raises:
+            NotAViTError: the model does not run what is added to its list of blocks.
+        """
+        for name, shape in self._shapes.items():
+            if self._state[name].shape != shape:
+                self._reshape(name, torch.Size(shape))
+        return Target(copy.deepcopy(self.backbone.model), self._site, more=more)
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -145,6 +166,17 @@ def whole_model(path: Path, model: nn.Module, site: Site, tower: str, most_bytes
         target.load(chosen.tensors(checkpoint.read(chosen.names, HostBuffer())))
     target.fill(chosen.neutral)
     return target.backbone.model
+
+
+def _add_blocks(backbone: Backbone, count: int) -> None:
+    """Adds copies of the last block to the list of blocks, under names that count on."""
+    last = backbone.blocks[-1]
+    name = next(name for name, module in backbone.model.named_modules() if module is last)
+    container, _, own = name.rpartition(".")
+    stem = own.rstrip("0123456789")
+    for index in range(count):
+        added = f"{stem}{int(own.removeprefix(stem)) + 1 + index}"
+        backbone.model.get_submodule(container).add_module(added, copy.deepcopy(last))
 
 
 def _clean(name: str) -> str:

@@ -35,13 +35,16 @@ from activemark_fast.cli.common import Outcome, one_line
 
 ERROR = 2
 INTERRUPTED = 130
+EXIT_CODES = (
+    "Exit codes: 0 done, or the answer is yes (a match, a descent, as expected); 1 the answer is no, and "
+    "never a failure; 2 error; 3 inconclusive; 130 interrupted. Each command's --help says which it has."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code; usage errors and --help raise SystemExit.
 
-    Codes: 0 done, match, or a demo as expected; 1 no match, or a demo not as expected; 2 error;
-    3 inconclusive; 130 interrupted.
+    Codes: see `EXIT_CODES`.
     """
     args = _parser().parse_args(argv)
     _forbid_core_files()
@@ -99,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="activemark",
         description="Mark a visual foundation model before release; tell later what descends from it.",
+        epilog=EXIT_CODES,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"activemark {__version__}")

@@ -135,7 +135,12 @@ def add_compute(command: argparse.ArgumentParser) -> None:
 
 
 def add_decision(command: argparse.ArgumentParser) -> None:
-    """The options --alpha, --tau and --align."""
+    """The options --alpha, --tau, --align and --exhaustive."""
+    command.add_argument(
+        "--exhaustive",
+        action="store_true",
+        help="read all images of every suspect, also where fewer settle it",
+    )
     command.add_argument(
         "--alpha", type=float, default=1e-6, metavar="A", help="match at or below this p-value (1e-6)"
     )

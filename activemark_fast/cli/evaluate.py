@@ -148,8 +148,8 @@ def _tasks(
 
 
 def _table(evaluation: Evaluation) -> str:
-    """One line an attack: the owner's reading of both models, the other key's, and the utility."""
-    head = ["attack", "marked", "R", "p-value", "original", "other key", "cosine", "probe", "task"]
+    """One line an attack: the owner's reading of both models, the other key's, the descent, the utility."""
+    head = ["attack", "marked", "R", "p-value", "original", "other key", "compare", "cosine", "probe", "task"]
     cells = [[*head, "images", "steps", "seconds"]]
     for row in evaluation.rows:
         if (row["subject"], row["key"]) != ("marked", "owner"):
@@ -166,6 +166,7 @@ def _table(evaluation: Evaluation) -> str:
                     "-" if r is None else r["decision"] + ("" if r["as_expected"] else " (!)")
                     for r in (original, other)
                 ),
+                "-" if row.get("descent") is None else f"{row['descent']} {row['descent_score']:.2f}",
                 _number(row["cosine"], ".3f"),
                 _number(row["probe_accuracy"], ".3f"),
                 _number(row["task_score"], ".3f"),
@@ -195,9 +196,11 @@ def _frontier(points: Sequence[dict[str, Any]]) -> str:
         if cheap:
             worst = max(cheap, key=lambda p: p["p_value"])
             held = sum(p["p_value"] <= 1e-6 for p in cheap)
+            shown = sum(p["descent"] == "descent" for p in cheap)
             lines.append(
                 f"attacks that cost at most {allowed} of 100 points of the probe: a match after {held} of "
-                f"{len(cheap)}; worst p-value {worst['p_value']:.1e} ({worst['attack']}: {worst['lost']:.1f} "
+                f"{len(cheap)}, `compare` still shows the descent after {shown}; worst p-value "
+                f"{worst['p_value']:.1e} ({worst['attack']}: {worst['lost']:.1f} "
                 f"points, R {worst['detection_rate']:.3f}, {worst['seconds']:.0f} s)"
             )
     return "\n".join(lines)

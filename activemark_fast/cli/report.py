@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import platform
 import shlex
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from activemark_fast import __version__
 from activemark_fast.cli.common import (
@@ -28,6 +31,10 @@ from activemark_fast.cli.open import add_timestamp, read_commitment
 from activemark_fast.cli.suspect import add_suspect, judge
 from activemark_fast.cli.verify import EXIT_CODES
 
+if TYPE_CHECKING:
+    from activemark_fast.verdict import Verdict
+    from activemark_fast.watermark import Watermark
+
 
 def add_to(commands: Subparsers) -> None:
     """Adds `report` to the command line."""
@@ -42,6 +49,12 @@ def add_to(commands: Subparsers) -> None:
     add_watermark(report)
     add_key(report)
     add_images(report, "those the model was marked with")
+    report.add_argument(
+        "--journal",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="take the verdict on SUSPECT from this journal of verify-many: nothing is read, no key needed",
+    )
     report.add_argument(
         "--evaluation", type=Path, metavar="DIR", help="what evaluate wrote: what the mark survives and costs"
     )
@@ -61,6 +74,8 @@ def _report(args: argparse.Namespace) -> Outcome:
     check_output("--out", args.out, ".html")
     if args.timestamp is not None and args.commitment is None:
         raise ValueError("--timestamp: wanted with --commitment only")
+    if args.journal is not None and args.commitment is not None:
+        raise ValueError("--commitment: wanted without --journal, which says what was found of one")
     from activemark_fast.backbone import NotAViTError
     from activemark_fast.descent import compare
     from activemark_fast.evaluate import Evaluation
@@ -73,20 +88,24 @@ def _report(args: argparse.Namespace) -> Outcome:
     evaluation = None if args.evaluation is None else Evaluation.load(args.evaluation)
     if evaluation is not None and evaluation.header["watermark"] != watermark.mac.hex():
         raise ValueError(f"--evaluation: {args.evaluation} is about another watermark than {args.watermark}")
-    commitment = None if args.commitment is None else read_commitment(args.commitment, args)
-    key = read_key(args.key, confirm=False)
-    register = read_register(args.register, key)
-    judged = judge(args, watermark, key, commitment, register=register, alpha=1e-6, tau=None, align=None)
-    whole = judged.whole(watermark, args)
-    try:
-        measured = None if whole is None else profile(whole, precision=args.precision)
-    except NotAViTError:
-        measured = None  # the verdict says what is wrong with it
+    whole = measured = None
+    if args.journal is not None:
+        verdict, record = _journalled(args, watermark)
+        text = str(verdict)
+    else:
+        commitment = None if args.commitment is None else read_commitment(args.commitment, args)
+        key = read_key(args.key, confirm=False)
+        shown = {"register": read_register(args.register, key), "alpha": 1e-6, "tau": None, "align": None}
+        judged = judge(args, watermark, key, commitment, exhaustive=True, **shown)
+        verdict, record, text = judged.verdict, judged.record, judged.text
+        whole = judged.whole(watermark, args)
+        with suppress(NotAViTError):  # the verdict says what is wrong with it
+            measured = None if whole is None else profile(whole, precision=args.precision)
     descent = None if args.original is None else compare(args.original, whole or args.suspect)
     page = evidence_page(
         Evidence(
             suspect=args.suspect,
-            verdict=judged.verdict,
+            verdict=verdict,
             site=watermark.site,
             profile=measured,
             evaluation=evaluation,
@@ -97,10 +116,31 @@ def _report(args: argparse.Namespace) -> Outcome:
         )
     )
     write_whole(args.out, page.encode(), mode=0o644)
-    record = {"page": str(args.out), "suspect": args.suspect, **judged.record}
+    record = {"page": str(args.out), "suspect": args.suspect, **record}
     if descent is not None:
         record["descent"] = descent.to_dict()
-    return Outcome(EXIT_CODES[judged.verdict.decision], record, judged.text, f"  page: {args.out}")
+    return Outcome(EXIT_CODES[verdict.decision], record, text, f"  page: {args.out}")
+
+
+def _journalled(args: argparse.Namespace, watermark: Watermark) -> tuple[Verdict, dict[str, object]]:
+    """The verdict that the journal has on the suspect, and what it says besides, as JSON types."""
+    from activemark_fast.bulk import journal_line, memory_limit
+    from activemark_fast.checkpoints.files import Checkpoint
+    from activemark_fast.verdict import Verdict
+
+    path = Path(os.path.abspath(args.suspect))
+    line = journal_line(args.journal, str(path), watermark.digest().hex())
+    if line["verdict"] is None:
+        raise ValueError(f"{args.journal}: has no verdict on {path}: {line['error'] or line['skipped']}")
+    try:
+        verdict = Verdict.from_dict(line["verdict"])
+    except ValueError as error:
+        raise ValueError(f"{args.journal}: its line on {path} holds {error}") from error
+    if path.exists():
+        with Checkpoint(path, memory_limit()) as checkpoint:
+            if (checkpoint.size, checkpoint.modified) != (line["size"], line["modified"]):
+                raise ValueError(f"{path}: was changed after the journal was written: read it again")
+    return verdict, {**line["verdict"], "tensors": line["tensors"], "towers": line["towers"]}
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -120,7 +160,11 @@ def _facts(args: argparse.Namespace, fingerprint: str) -> dict[str, str]:
     weights = Path(args.suspect.partition("@")[2] or args.suspect)
     if weights.is_file():
         facts[f"SHA-256 of {weights.name}"] = _sha256(weights)
-    facts[f"SHA-256 of {args.watermark.name}"] = _sha256(args.watermark)
+    for file in (args.watermark, args.journal):
+        if file is not None:
+            facts[f"SHA-256 of {file.name}"] = _sha256(file)
+    if args.journal is not None:
+        facts["Where the verdict is from"] = f"{args.journal.name}, which verify-many wrote; not read again"
     facts["Fingerprint of the marked model's weights"] = fingerprint
     facts["Versions"] = (
         f"activemark_fast {__version__}, Python {platform.python_version()}, torch {version('torch')}"

@@ -82,10 +82,12 @@ def judge(
     watermark: Watermark,
     key: Key,
     commitment: Commitment | None,
+    exhaustive: bool,
     **settings: Any,
 ) -> Judged:
-    """The verdict on the suspect that `args` name, read as `verify-many` reads it but from all images.
+    """The verdict on the suspect that `args` name, read as `verify-many` reads it but never given up early.
 
+    exhaustive: read all images, whatever they show.
     settings: as `decision_settings` gives them, and `register`.
 
     Raises:
@@ -101,20 +103,25 @@ def judge(
     shared = settings | {"commitment": commitment, "device": place, "precision": args.precision}
     if path is None:
         module = load_model(args.suspect, device=place)
-        verdict = verify(module, watermark, key, args.images, **shared)
+        verdict = verify(module, watermark, key, args.images, exhaustive=exhaustive, **shared)
         return Judged(SuspectResult(args.suspect, verdict), verdict, None, None, module)
     given = args.architecture or named
-    try:
-        given = given if given or watermark.architecture else architecture_of(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: neither it nor the watermark names an architecture; say it with --architecture"
-        ) from error
+    if given is None:
+        try:
+            own = architecture_of(path)
+        except ValueError as error:
+            if watermark.architecture is None:
+                raise ValueError(
+                    f"{path}: neither it nor the watermark names an architecture; say it with --architecture"
+                ) from error
+        else:
+            given = own if watermark.architecture in (None, own) else None
     found = list(find_suspects(path))
     if len(found) != 1:
         raise ValueError(f"{path}: wanted one suspect, found {len(found)}; verify-many takes many")
+    power = None if exhaustive else 1.0
     sweeper = SweepSettings(
-        watermark, key, given, args.images, power=None, max_bytes=memory_limit(), **shared
+        watermark, key, given, args.images, power=power, max_bytes=memory_limit(), **shared
     ).sweeper()
     result = sweeper.run(found[0])
     if result.verdict is None:

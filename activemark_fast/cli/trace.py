@@ -51,7 +51,7 @@ def _trace(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     key = read_key(args.key, confirm=False)
     register = Register.load(args.register, key)
-    judged = judge(args, watermark, key, None, register=register, **decision_settings(args))
+    judged = judge(args, watermark, key, None, args.exhaustive, register=register, **decision_settings(args))
     trace = judged.verdict.trace
     hints = ""
     if trace is not None and args.plot is not None:

@@ -23,6 +23,7 @@ from activemark_fast.cli.open import add_timestamp, read_commitment
 from activemark_fast.cli.suspect import add_suspect, judge
 
 EXIT_CODES = {"match": 0, "no match": 1, "inconclusive": 3}
+HINT = "activemark compare ORIGINAL SUSPECT tells what the weights alone say of a descent"
 
 
 def add_to(commands: Subparsers) -> None:
@@ -57,12 +58,14 @@ def _verify(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     key = read_key(args.key, confirm=False)
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
-    judged = judge(args, watermark, key, commitment, **decision_settings(args))
-    hints = ""
+    judged = judge(args, watermark, key, commitment, args.exhaustive, **decision_settings(args))
+    hints = []
+    if judged.verdict.decision == "inconclusive":
+        hints.append(f"  {HINT}")
     if args.plot is not None:
         from activemark_fast.report import verdict_figure
 
         write_figure(verdict_figure(judged.verdict), args.plot)
-        hints = f"  drawn in {args.plot}"
+        hints.append(f"  drawn in {args.plot}")
     record = {"suspect": args.suspect, **judged.record}
-    return Outcome(EXIT_CODES[judged.verdict.decision], record, judged.text, hints)
+    return Outcome(EXIT_CODES[judged.verdict.decision], record, judged.text, "\n".join(hints))

@@ -40,7 +40,7 @@ def add_to(commands: Subparsers) -> None:
         "verify-many",
         _verify_many,
         "tell which of many suspects carry the mark",
-        epilog="Exit codes: 0 all suspects were judged, 1 some could not be read, 2 error.",
+        epilog="Exit codes: 0 all suspects were judged, 2 some could not be read, or another error.",
     )
     many.add_argument(
         "paths",
@@ -80,12 +80,17 @@ def add_to(commands: Subparsers) -> None:
         metavar="P",
         help="chance that a suspect with a faint mark (12 of 32 bits wrong) is not given up early (0.999)",
     )
-    many.add_argument("--exhaustive", action="store_true", help="read all images of every suspect")
     many.add_argument(
         "--max-bytes",
         type=int,
         metavar="N",
         help="most bytes of one suspect in memory (an eighth of the machine's memory)",
+    )
+    many.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give a suspect up that takes longer: an error in its line, and the sweep goes on",
     )
     many.add_argument(
         "--engine",
@@ -129,6 +134,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         register=read_register(args.register, key),
         precision=args.precision,
         max_bytes=args.max_bytes,
+        timeout=args.timeout,
         journal=args.out,
         resume=args.resume,
         engine=args.engine,
@@ -156,7 +162,7 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         "judged_now": done,
         "seconds": time.perf_counter() - started,
     }
-    return Outcome(1 if counts["error"] else 0, record, _table(records, counts))
+    return Outcome(2 if counts["error"] else 0, record, _table(records, counts))
 
 
 def _outcome(record: dict[str, Any]) -> str:

@@ -60,14 +60,14 @@ class Band:
     natural: bool
 
 
-LOUD = Band("loud", books=1, reads=4, strength=2.3, natural=False)
+LOUD = Band("loud", books=1, reads=6, strength=2.3, natural=False)
 NATURAL = Band("natural", books=2, reads=2, strength=1.0, natural=True)
 BANDS = (LOUD, NATURAL)
 """The bands of an owner's mark."""
 TRACED = Band("traced", books=8, reads=1, strength=1.0, natural=False)
 """Tells the copies of recipients apart (`tracing`): each of its rows answers as a codeword says. Tokens vary
-in few directions: were U among those, two who collude would find them all in what their copies differ in, and
-could take them out."""
+in few directions: were U among those, two who collude would find them all in what their copies differ in,
+and could take them out."""
 
 
 @dataclass(frozen=True, eq=False)

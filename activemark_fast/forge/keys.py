@@ -130,7 +130,12 @@ def paid_settings(thief: Thief, deadline: float) -> list[Attempt]:
         f"block {found.block} of {found.depth}, {found.bits} bits, normalisation {found.normalisation}, "
         f"{found.heads or 'the usual'} heads, images of {found.size}"
     )
-    return [thief.present("paid settings", tried, tries, started, key, watermark, suspect=suspect)]
+    run = "timm:VisionTransformer"  # heads and image size are as the watermark has them
+    return [
+        thief.present(
+            "paid settings", tried, tries, started, key, watermark, suspect=suspect, architecture=run
+        )
+    ]
 
 
 def _choices(thief: Thief) -> dict[str, list[Any]]:

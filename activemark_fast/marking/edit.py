@@ -1,19 +1,22 @@
-"""The closed-form edit: places a keyed mark in the suffix's MLPs, without a gradient.
+"""The closed-form edit: places a keyed mark in the suffix's weights, without a gradient.
 
 The suffix has to learn linear maps of rank M, from the injected directions U to the read-out P. As in
-linear model editing (ROME, Meng et al. 2022; MEMIT, Meng et al. 2023) it is written into the last linear
-layer of each block's MLP, block after block, each closing its share of what is still missing.
+linear model editing (ROME, Meng et al. 2022; MEMIT, Meng et al. 2023) it is written into the linear layers
+that add to the residual stream, one after the other, each closing its share of what is still missing: both
+bands into the last one of each block's MLP, the natural band also into attention's output. A model may do
+without its late MLPs, but then not without its attention.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
@@ -31,8 +34,10 @@ UNUSED = 0.1
 """How much of the loss of fidelity that is allowed may be left."""
 LARGEST_FACTOR = 4.0
 """A band is made at most so many times as strong as it was solved for."""
-NATURAL_SHARE = 0.5
-"""Share of the allowed loss of fidelity that goes to the natural band; the loud one takes the rest."""
+LOUD_SHARE = 0.6
+"""Most of the allowed loss of fidelity that the loud band may use; the natural one takes the rest."""
+LOUD_MARGIN = 2.5
+"""A loud band that is read more clearly than this is made weaker, and leaves more to the natural one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,67 @@ DIALS = {
 }
 
 Changes = list[dict[str, Tensor]]
-"""Of each edited block, by band: (D, H) float32."""
+"""Of each step, by band: (D, H) float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One layer that the edit changes.
+
+    Attributes:
+        block: where it is.
+        tap: what is written here is read after this block.
+        linear: the live layer.
+        gain: (D,), what one unit of its output adds to the stream.
+        shares: for each band that is written here, the share of what is still missing that it closes.
+        last: no layer of the block is changed after it.
+    """
+
+    block: int
+    tap: int
+    linear: nn.Linear
+    gain: Tensor
+    shares: dict[str, float]
+    last: bool
+
+
+def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
+    """The layers that an edit changes, in order.
+
+    Raises:
+        ValueError: a block is not pre-norm residual, or its LayerScale is 0 in some channel.
+    """
+    steps = []
+    for block in range(site.block + 1, site.taps[-1] + 1):
+        tap = next(t for t in site.taps if t >= block)
+        gain = backbone.mlp_gain(block)
+        if bool((gain == 0).any()):
+            raise ValueError(
+                f"model: block {block} scales a channel of its MLP by 0, so it cannot carry a mark"
+            )
+        attention = backbone.attention_out(block)
+        if attention is not None and bool(attention[1].all()):
+            steps.append(Step(block, tap, *attention, {NATURAL.name: 1.0}, last=False))
+        steps.append(
+            Step(block, tap, backbone.mlp_out(block), gain, {band.name: 1.0 for band in BANDS}, last=True)
+        )
+    for band in BANDS:
+        for tap in site.taps:
+            written = [step for step in steps if step.tap == tap and band.name in step.shares]
+            for left, step in enumerate(reversed(written), start=1):
+                step.shares[band.name] = 1 / left
+    return steps
+
+
+def traced_steps(backbone: Backbone, site: Site) -> list[Step]:
+    """The layers that carry the traced rows: the last of each MLP, in equal shares for each tap.
+
+    Raises:
+        ValueError: as `edit_steps`.
+    """
+    steps = [step for step in edit_steps(backbone, site) if step.last]
+    taps = Counter(step.tap for step in steps)
+    return [replace(step, shares={TRACED.name: 1 / taps[step.tap]}) for step in steps]
 
 
 @torch.no_grad()
@@ -73,15 +138,17 @@ def search_edit(
     output: Tensor,
     sent: Sequence[Tensor],
     fidelity: Callable[[], Fidelity],
+    margin: Callable[[], float],
     wanted: float,
     engine: Engine,
     bar: Progress,
 ) -> list[dict[str, float | str]]:
     """Edits `backbone` in place, as strongly as the fidelity asked for allows.
 
-    One edit is solved for, band by band. The natural band's change of the weights is then scaled until half
-    of the allowed loss of fidelity is used up, and the loud one's until all of it is. Where even the weakest
-    strength that was looked at costs too much, the band is left out: fidelity wins.
+    One edit is solved for, band by band. The loud band's change of the weights is then scaled until its share
+    of the allowed loss of fidelity is used up, or less where its reading is clearer than `LOUD_MARGIN`; the
+    natural one's until all of the loss is. Where even the weakest strength that was looked at costs too much,
+    the band is left out: fidelity wins.
 
     Args:
         backbone: the model to mark.
@@ -90,6 +157,7 @@ def search_edit(
         output: (n, N, D), clean output of the site's block.
         sent: for each codebook (its images, M) of 0 and 1; see `edit`.
         fidelity: measures the edited model.
+        margin: how clearly the loud band is read from it (`Quality.margin`).
         wanted: fidelity asked for (`Fidelity.loss`).
         engine: how to compute.
         bar: shows the steps.
@@ -97,14 +165,15 @@ def search_edit(
     Returns:
         Every strength tried, and what was measured.
     """
-    linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
+    steps = edit_steps(backbone, site)
+    linears = [step.linear for step in steps]
     originals = [linear.weight.clone() for linear in linears]
 
     def solved(batch: int) -> Changes:
         for linear, weight in zip(linears, originals, strict=True):
             linear.weight.copy_(weight)  # an earlier try may have run out of memory half way
-        bar.stage("edit", len(linears))
-        return edit(backbone, books, site, output, sent, replace(engine, batch=batch), bar)
+        bar.stage("edit", len(steps))
+        return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
 
     changes = halving(solved, engine.batch)
     factors = {band.name: 0.0 for band in BANDS}
@@ -116,7 +185,7 @@ def search_edit(
             linear.weight.copy_(edited)
 
     lost = 0.0
-    for band, share in ((NATURAL, NATURAL_SHARE), (LOUD, 1.0)):
+    for band, share in ((LOUD, LOUD_SHARE), (NATURAL, 1.0)):
 
         def made(factor: float, name: str = band.name) -> None:
             factors[name] = factor
@@ -126,7 +195,11 @@ def search_edit(
         room = share * (1 - wanted) - lost
         factors[band.name], cost = best_strength(made, fidelity, band.name, lost, room, history, bar)
         lost += cost
-    apply()
+        apply()
+        if band == LOUD and (read := margin()) > LOUD_MARGIN:
+            factors[band.name] *= LOUD_MARGIN / read
+            lost *= (LOUD_MARGIN / read) ** 2
+            apply()
     return history
 
 
@@ -188,7 +261,7 @@ def _next_factor(tried: dict[float, float], room: float) -> float:
 def edit(
     backbone: Backbone,
     books: Sequence[Codebook],
-    site: Site,
+    steps: Sequence[Step],
     output: Tensor,
     sent: Sequence[Tensor],
     engine: Engine,
@@ -197,58 +270,51 @@ def edit(
     """Writes the mark into `backbone`'s weights, in place.
 
     Image i is injected into with codebook i mod K of K, once with what is sent and once with its opposite.
-    For each block after the site up to the last tap, with k the hidden activations of its MLP, h its output,
-    and Δ half the difference of the two runs, all averaged over groups of patch tokens: δ is what is still
-    missing in the projection P of Δh, a share 1 / (blocks left to the tap) of it, and for each band
+    For each step, with k the input of its layer, h the output of its block, and Δ half the difference of the
+    two runs, all averaged over groups of patch tokens: δ is what is still missing in the projection P of Δh,
+    a share 1 / (steps left to the tap) of it, and for each band
 
         ΔW = P^T E[δ Δk^T] (E[Δk Δk^T] + lambda E[k₀ k₀^T] + ε I)^-1
 
-    with k₀ the hidden activations of tokens of clean images, whose mean square is scaled to that of Δk. In
+    with k₀ the input of the layer for tokens of clean images, whose mean square is scaled to that of Δk. In
     the loud band δ = gamma s (2m - 1) - P Δh. In the natural one δ = c s (2m - 1), with c what the row's
     answer to its own bit lacks of gamma on average, or 0: what the model answers to other bits is let be.
-    Each block runs once: what ΔW adds to its output follows from k, which is kept until ΔW is known.
+    Each block runs once a step. What the last step's ΔW adds to its output follows from k, which is kept
+    until ΔW is known.
 
     Args:
         backbone: the model to mark.
         books: on the backbone's device.
-        site: where the mark goes.
+        steps: as `edit_steps` gives them.
         output: (n, N, D), clean output of the site's block.
         sent: for each codebook (its images, M) of 0 and 1.
         engine: how to compute.
-        bar: moves on with every block.
+        bar: moves on with every step.
 
     Returns:
-        ΔW of each block and band.
+        ΔW of each step and band.
 
     Raises:
-        ValueError: a block is not pre-norm residual, its LayerScale is 0 in some channel, or its MLP's hidden
-            activations are all 0 or not finite.
+        ValueError: the inputs of a step's layer are all 0 or not finite.
     """
-    blocks = range(site.block + 1, site.taps[-1] + 1)
-    gains = {block: backbone.mlp_gain(block) for block in blocks}
-    silent = torch.stack([(gain == 0).any() for gain in gains.values()]).tolist()
-    if any(silent):
-        raise ValueError(
-            f"model: block {blocks[silent.index(True)]} scales a channel of its MLP by 0, "
-            "so it cannot carry a mark"
-        )
     streams = _streams(books, output, sent, engine)
     changes: Changes = []
     failed = []
-    for block in blocks:
-        tap = next(t for t in site.taps if t >= block)
-        moments, hidden = _moments(backbone, books, block, tap, streams, 1 / (tap - block + 1), engine)
+    for step in steps:
+        moments, hidden = _moments(backbone, books, step, streams, engine)
         change: dict[str, Tensor] = {}
         added: list[tuple[Tensor, Tensor]] = []
-        for band in BANDS:
-            members = [book for book in books if book.band == band]
-            solution, info = _solve(moments, band.name, [books.index(book) for book in members])
-            failed.append(info)
-            read = torch.cat([book.read_directions[tap] for book in members])  # (rows, D)
-            change[band.name] = (solution @ (read.double() / gains[block].double())).T.float()
+        infos = []
+        for band in step.shares:
+            members = [book for book in books if book.band.name == band]
+            solution, info = _solve(moments, band, [books.index(book) for book in members])
+            infos.append(info)
+            read = torch.cat([book.read_directions[step.tap] for book in members])  # (rows, D)
+            change[band] = (solution @ (read.double() / step.gain.double())).T.float()
             added.append((solution, read))
         del moments
-        weight = backbone.mlp_out(block).weight
+        failed.append(torch.stack(infos).any())
+        weight = step.linear.weight
         weight += torch.stack(list(change.values())).sum(dim=0).to(weight.dtype)
         changes.append(change)
         for index, k in enumerate(hidden):
@@ -257,15 +323,15 @@ def edit(
             for solution, read in added:
                 stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
             streams[index].values = engine.keep(stream)
-            hidden[index] = k.new_empty(0)
-        del k, stream, there  # the next block runs without them
+            hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
         bar.advance()
     # A look at each while they are solved would have the device wait for the host.
-    bad = torch.stack(failed).view(len(blocks), len(BANDS)).any(dim=1).tolist()
+    bad = torch.stack(failed).tolist()
     if any(bad):
+        step = steps[bad.index(True)]
         raise ValueError(
-            f"model: the MLP of block {blocks[bad.index(True)]} is silent, or its activations are not "
-            "finite, so it cannot carry a mark"
+            f"model: the {'MLP' if step.last else 'attention'} of block {step.block} is silent, or its "
+            "activations are not finite, so it cannot carry a mark"
         )
     return changes
 
@@ -274,48 +340,44 @@ def edit(
 def solve_rows(
     backbone: Backbone,
     books: Sequence[Codebook],
-    site: Site,
+    steps: Sequence[Step],
     output: Tensor,
     sent: Sequence[Tensor],
     engine: Engine,
     bar: Progress,
 ) -> list[Tensor]:
-    """What each row of the traced `books` needs of each block to answer more: `backbone` stays as it is.
+    """What each row of the traced `books` needs of each step to answer more: `backbone` stays as it is.
 
-    As in `edit`, but every block gives the same share of the gain, and no block reckons with what those
-    before it add: which rows answer more and which less is known only when a recipient's codeword is.
+    As in `edit`, but every step gives the same share of the gain, and none reckons with what those before it
+    add: which rows answer more and which less is known only when a recipient's codeword is.
 
     Args:
         backbone: the model.
         books: all of them traced, on the backbone's device.
-        site: where the mark is.
+        steps: as `traced_steps` gives them.
         output: (n, N, D), clean output of the site's block.
         sent: for each codebook (its images, M) of 0 and 1.
         engine: how to compute.
-        bar: moves on with every block.
+        bar: moves on with every step.
 
     Returns:
-        Of each block after the site up to the last tap, (rows, H) float32 A: with R the rows of P at the next
-        tap, over `Backbone.mlp_gain`, and c a codeword of +1 and -1, the change of a copy is (c R)^T A.
+        Of each step, (rows, H) float32 A: with R the rows of P at its tap, over its gain, and c a codeword of
+        +1 and -1, the change of a copy is (c R)^T A.
 
     Raises:
         ValueError: a block's MLP is silent, or its activations are not finite.
     """
     streams = _streams(books, output, sent, engine)
     solutions = []
-    blocks = range(site.block + 1, site.taps[-1] + 1)
-    start = blocks.start
-    for block in blocks:
-        tap = next(t for t in site.taps if t >= block)
-        moments = _moments(backbone, books, block, tap, streams, 1 / (tap + 1 - start), engine)[0]
+    for step in steps:
+        moments, _ = _moments(backbone, books, step, streams, engine)
         solution, info = _solve(moments, TRACED.name, range(len(books)))
         if int(info) != 0:
             raise ValueError(
-                f"model: the MLP of block {block} is silent, or its activations are not finite, so it cannot "
-                "carry a mark"
+                f"model: the MLP of block {step.block} is silent, or its activations are not finite, so it "
+                "cannot carry a mark"
             )
         solutions.append(solution.T.float())
-        start = start if block < tap else tap + 1
         bar.advance()
     return solutions
 
@@ -352,7 +414,7 @@ def _streams(
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """What the solves of a block need.
+    """What the solves of a step need.
 
     Attributes:
         clean: (H, H) float32, E[k₀ k₀^T], lower triangle only.
@@ -366,24 +428,17 @@ class _Moments:
 
 
 def _moments(
-    backbone: Backbone,
-    books: Sequence[Codebook],
-    block: int,
-    tap: int,
-    streams: list[_Stream],
-    share: float,
-    engine: Engine,
+    backbone: Backbone, books: Sequence[Codebook], step: Step, streams: list[_Stream], engine: Engine
 ) -> tuple[_Moments, list[Tensor]]:
-    """Runs a block over `streams`, in place, and gathers what its solves need.
+    """Runs a block over `streams` and gathers what a step's solves need. The last step moves them on.
 
     Returns:
-        The moments; the hidden activations (3, b, N, H) of each batch.
+        The moments; of the last step, its layer's inputs (3, b, N, H) for each batch.
     """
-    seen: list[Tensor] = []
-    linear = backbone.mlp_out(block)
+    linear, tap = step.linear, step.tap
     size, device = linear.in_features, backbone.device
     clean = torch.zeros(size, size, device=device)
-    changed = {book.band.name: torch.zeros(size, size, device=device) for book in books}
+    changed = {band: torch.zeros(size, size, device=device) for band in step.shares}
     cross = [torch.zeros(size, book.bits, device=device) for book in books]
     answers = [torch.zeros(book.bits, device=device) for book in books]
     images = [
@@ -391,18 +446,20 @@ def _moments(
     ]
     tokens = streams[0].values.shape[2]
     pool = _slot_groups(len(books[0].slots), device)
-    stride = max(1, sum(images) * tokens // (CLEAN_ROWS * size))
-    rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in streams)
+    # Those of a band that is not written here run only to be moved on.
+    running = [stream for stream in streams if step.last or books[stream.book].band.name in step.shares]
+    count = sum(stream.values.shape[1] for stream in running)
+    stride = max(1, count * tokens // (CLEAN_ROWS * size))
+    rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in running)
     hidden: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
-        for stream in streams:
+    with backbone.inputs_of(linear) as seen:
+        for stream in running:
             book = books[stream.book]
-            dials = DIALS[book.band.name]
+            dials, share = DIALS[book.band.name], step.shares[book.band.name]
             values = engine.fetch(stream.values)
             seen.clear()
             with engine.autocast():
-                after = backbone.run(values.flatten(0, 1), block, block + 1).view_as(values)
+                after = backbone.run(values.flatten(0, 1), step.block, step.block + 1).view_as(values)
             k = backbone.batch_first(seen.pop()).reshape(*values.shape[:3], size)
             _add_gram(clean, k[0].flatten(0, 1)[::stride], 1 / rows)
             # Over the injected length, so that bands of other lengths weigh the same.
@@ -418,16 +475,16 @@ def _moments(
             _add_gram(changed[book.band.name], flat.to(k.dtype), weight / book.band.books)
             cross[stream.book].addmm_(flat.T, missing.flatten(0, 1), alpha=weight / book.band.books)
             answers[stream.book] += (answer * stream.signs[:, None]).sum(dim=(0, 1)) * weight
-            stream.values = engine.keep(after.to(values.dtype))
-            hidden.append(engine.keep(k))
-    finally:
-        hook.remove()
+            if step.last:
+                stream.values = engine.keep(after.to(values.dtype))
+                hidden.append(engine.keep(k))
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
         if dials.answer == "lack":
-            cross[index] *= share * (dials.gain - answers[index] * math.sqrt(book.bits)).clamp_min(0)
+            lacking = (dials.gain - answers[index] * math.sqrt(book.bits)).clamp_min(0)
+            cross[index] *= step.shares[book.band.name] * lacking
         if dials.answer == "all":
-            cross[index] *= share * dials.gain
+            cross[index] *= step.shares[book.band.name] * dials.gain
     return _Moments(clean, changed, cross), hidden
 
 

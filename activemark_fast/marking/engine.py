@@ -105,7 +105,8 @@ def plan_engine(
     batch = max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, -(-fitted // books)))
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
-    changes = len(blocks) * width * hidden * (2 * 4 + wide)  # of both bands, and the original weights
+    # Of both bands and the original weights, of the MLPs; likewise of attention, which one band changes.
+    changes = len(blocks) * width * (hidden * (2 * 4 + wide) + width * (4 + wide))
     matrix = 3 * 4 * hidden * hidden  # of clean images and of what each band changes
     solve = matrix + 2 * 8 * hidden * hidden  # in float64 too, and its factor
     caches = (2 * (fitted + carriers) + held) * tokens * width * wide + fitted * stream
@@ -127,7 +128,7 @@ def plan_engine(
     on_host = device.type == "cuda" and model + changes + block(one) + caches > GPU_RESERVE * free
     peak = model + changes + (block(0) if on_host else block(one) + caches)
     where = "caches in pinned host memory" if on_host else "caches on the device"
-    how = f"{batch} images at a time, {where}, edit eager: it runs a block once, so compiling takes longer"
+    how = f"{batch} images at a time, {where}, edit eager: it runs a block twice, so compiling takes longer"
     return Engine(device, autocast, batch, on_host, peak, how)
 
 

@@ -178,6 +178,16 @@ class QualityCheck:
         tau = default_tau(agreement.shape[-1])
         return float(errors.double().mean()), float((errors <= tau).double().mean())
 
+    def margin(self) -> float:
+        """`Quality.margin` now."""
+        first = self._channels[0]
+        now = first.agreement(self._backbone, self._carriers, 0, self._block, self._autocast)
+        return self._margin(now)
+
+    def _margin(self, message: Tensor) -> float:
+        # All readings of an image together are one.
+        return _margin(*(part.mean(dim=2, keepdim=True) for part in (message, self._original[0])))
+
     def __call__(self, reference: Backbone | None = None) -> Quality:
         """The quality now.
 
@@ -193,7 +203,7 @@ class QualityCheck:
             fidelity=fidelity.mean,
             fidelity_tail=fidelity.tail,
             features=fidelity,
-            margin=_margin(*(part.mean(dim=2, keepdim=True) for part in (now[0], self._original[0]))),
+            margin=self._margin(now[0]),
             natural_margin=min(natural, default=math.nan),
             bit_error=bit_error,
             detection_rate=rate,

@@ -11,7 +11,7 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import TRACED, Codebook, SiteMeasure, balanced_bits, codebooks, draw_sent
 from activemark_fast.key import Key
-from activemark_fast.marking.edit import LOOKS, best_strength, solve_rows
+from activemark_fast.marking.edit import LOOKS, best_strength, solve_rows, traced_steps
 from activemark_fast.marking.engine import Engine, halving
 from activemark_fast.marking.quality import Fidelity
 from activemark_fast.marking.reading import Channel
@@ -102,19 +102,18 @@ def search_changes(
     ]
 
     def solved(batch: int) -> list[Tensor]:
-        bar.stage("traced rows", len(blocks))
-        return solve_rows(backbone, books, site, output, sent, replace(engine, batch=batch), bar)
+        bar.stage("traced rows", len(steps))
+        return solve_rows(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
 
-    blocks = range(site.block + 1, site.taps[-1] + 1)
+    steps = traced_steps(backbone, site)
     solutions = halving(solved, engine.batch)
     names = {id(parameter): name for name, parameter in backbone.model.named_parameters()}
     rows = len(books) * bits
     changes = {}
-    for block, right in zip(blocks, solutions, strict=True):
-        index = next(i for i, tap in enumerate(site.taps) if tap >= block)
-        read = torch.cat([book.read_directions[site.taps[index]] for book in books])
-        left = (read / backbone.mlp_gain(block)).float().cpu()
-        changes[names[id(backbone.mlp_out(block).weight)]] = Change(index * rows, left, right.cpu())
+    for step, right in zip(steps, solutions, strict=True):
+        read = torch.cat([book.read_directions[step.tap] for book in books])
+        left = (read / step.gain).float().cpu()
+        changes[names[id(step.linear.weight)]] = Change(site.taps.index(step.tap) * rows, left, right.cpu())
     word = example(key, len(site.taps) * rows)
     marked = {name: backbone.model.get_parameter(name).detach().clone() for name in changes}
 

@@ -145,8 +145,8 @@ def _bound(verdict: Verdict) -> str:
 
 
 def _choices(verdict: Verdict) -> str:
-    """What an owner could choose, and among how many."""
-    return ", ".join(f"{name} among {count}" for name, count in verdict.alternatives.items())
+    """What an owner could choose, and what the p-value is multiplied with for it."""
+    return ", ".join(f"{name} {count}" for name, count in verdict.alternatives.items())
 
 
 def _odds(p_value: float) -> str:

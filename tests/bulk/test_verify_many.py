@@ -7,6 +7,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -126,7 +127,8 @@ def test_an_exhaustive_sweep_says_what_verify_says(marked: Marked, tmp_path: Pat
     results = sweep([*paths, *models], marked, power=None)
     for result, model in zip(results, [*models, *models], strict=True):
         assert result.verdict is not None
-        assert result.verdict.to_dict() == verify(model, marked.watermark, KEY, marked.images).to_dict()
+        verdict = verify(model, marked.watermark, KEY, marked.images, exhaustive=True)
+        assert result.verdict.to_dict() == verdict.to_dict()
     assert [r.suspect for r in results[4:]] == [f"module {index}" for index in range(4, 8)]
 
 
@@ -151,7 +153,7 @@ def zeros() -> nn.Module:
         (nan_weights, r"NaN or infinite weights in 'blocks\.1\.mlp\.fc1\.weight'"),
         (zeros, "no token .* depends on the image"),
         (lambda: vit(embed_dim=64), "too little .* missing or of another shape: .*patch_embed"),
-        (lambda: vit(depth=3), "3 whole blocks, and the mark is first read after 4"),
+        (lambda: vit(depth=3), "no sign of the mark, but the suspect has 3 blocks, the marked model 6"),
         (lambda: vit(init_values=1.0), "does not quite fit the marked model: .*ls1"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), "too little"),
     ],
@@ -179,7 +181,7 @@ def test_a_mark_is_found_in_what_does_not_quite_fit(marked: Marked, tmp_path: Pa
 
 
 def test_only_what_is_needed_is_read(marked: Marked, tmp_path: Path) -> None:
-    (result,) = sweep(save(vit(depth=9, num_classes=999), tmp_path / "a.safetensors"), marked)
+    (result,) = sweep(save(vit(num_classes=9999), tmp_path / "a.safetensors"), marked)
     needed = [n for n in vit().state_dict() if not n.startswith(("blocks.5", "norm", "head"))]
     assert result.bytes_read == sum(vit().state_dict()[n].nbytes for n in needed)
     assert result.bytes_read < result.size / 1.7
@@ -339,6 +341,25 @@ def test_whatever_goes_wrong_with_one_suspect_the_sweep_goes_on(
     ]
 
 
+def test_a_suspect_that_takes_too_long_is_given_up(marked: Marked, tmp_path: Path) -> None:
+    path = save(marked.model, tmp_path / "a.safetensors")
+    (slow,) = sweep(path, marked, timeout=1e-6)
+    assert slow.error == "TimeoutError: took more than 1e-06 s"
+    (result,) = sweep(path, marked, timeout=600)
+    assert outcome(result) == "match"
+
+
+def test_a_suspect_that_waits_for_another_takes_no_time() -> None:
+    deadline, lock = sweeping._Deadline(0.2), threading.Lock()
+    lock.acquire()
+    threading.Timer(0.3, lock.release).start()
+    with deadline.holding(lock):
+        deadline.check()
+    time.sleep(0.25)
+    with pytest.raises(TimeoutError, match=r"took more than 0\.2 s"):
+        deadline.check()
+
+
 def test_memory_is_capped(marked: Marked, tmp_path: Path) -> None:
     paths = [save(marked.model, tmp_path / "a.safetensors"), tmp_path / "b.pt"]
     torch.save(marked.model.state_dict(), paths[1])
@@ -415,8 +436,10 @@ def test_killed_at_random_moments(marked: Marked, fifty_suspects: Path, tmp_path
         ({"model": vit(embed_dim=64)}, ValueError, "model: it has width 64, the marked model 128"),
         ({"images": None}, ValueError, "images: wanted"),
         ({"alpha": 1}, ValueError, "alpha: wanted"),
-        ({"power": 1}, ValueError, "power: wanted above 0 and below 1, got 1"),
+        ({"power": 2}, ValueError, "power: wanted above 0 and at most 1, got 2"),
         ({"power": "high"}, TypeError, "power: wanted a number, got str"),
+        ({"timeout": 0}, ValueError, "timeout: wanted above 0, got 0"),
+        ({"timeout": "1"}, TypeError, "timeout: wanted a number, got str"),
         ({"max_bytes": 0}, ValueError, "max_bytes: wanted at least 1, got 0"),
         ({"max_bytes": 1.5}, TypeError, "max_bytes: wanted int, got float"),
         ({"engine": "spark"}, ValueError, "engine: wanted 'local' or 'ray', got 'spark'"),
