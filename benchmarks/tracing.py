@@ -324,7 +324,7 @@ def page(bench: Bench, model: str) -> str:
     lines += [
         "\n## Innocent recipients\n",
         f"{INNOCENTS:,} codewords drawn for nobody, scored on what four colluders made:\n",
-        "| p at or below | found | expected at most |",
+        "| p at or below | found | most to be expected on average |",
         "|---|---|---|",
         *(f"| {level:g} | {found} | {INNOCENTS * level:g} |" for level, found in bench.innocents()),
         "\n## What a copy costs\n",
