@@ -395,13 +395,14 @@ class Verifier:
 
         Blocks that were dropped, doubled or put in before the site move it and its taps by as many; those
         between the site and a tap, that tap. Up to `MOST_MOVED` blocks, every way there is; of more, all in
-        one place or spread evenly. The first is the place that the mark was given; there is none where the
-        suspect is too short.
+        one place or spread evenly. The first is the place that the mark was given, and the only one in a
+        suspect of less than half of the marked model's blocks; there is none where the suspect is too short.
         """
         own = self._own
         more = blocks - own.depth
         moves = [(0,) * (1 + len(own.taps))]
-        if self._codec is None and more:
+        # An owner who states another depth chooses among no more than `freedoms.DEPTHS`: not endless ones.
+        if self._codec is None and more and own.depth <= 2 * blocks:
             steps = range(abs(more) + 1) if abs(more) <= MOST_MOVED else (0, abs(more))
             sign = 1 if more > 0 else -1
             moves = [

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -90,6 +92,24 @@ def test_a_sweep_in_which_all_is_well(
     assert main(command) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["match"], record["no_match"], record["suspects"]) == (1, 1, 2)
+
+
+def test_as_a_process_from_the_sweep_to_a_page(ready: Path, tmp_path: Path) -> None:
+    def run(*command: object) -> tuple[int, str]:
+        words = [sys.executable, "-m", "activemark_fast", *map(str, command)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+        return done.returncode, done.stderr + done.stdout
+
+    out = tmp_path / "a.jsonl"
+    code, told = run(*arguments(ready, out, "--timeout", 300, "--json"))
+    assert (code, json.loads(told)["error"]) == (2, 1)
+    assert run(*arguments(ready, tmp_path / "b.jsonl", "--timeout", -1))[0] == 2
+    page = ["--journal", out, "--watermark", ready / "watermark.safetensors", "--out", tmp_path / "page.html"]
+    for suspect, wanted in (("marked.pth", 0), ("innocent.safetensors", 1), ("other.safetensors", 3)):
+        assert run("report", ready / "suspects" / suspect, *page)[0] == wanted
+    code, told = run("report", ready / "suspects" / "optimizer.pt", *page)
+    assert code == 2
+    assert "has no verdict on" in told
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_where_a_mark_may_lie_in_a_suspect_of_other_depth(keyed: Embedding) -> N
 
     assert places(6) == [(2, 3, 4)]
     assert places(6, 4) == [(2, 3)]
-    assert places(6, 3) == places(1) == []
+    assert places(6, 3) == places(2) == []
     assert places(7) == [(2, 3, 4), (2, 3, 5), (2, 4, 5), (3, 4, 5)]
     assert places(5) == [(2, 3, 4), (1, 2, 3)]  # others would have two of them in one place
     assert len(places(10)) == 35

@@ -171,6 +171,14 @@ def test_suspects_that_cannot_be_judged(
     assert not bad.verdict.identical
 
 
+def test_innocents_of_other_mlp_widths_are_no_match(marked: Marked, tmp_path: Path) -> None:
+    widths = (1, 3.5, 8)
+    paths = [save(vit(seed=5, mlp_ratio=width), tmp_path / f"{width}.safetensors") for width in widths]
+    for result in sweep([*paths, save(marked.model, tmp_path / "marked.safetensors")], marked):
+        wanted = "match" if "marked" in result.suspect else "no match"
+        assert outcome(result) == wanted, result.to_dict()
+
+
 def test_a_mark_is_found_in_what_does_not_quite_fit(marked: Marked, tmp_path: Path) -> None:
     state = {n: t.contiguous() for n, t in marked.model.state_dict().items() if n != "blocks.0.mlp.fc2.bias"}
     save_file(state, tmp_path / "a.safetensors")
