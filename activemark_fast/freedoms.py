@@ -6,6 +6,8 @@ choose among few values is *paid* for: by a union bound, the best of C choices r
 probability of at most C p, so p is multiplied by C. What they may choose among endlessly many is *chosen*:
 it is evidence only if it was committed to before the suspect appeared.
 
+Of several image towers in a suspect each that fits is read, and the p-value pays for their number.
+
 The theorem, with its conditions: take a suspect that was made without the key, and any rule by which an owner
 picks the paid settings after having seen it. Then P(paid p-value <= alpha) <= alpha over the random key. For
 each setting the p-value is exact (`verdict.sign_flip_p_value`); that settings share the key and the suspect

@@ -200,8 +200,6 @@ def of_transformers() -> dict[str, Build]:
 
 
 FAMILIES = of_transformers() | of_timm()
-QUICK = ("timm vit_tiny_patch16_224", "timm hiera_tiny_224", "timm vgg11", "transformers Siglip2Vision")
-"""A few families of different kinds, for the tests."""
 
 
 @dataclass(frozen=True)
@@ -304,10 +302,10 @@ def page(rows: list[Row]) -> str:
 Made by
 
 {made_by()}
-Each family is built by its library at small settings, with random weights. {len(marked)} of {len(rows)} were
-marked and verified, with {BITS} bits at a fidelity of {FIDELITY}; {found} of them were also found after noise of
-{NOISE} on all matrices of their blocks, and no innocent of a family was accused. The others were refused, for the
-reason given.
+Each family is built by its library at small settings, with random weights.
+{len(marked)} of {len(rows)} were marked and verified, with {BITS} bits at a fidelity of {FIDELITY}; {found} of them were also found after noise of
+{NOISE} on all matrices of their blocks, and no innocent of a family was accused. The others were refused,
+for the reason given.
 
 | family | tower | blocks, tokens x width | fidelity | paid p, R | after noise | innocent | s |
 |---|---|---|---|---|---|---|---|
