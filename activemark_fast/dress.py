@@ -12,9 +12,8 @@ from torch import Tensor, nn
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` was given."""
     while True:
-        compiled = model._modules.get("_orig_mod")
-        if compiled is not None:
-            model = compiled
+        if hasattr(model, "_orig_mod"):
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         else:
@@ -24,7 +23,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def hindrance(model: nn.Module) -> str | None:
     """What keeps a model that `unwrapped` returned from being run block by block, or None."""
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{_called(name)} is TorchScript: mark the module that it was made from"
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             return f"{_called(name)} is compiled: mark the model first, then compile it"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:

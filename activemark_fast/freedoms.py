@@ -7,6 +7,8 @@ nothing to do with, the weights of all values sum to at most 1, and p is divided
 was chosen. What they may choose among endlessly many is *chosen*: it is evidence only if it was committed to
 before the suspect appeared.
 
+Of several image towers in a suspect each that fits is read, and the p-value pays for their number.
+
 The theorem, with its conditions: take a suspect that was made without the key, and any rule by which an owner
 picks the paid settings after having seen it. Then P(paid p-value <= alpha) <= alpha over the random key. For
 each setting the p-value is exact (`verdict.sign_flip_p_value`); that settings share the key and the suspect

@@ -159,7 +159,7 @@ def of_transformers() -> dict[str, Build]:
     built: dict[str, Build] = {name: one(name, **HF, **IMAGES) for name in plain}
     dino = {key: value for key, value in HF.items() if key != "intermediate_size"}
     swin = {"embed_dim": 24, "depths": STAGES, "num_heads": HEADS, "window_size": 4, "image_size": 128}
-    sizes = {"depths": STAGES, "hidden_sizes": WIDTHS}
+    sizes = {"depths": list(STAGES), "hidden_sizes": list(WIDTHS)}
     built |= {
         "Dinov2": one("Dinov2", **dino, **IMAGES, mlp_ratio=2),
         "Dinov2WithRegisters": one("Dinov2WithRegisters", **dino, **IMAGES, mlp_ratio=2),
@@ -174,8 +174,8 @@ def of_transformers() -> dict[str, Build]:
         "ConvNext": one("ConvNext", **sizes),
         "ConvNextV2": one("ConvNextV2", **sizes),
         "DINOv3ConvNext": one("DINOv3ConvNext", **sizes),
-        "Segformer": one("Segformer", **sizes, num_attention_heads=HEADS),
-        "PvtV2": one("PvtV2", **sizes, num_attention_heads=HEADS),
+        "Segformer": one("Segformer", **sizes, num_attention_heads=list(HEADS)),
+        "PvtV2": one("PvtV2", **sizes, num_attention_heads=list(HEADS)),
         "Llava": around("Llava", "CLIPVision"),
         "LlavaNext": around("LlavaNext", "CLIPVision"),
         "LlavaOnevision": around("LlavaOnevision", "SiglipVision"),
@@ -200,8 +200,6 @@ def of_transformers() -> dict[str, Build]:
 
 
 FAMILIES = of_transformers() | of_timm()
-QUICK = ("timm vit_tiny_patch16_224", "timm hiera_tiny_224", "timm vgg11", "transformers Siglip2Vision")
-"""A few families of different kinds, for the tests."""
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def stored_as_uint8() -> nn.Module:
         (stored_as_uint8, r"block 1 is quantised or sharded \(uint8\)"),
         (on_meta, "head.weight holds no values"),
         (partly_compiled, "'blocks.2' is compiled"),
+        (lambda: torch.jit.trace(vit(), torch.zeros(1, 3, 32, 32)), "it is TorchScript"),
         (compiled_in_place, "it is compiled: mark the model first"),
     ],
 )

@@ -68,7 +68,7 @@ def small() -> Any:
 @pytest.fixture(scope="module")
 def marked(small: None) -> Marked:
     original = vit(embed_dim=64, depth=5)
-    embedding = embed(original, KEY, bits=16, fidelity=0.98)
+    embedding = embed(original, KEY, bits=24, fidelity=0.95)
     view = Backbone(original)
     task = synthetic_task(view.preprocess, 64, 32)
     return Marked(embedding.model, original, embedding.watermark, {"similar": task})
@@ -271,7 +271,7 @@ def test_the_command(
     assert "wanted the key this watermark was made with" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     # The owner's key of these tests has no file; its material is no hexadecimal text.
-    embedding = embed(marked.original, tmp_path / "other.key", bits=16, fidelity=0.98)
+    embedding = embed(marked.original, tmp_path / "other.key", bits=24, fidelity=0.95)
     save_model(embedding.model, tmp_path / "marked.safetensors", ARCHITECTURE)
     embedding.watermark.save(tmp_path / "wm.safetensors")
     assert run("--data", tmp_path / "none", key_file="other.key") == 2

@@ -274,7 +274,7 @@ def test_the_command(
     key.write("owner.key")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # whether the targets are reached, the key decides
-        embedding = embed(original, key, bits=16, fidelity=0.98, architecture=ARCHITECTURE)
+        embedding = embed(original, key, bits=24, fidelity=0.95, architecture=ARCHITECTURE)
     save_model(embedding.model, "marked.safetensors", ARCHITECTURE)
     torch.save(original.state_dict(), "original.pt")
     save_model(original, "original.safetensors", ARCHITECTURE)
