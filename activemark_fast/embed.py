@@ -76,7 +76,17 @@ POWER = 0.999
 
 
 class UnverifiedMarkError(RuntimeError):
-    """The finished mark cannot be verified, so it is not handed out; the message says why."""
+    """The finished mark cannot be verified, so it is not handed out; the message says why.
+
+    Attributes:
+        model, watermark: what was made, for attacks and comparisons, to which a weak mark of a stranger is as
+            good; the model is unmarked where it was to be marked in place.
+    """
+
+    def __init__(self, message: str, model: nn.Module, watermark: Watermark) -> None:
+        super().__init__(message)
+        self.model = model
+        self.watermark = watermark
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,7 +433,9 @@ def _check_verified(
     if verdict.decision != "match" and (watermark.two_bands or not verdict.images):
         raise UnverifiedMarkError(
             f"the mark is not handed out, for verify says {verdict.decision!r} of it: "
-            f"{verdict.reason}; a lower fidelity or another number of bits may help"
+            f"{verdict.reason}; a lower fidelity or another number of bits may help",
+            marked,
+            watermark,
         )
 
 

@@ -31,8 +31,12 @@ from activemark_fast.attacks.resize import resize
 from activemark_fast.attacks.suite import Attack, suite
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Task
+<<<<<<< HEAD
 from activemark_fast.descent import compare
 from activemark_fast.embed import embed
+=======
+from activemark_fast.embed import Embedding, UnverifiedMarkError, embed
+>>>>>>> h21
 from activemark_fast.files import write_whole
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import feature_cosine
@@ -316,7 +320,11 @@ class _Bench:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             # Whether the other mark is as strong as `embed` promises makes it no more and no less another.
-            sibling = embed(self._original, other_key, bits=watermark.bits, precision=precision)
+            sibling: Embedding | UnverifiedMarkError
+            try:
+                sibling = embed(self._original, other_key, bits=watermark.bits, precision=precision)
+            except UnverifiedMarkError as error:
+                sibling = error
         self._models = {
             "marked": copy.deepcopy(marked).eval().to(device),
             "original": self._original,

@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from activemark_fast.datasets import Labelled
-from activemark_fast.embed import embed
+from activemark_fast.embed import UnverifiedMarkError, embed
 from activemark_fast.key import Key
 
 
@@ -28,4 +28,7 @@ def overwrite(model: nn.Module, data: Labelled | None, seed: int, strength: floa
     with warnings.catch_warnings():
         # Whether the thief's own mark is as strong as `embed` promises is not the owner's concern.
         warnings.simplefilter("ignore", RuntimeWarning)
-        return embed(model, overwriting_key(seed), fidelity=1 - strength).model
+        try:
+            return embed(model, overwriting_key(seed), fidelity=1 - strength).model
+        except UnverifiedMarkError as error:
+            return error.model
