@@ -31,12 +31,8 @@ from activemark_fast.attacks.resize import resize
 from activemark_fast.attacks.suite import Attack, suite
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Task
-<<<<<<< HEAD
 from activemark_fast.descent import compare
-from activemark_fast.embed import embed
-=======
 from activemark_fast.embed import Embedding, UnverifiedMarkError, embed
->>>>>>> h21
 from activemark_fast.files import write_whole
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import feature_cosine

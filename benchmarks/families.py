@@ -302,17 +302,10 @@ def page(rows: list[Row]) -> str:
 Made by
 
 {made_by()}
-<<<<<<< HEAD
-Each family is built by its library at small settings, with random weights. {len(marked)} of {len(rows)} were
-marked and verified, with {BITS} bits at a fidelity of {FIDELITY}; {found} of them were also found after noise
-of {NOISE} on all matrices of their blocks, and no innocent of a family was accused. The others were refused,
-for the reason given.
-=======
 Each family is built by its library at small settings, with random weights.
 {len(marked)} of {len(rows)} were marked and verified, with {BITS} bits at a fidelity of {FIDELITY}.
 {found} of them were also found after noise of {NOISE} on all matrices of their blocks.
 No innocent of a family was accused. The others were refused, for the reason given.
->>>>>>> h21
 
 | family | tower | blocks, tokens x width | fidelity | paid p, R | after noise | innocent | s |
 |---|---|---|---|---|---|---|---|
