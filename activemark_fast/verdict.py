@@ -299,7 +299,7 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Verdict:
-        """The verdict that `to_dict` wrote.
+        """The verdict that `to_dict` wrote, without what a register told of recipients.
 
         Raises:
             ValueError: it is something else, or does not agree with itself.
@@ -317,7 +317,8 @@ class Verdict:
                 chosen=tuple(written["chosen"]),
                 opening=None if opening is None else Opening.from_dict(opening),
             )
-            agrees = json.loads(json.dumps(verdict.to_dict())) == dict(written)
+            kept = {"trace": written["trace"]}
+            agrees = json.loads(json.dumps(verdict.to_dict() | kept)) == dict(written)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"no verdict: {type(error).__name__}: {error}") from error
         if not agrees or verdict.decision not in get_args(Decision):

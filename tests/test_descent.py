@@ -615,7 +615,7 @@ def test_commit_to_a_model_and_open_it(
     assert main(["open", published, "--model", str(folder / "candidates" / "child.safetensors"), *key]) == 1
     assert capsys.readouterr().out.startswith("not committed")
     assert main(["commit", *key, "--out", str(tmp_path / "d.json")]) == 2
-    assert "--watermark, --model: wanted at least one of them" in capsys.readouterr().err
+    assert "--watermark, --model, --register: wanted at least one of them" in capsys.readouterr().err
 
 
 def test_the_picture_of_any_result(model: Any, tmp_path: Path) -> None:

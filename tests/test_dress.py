@@ -190,7 +190,7 @@ class Stubborn(nn.Linear):
 def test_a_mark_that_cannot_be_verified_is_an_error_and_the_model_stays() -> None:
     model = vit()
     for block in model.blocks:
-        block.mlp.fc2.__class__ = Stubborn
+        block.mlp.fc2.__class__ = block.attn.proj.__class__ = Stubborn
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnverifiedMarkError, match=r"not handed out, for verify says 'no match' of it"):
         marked(model, inplace=True)

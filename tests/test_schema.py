@@ -49,7 +49,7 @@ def test_verdicts(verdict: Verdict) -> None:
     with pytest.raises(jsonschema.ValidationError):
         check(written | {"decision": "maybe"}, "verdict")
     read = json.loads(json.dumps(written))
-    assert Verdict.from_dict(read).to_dict() == written
+    assert Verdict.from_dict(read).to_dict() == written | {"trace": None}  # names are the register's
     for change in ({"decision": "maybe"}, {"paid_p_value": 0.5}, {"commitment": {}}, {"images": 9}):
         with pytest.raises(ValueError, match="no verdict: "):
             Verdict.from_dict(read | change)

@@ -249,7 +249,7 @@ def test_an_edit_adds_what_the_gain_says(case: Case) -> None:
         change = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1)).to(matrix)
         matrix += change
         after = backbone.run(tokens, 2, 3)
-    added = backbone.hidden(2, seen[0], 2) @ change.T * gain
+    added = backbone.hidden(backbone.carrier(2), seen[0], 2) @ change.T * gain
     torch.testing.assert_close(after - before, added, rtol=1e-6, atol=1e-9)
 
 
