@@ -62,8 +62,7 @@ def build_model(architecture: str) -> nn.Module:
         TypeError: `architecture` is not a string.
         CheckpointError: the string is malformed, or its library does not know it.
     """
-    _check_architecture(architecture)
-    return _build(architecture, torch.device("cpu"))
+    return _build(_plain_architecture(architecture), torch.device("cpu"))
 
 
 def load_model(spec: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> nn.Module:
@@ -168,7 +167,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    _check_architecture(architecture)
+    architecture = _plain_architecture(architecture)
     path = _as_path(path)
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no folder {path.parent}")
@@ -238,6 +237,14 @@ def _own_architecture(path: Path) -> str:
         _check_architecture(architecture)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return architecture
+
+
+def _plain_architecture(architecture: str) -> str:
+    """`architecture`, checked; what `demo` stands for."""
+    if architecture == "demo":
+        return architecture_of("demo")
+    _check_architecture(architecture)
     return architecture
 
 
