@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from activemark_fast.checkpoints import load_model
-from activemark_fast.forge import Attempt, Forgery, forge
+from activemark_fast.forge import WAYS, Attempt, Forgery, forge
 from activemark_fast.freedoms import EVIDENCE_AT
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +39,10 @@ def about(arguments: argparse.Namespace) -> str:
         check=False,
     ).stdout.strip()
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    ways = "all ways" if len(arguments.ways) == len(WAYS) else f"ways: {', '.join(arguments.ways)}"
     return (
         f"{machine}, {date}, commit {commit or '-'}, torch {torch.__version__}; "
-        f"{arguments.minutes:g} minutes a model, seed {arguments.seed}. By `benchmarks/forgery.py`."
+        f"{arguments.minutes:g} minutes a model, {ways}, seed {arguments.seed}. By `benchmarks/forgery.py`."
     )
 
 
@@ -90,6 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True, help="model strings")
     parser.add_argument("--minutes", type=float, default=10)
+    names = {way.play.__name__: way for way in WAYS}
+    parser.add_argument("--ways", nargs="+", choices=names, default=list(names), help="those to play")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
@@ -102,6 +105,7 @@ def main() -> None:
             minutes=arguments.minutes,
             seed=arguments.seed,
             device=arguments.device,
+            ways=[names[name] for name in arguments.ways],
             progress=True,
         )
         if forgery.smallest is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -86,6 +86,7 @@ def forge(
     seed: int = 0,
     device: str | torch.device | None = None,
     precision: str = "auto",
+    ways: Sequence[Way] | None = None,
     progress: bool = False,
 ) -> Forgery:
     """Tries to claim `suspect`, which was not marked, within a budget of time.
@@ -97,6 +98,7 @@ def forge(
         seed: of the forger's keys; how far they get in the time depends on the machine.
         device: where to compute; by default where the suspect is.
         precision: as in `embed`.
+        ways: those to play; all of `WAYS` by default.
         progress: show progress bars on standard error.
 
     Raises:
@@ -115,8 +117,9 @@ def forge(
         bar.stage("profile", 1)
         started = Thief.now()
         thief = Thief.of(suspect, seed, place, precision, bar)
-        shares = [way.share for way in WAYS]
-        for index, way in enumerate(WAYS):
+        chosen = WAYS if ways is None else ways
+        shares = [way.share for way in chosen]
+        for index, way in enumerate(chosen):
             bar.stage(way.play.__name__.replace("_", " "), 0)
             left = started + 60 * minutes - thief.now()
             deadline = thief.now() + max(0.0, left) * way.share / sum(shares[index:])
