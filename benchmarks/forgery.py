@@ -110,7 +110,7 @@ def main() -> None:
         )
         if forgery.smallest is not None:
             smallest.append(forgery.smallest)
-        sections.append(section(model if "@" not in model else Path(model.split("@")[1]).stem, forgery))
+        sections.append(section(Path(model.rpartition("@")[2]).stem, forgery))
         best = f"{min(smallest):.3g}" if smallest else "none"
         head = (
             "# What forgers reach\n\nUntouched models, claimed in every way that `activemark forge` knows; "
