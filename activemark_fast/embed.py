@@ -247,7 +247,7 @@ def embed(
             own dtype.
         compile: how gradient steps are run: "eager", "regional" (by `torch.compile`, alike blocks once),
             "graph" (replayed as a CUDA graph), or "auto": whichever ends them soonest (`marking.steps` says
-            how that is found out; on a CPU it is "eager"). The edit runs each block once, and eager.
+            how that is found out; on a CPU it is "eager"). The edit is run eager.
         checkpoint: file that gradient training is saved to, about once a minute, until it has ended. If it is
             there, the training goes on from it, to the result it would have had. An edit takes seconds and
             starts anew.

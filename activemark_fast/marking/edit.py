@@ -20,6 +20,7 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone, Layer
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
+from activemark_fast.dress import fixed_weight
 from activemark_fast.marking.engine import GROUPS, Engine, halving
 from activemark_fast.marking.quality import Fidelity
 from activemark_fast.progress import Progress
@@ -111,7 +112,8 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
                 f"model: block {block} scales a channel of its MLP by 0, so it cannot carry a mark"
             )
         attention = backbone.attention_out(block)
-        if attention is not None and bool(attention[1].all()):
+        # What is computed from other tensors would lose what is written to it.
+        if attention is not None and bool(attention[1].all()) and fixed_weight(attention[0]) is None:
             steps.append(Step(block, tap, *attention, {NATURAL.name: 1.0}, last=False))
         steps.append(
             Step(block, tap, backbone.carrier(block), gain, {band.name: 1.0 for band in BANDS}, last=True)
@@ -333,12 +335,16 @@ def edit(
     # A look at each while they are solved would have the device wait for the host.
     bad = torch.stack(failed).tolist()
     if any(bad):
-        step = steps[bad.index(True)]
-        raise ValueError(
-            f"model: the {'MLP' if step.last else 'attention'} of block {step.block} is silent, or its "
-            "activations are not finite, so it cannot carry a mark"
-        )
+        raise _silent(steps[bad.index(True)])
     return changes
+
+
+def _silent(step: Step) -> ValueError:
+    """What is wrong with a model whose moments have no solution at `step`."""
+    return ValueError(
+        f"model: the {'MLP' if step.last else 'attention'} of block {step.block} is silent, or its "
+        "activations are not finite, so it cannot carry a mark"
+    )
 
 
 @torch.no_grad()
@@ -378,10 +384,7 @@ def solve_rows(
         moments, _ = _moments(backbone, books, step, streams, engine)
         solution, info = _solve(moments, TRACED.name, range(len(books)))
         if int(info) != 0:
-            raise ValueError(
-                f"model: the MLP of block {step.block} is silent, or its activations are not finite, so it "
-                "cannot carry a mark"
-            )
+            raise _silent(step)
         solutions.append(solution.T.float())
         bar.advance()
     return solutions

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from tiny import vit
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, LOUD, Codebook, SiteMeasure, balanced_bits, codebooks
@@ -344,6 +345,16 @@ def test_less_memory_than_planned_halves_the_batch(monkeypatch: pytest.MonkeyPat
     for block in plenty.edited:
         expected = plenty.backbone.mlp_out(block).weight
         torch.testing.assert_close(scarce.backbone.mlp_out(block).weight, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_whose_weight_is_computed_is_not_written_to() -> None:
+    model = timm_vit()
+    for block in model.blocks:
+        parametrizations.weight_norm(block.attn.proj)
+    marked = case(model)
+    assert all(step.last for step in edit_steps(marked.backbone, marked.site))
+    marked.edit()
+    assert wrong(marked.read()) < 0.08
 
 
 def test_layer_scale_of_zero() -> None:
