@@ -109,25 +109,25 @@ def small_vit(seed: int, **kwargs: Any) -> Any:
     ).eval()
 
 
-def innocents(given: list[Model], keys: int) -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
+def innocents(given: list[Model], keys: int, device: str) -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
     """Suspects that are made without any of the keys they are judged under, and how many keys for each.
 
     keys: for each suspect that comes from a model given. Most pairs are of small models: the argument for the
     p-value does not depend on size.
     """
     for seed in range(8):
-        yield f"small {seed}", lambda seed=seed: small_vit(seed), 100
-    yield "small, massive activations", massive_vit, 160
+        yield f"small {seed}", lambda seed=seed: small_vit(seed).to(device), 100
+    yield "small, massive activations", lambda: massive_vit().to(device), 160
     for kind in ("identity blocks", "dead tokens", "constant output"):
-        yield f"small, {kind}", lambda kind=kind: degenerate(small_vit(9), kind), 160
-    yield "small, LayerScale of 1e-5", lambda: small_vit(10, init_values=1e-5), 160
+        yield f"small, {kind}", lambda kind=kind: degenerate(small_vit(9), kind).to(device), 160
+    yield "small, LayerScale of 1e-5", lambda: small_vit(10, init_values=1e-5).to(device), 160
     for model in given:
-        yield model.name, model.load, keys
-        yield f"{model.name}, fine-tuned", lambda model=model: tuned(model.load()), keys
-        yield f"{model.name}, marked under another key", lambda model=model: marked(model.load()).model, keys
+        yield model.name, lambda model=model: model.load(device), keys
+        yield f"{model.name}, fine-tuned", lambda model=model: tuned(model.load(device)), keys
+        yield f"{model.name}, marked under another key", lambda model=model: marked(model.load(device)).model, keys
         yield (
             f"{model.name}, independently initialised",
-            lambda model=model: model.fresh(len(model.name)),
+            lambda model=model: model.fresh(len(model.name)).to(device),
             keys,
         )
 
@@ -159,7 +159,7 @@ class Judge:
         self.preprocess = self.backbone.preprocess
         self.pixels = self.preprocess(images)
         with torch.no_grad():
-            site = measure(self.backbone, self.pixels).site(block=self.backbone.depth // 2 - 1).site
+            site = measure(self.backbone, self.pixels.to(self.backbone.device)).site(block=self.backbone.depth // 2 - 1).site
         self.site = replace(site, massive_tokens=(), massive_channels=())
         self.prefix: list[SiteActivations] = []
 
@@ -182,7 +182,8 @@ class Judge:
 
     def p_values(self, key: Key) -> dict[str, float]:
         """The p-values of the plain reading; none of a suspect that cannot be read."""
-        verifier = Verifier(self.watermark(key), key, self.pixels, align=False)
+        watermark = self.watermark(key)
+        verifier = Verifier(watermark, key, self.pixels, align=False, device=self.backbone.device)
         return p_values_of(verifier.read(self.backbone, self.backbone.depth, self.prefix))
 
 
@@ -277,7 +278,7 @@ def main() -> int:
     images = synthetic_images(Key(b"calibration: everybody's images").stream("images"), IMAGES, (32, 32))
     keys = iter(Key(f"calibration: random key {index}".encode()) for index in range(10**9))
     pairs: dict[str, list[dict[str, float]]] = {}
-    for name, make, count in innocents(models(arguments.vfm), arguments.keys):
+    for name, make, count in innocents(models(arguments.vfm), arguments.keys, arguments.device):
         if any(fnmatch(name, pattern) for pattern in arguments.only):
             judge = Judge(make(), images)
             read = [judge.p_values(next(keys)) for _ in range(count)]
@@ -296,7 +297,7 @@ def main() -> int:
     print(json.dumps(result, indent=1), flush=True)
     curves = power(load_model("demo"))
     draw(series, curves, arguments.out / "calibration.png")
-    record = {"made_by": made_by(), "series": result, "power": curves, "pairs": pairs}
+    record = {"made_by": made_by(arguments.device), "series": result, "power": curves, "pairs": pairs}
     (arguments.out / "calibration.json").write_text(json.dumps(record, indent=1))
     held = result["p"]["share_at_most_0.05"] <= 0.06 and not result["p"]["at_most_1e-6"]
     return 0 if held else 1

@@ -48,9 +48,9 @@ def main() -> None:
     add_models(parser)
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of suspects")
     arguments = parser.parse_args()
-    print(made_by())
+    print(made_by(arguments.device))
     for model in models(arguments.vfm):
-        original = model.load()
+        original = model.load(arguments.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # what the mark is worth is what the rows say
             embedding = activemark_fast.embed(original, OWNER)

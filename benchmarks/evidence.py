@@ -124,7 +124,7 @@ class Bench:
             return
         if self.record.setdefault("sizes", self.sizes) != self.sizes:
             raise ValueError(f"{self.file} was measured with {self.record['sizes']}, wanted {self.sizes}")
-        self.record.setdefault("made by", []).append(made_by())
+        self.record.setdefault("made by", []).append(made_by(self.arguments.device))
         assert self.marked
         if "utility" in parts:
             for subject in ("original", "marked"):
@@ -418,7 +418,6 @@ def main() -> None:
     parser.add_argument("--probe", type=int, nargs=2, default=(10_000, 4000), metavar=("TRAIN", "TEST"))
     parser.add_argument("--scenes", type=int, nargs=2, default=(367, 233), metavar=("TRAIN", "TEST"))
     parser.add_argument("--natural", type=int, default=500, help="photographs to compare features on")
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     benches = [Bench(model, arguments) for model in models(arguments.vfm)]
     for bench in benches:

@@ -43,6 +43,7 @@ class Model:
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vfm", nargs="+", required=True, metavar="MODEL", help=HELP)
+    parser.add_argument("--device", default="cpu", help="where to compute")
 
 
 def models(given: list[str]) -> list[Model]:
@@ -60,11 +61,13 @@ def models(given: list[str]) -> list[Model]:
     return found
 
 
-def made_by() -> str:
+def made_by(device: str = "cpu") -> str:
     """The command that is running, where and when: lines of Markdown."""
     with open("/proc/cpuinfo", encoding="ascii") as file:
         names = {line.partition(":")[2].strip() for line in file if line.startswith("model name")}
     machine = f"{', '.join(names) or platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.device(device).type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)} beside {machine}"
     today = datetime.datetime.now(datetime.timezone.utc).date()
     about = f"Commit {commit()}, {today}, torch {torch.__version__} on {machine}."
     return f"```\npython {shlex.join(sys.argv)}\n```\n\n{about}\n"

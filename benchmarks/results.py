@@ -49,7 +49,8 @@ class Bench:
 
     def __init__(self, model: Model, arguments: argparse.Namespace) -> None:
         self.name = model.name
-        self.original = model.load()
+        self.device: str = arguments.device
+        self.original = model.load(self.device)
         self.architecture = model.architecture
         self.suite: str = arguments.suite
         self.jobs: int | None = arguments.jobs
@@ -80,13 +81,13 @@ class Bench:
             embedding.watermark.save(watermark)
             measured = {"site": embedding.site_reason, "seconds": embedding.seconds}
             record.write_text(json.dumps(measured))
-        return load_model(weights), Watermark.load(watermark)
+        return load_model(weights, device=self.device), Watermark.load(watermark)
 
     def measure(self, parts: Sequence[str]) -> None:
         """Parts of it, as far as they are not there yet."""
         if parts:
             with self.commands.open("a", encoding="utf-8") as file:
-                file.write(f"{made_by()}\n")
+                file.write(f"{made_by(self.device)}\n")
         if "blocks" in parts:
             self.rows("blocks", map(str, range(self.depth - 2)), self.block)
         if "attacks" in parts:

@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, default=640, help="images to fine-tune on")
     parser.add_argument("--blocks", type=int, nargs="+", help="by default all that can carry a mark")
     arguments = parser.parse_args()
-    print(made_by())
+    print(made_by(arguments.device))
     for named in models(arguments.vfm):
-        model = named.load()
+        model = named.load(arguments.device)
         view = Backbone(model)
         images = load_task(arguments.data, view.preprocess, arguments.tuning, 1).train
         measured = activemark_fast.profile(model)

@@ -60,13 +60,14 @@ Merge = Callable[[Tensor, torch.Generator], Tensor]
 
 def choice(copies: Tensor, generator: torch.Generator) -> Tensor:
     """Each weight from a copy that chance picks."""
-    return torch.gather(copies, 0, torch.randint(len(copies), copies[:1].shape, generator=generator))[0]
+    picked = torch.randint(len(copies), copies[:1].shape, generator=generator)
+    return torch.gather(copies, 0, picked.to(copies.device))[0]
 
 
 def either_end(copies: Tensor, generator: torch.Generator) -> Tensor:
     """Each weight the least or the greatest of all copies', as chance has it."""
     low = torch.rand(copies.shape[1:], generator=generator) < 0.5
-    return torch.where(low, copies.amin(dim=0), copies.amax(dim=0))
+    return torch.where(low.to(copies.device), copies.amin(dim=0), copies.amax(dim=0))
 
 
 def beyond(copies: Tensor, generator: torch.Generator) -> Tensor:
@@ -119,7 +120,8 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder: Path = arguments.out
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.original = load_model(arguments.model)
+        self.device: str = arguments.device
+        self.original = load_model(arguments.model, device=self.device)
         self.task = load_task(arguments.data, Backbone(self.original).preprocess, arguments.images, 128)
         paths = [self.folder / name for name in ("marked.safetensors", "watermark.safetensors", "register")]
         if not paths[2].exists():
@@ -131,10 +133,17 @@ class Bench:
             embedding.watermark.save(paths[1])
             assert embedding.register is not None
             embedding.register.save(paths[2], OWNER)
-        self.marked, self.watermark = load_model(paths[0]), Watermark.load(paths[1])
+        self.marked = load_model(paths[0], device=self.device)
+        self.watermark = Watermark.load(paths[1])
         self.register = Register.load(paths[2], OWNER)
         self.verifier = Verifier(
-            self.watermark, OWNER, register=self.register, alpha=ALPHA, power=0.999, align=False
+            self.watermark,
+            OWNER,
+            register=self.register,
+            alpha=ALPHA,
+            power=0.999,
+            align=False,
+            device=self.device,
         )
         self.quick: bool = arguments.quick
         self.data: str = arguments.data.name
@@ -287,7 +296,7 @@ def page(bench: Bench, model: str) -> str:
         f"is accused at p = {ALPHA:g} over all recipients (Bonferroni). By theory alone, "
         f"{promise(register.positions, count, ALPHA)}. Innocent recipients accused in all rows: "
         f"**{wrong}**. What trains or calibrates takes {len(bench.task.train)} images of {bench.data}.\n",
-        made_by(),
+        made_by(bench.device),
         "\n## One copy leaked\n",
         "| what became of it | named | innocents accused | p, surest | p, least innocent | owner's p | R | "
         "cosine |",
@@ -350,6 +359,7 @@ def main() -> None:
     parser.add_argument("--recipients", type=int, default=1000)
     parser.add_argument("--images", type=int, default=1000, help="what attacks train on")
     parser.add_argument("--quick", action="store_true", help="no attack that trains")
+    parser.add_argument("--device", default="cpu", help="where to compute")
     arguments = parser.parse_args()
     bench = Bench(arguments)
     bench.measure()

@@ -243,11 +243,11 @@ def adaptive_attacks() -> list[Attack]:
     calibrated = CALIBRATION_IMAGES
     tuned = partial(finetune, batch_size=BATCH_SIZE)
     return [
-        *curve("loudest of fc2", spectral, (8, 16, 32, 64, 128), "d", (32, 64, 128)),
+        *curve("loudest of fc2", spectral, (8, 16, 32, 64, 128, 256, 384), "d", (32, 64, 128)),
         *curve(
             "loudest of fc2 and attention",
             spectral,
-            (32, 64, 96),
+            (32, 64, 96, 192, 288),
             "d",
             (64, 96),
             matrices=["fc2", "attention"],
