@@ -109,7 +109,9 @@ def small_vit(seed: int, **kwargs: Any) -> Any:
     ).eval()
 
 
-def innocents(given: list[Model], keys: int, device: str) -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
+def innocents(
+    given: list[Model], keys: int, device: str
+) -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
     """Suspects that are made without any of the keys they are judged under, and how many keys for each.
 
     keys: for each suspect that comes from a model given. Most pairs are of small models: the argument for the
@@ -124,12 +126,11 @@ def innocents(given: list[Model], keys: int, device: str) -> Iterator[tuple[str,
     for model in given:
         yield model.name, lambda model=model: model.load(device), keys
         yield f"{model.name}, fine-tuned", lambda model=model: tuned(model.load(device)), keys
-        yield f"{model.name}, marked under another key", lambda model=model: marked(model.load(device)).model, keys
-        yield (
-            f"{model.name}, independently initialised",
-            lambda model=model: model.fresh(len(model.name)).to(device),
-            keys,
-        )
+        for name, make in (
+            ("marked under another key", lambda model=model: marked(model.load(device)).model),
+            ("independently initialised", lambda model=model: model.fresh(len(model.name)).to(device)),
+        ):
+            yield f"{model.name}, {name}", make, keys
 
 
 def massive_vit() -> nn.Module:
@@ -159,7 +160,8 @@ class Judge:
         self.preprocess = self.backbone.preprocess
         self.pixels = self.preprocess(images)
         with torch.no_grad():
-            site = measure(self.backbone, self.pixels.to(self.backbone.device)).site(block=self.backbone.depth // 2 - 1).site
+            measured = measure(self.backbone, self.pixels.to(self.backbone.device))
+        site = measured.site(block=self.backbone.depth // 2 - 1).site
         self.site = replace(site, massive_tokens=(), massive_channels=())
         self.prefix: list[SiteActivations] = []
 
