@@ -70,7 +70,7 @@ CHECKED_IMAGES = 16
 """Hold-out images that the mark is read on before it is released."""
 MESSAGES_PER_IMAGE = 2
 """An image runs with a message and with its opposite."""
-DEFAULT_FIDELITY = 0.997
+DEFAULT_FIDELITY = 0.998
 POWER = 0.999
 """Of the verification that an embedding ends with: it reads images until the verdict is settled."""
 
@@ -222,12 +222,12 @@ def embed(
             `inplace`. What `torch.compile` or `DataParallel` wraps is marked, and returned without the
             wrapper, unless `inplace`.
         key: the owner's secret: bytes, a passphrase (str), a key file (Path) or a `Key`.
-        images: hold-out images to read the mark on (`holdout_images` says in which forms), up to 64;
+        images: hold-out images to read the mark on (`holdout_images` says in which forms), up to 128;
             verification needs them again. Without any they are cut from photographs by the key, which is
             better evidence: own images are something the owner chose.
-        clean: natural images of the kind the model is used on, a few hundred, in the same forms. The mark is
+        clean: natural images of the kind the model is used on, 200 or so, in the same forms. The mark is
             solved on three quarters of them, so that it stays away from what they excite; the fidelity is
-            measured on the others. Without any, photographs that ship with the package.
+            measured on the others. Photographs that ship with the package stand beside them, or alone.
         codec: "keyed" (edited in, in closed form), or "learned" (the paper's encoder and decoder, trained;
             no exact p-value).
         bits: message length, a multiple of 8 from 8 to 256.

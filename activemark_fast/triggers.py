@@ -40,6 +40,8 @@ LIGHTER, CONTRASTIER = 0.15, 0.2
 HELD_OUT_EVERY = 4
 """Of the clean images every fourth, and of the shipped photographs every fourth photograph, is kept from
 marking, to measure what the mark costs."""
+SHIPPED_SHARE = 3
+"""One in so many clean images, at least, is a shipped photograph."""
 
 IMAGES_IN_WORK = 32
 """Synthetic images that are painted side by side."""
@@ -113,14 +115,17 @@ class CleanImages:
 
     fitted: Tensor  # (n, 3, H, W) float32 on the CPU, model input: what a mark is solved on
     held: Tensor  # (k, 3, H, W), what it costs is measured on
-    source: str  # "the photographs that the package ships" | "the images given"
+    source: str  # where they come from, in words
 
 
 def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int) -> CleanImages:
-    """Natural images for marking: of the owner's own, or of the photographs that the package ships.
+    """Natural images for marking: the photographs that the package ships, and images of the owner's own.
+
+    Where images are given, at least a third of each set are still shipped photographs, more where there are
+    few: images of one kind do not show what a mark does to others.
 
     Args:
-        images: in any form `holdout_images` takes, at least 16; None: the shipped photographs.
+        images: in any form `holdout_images` takes, at least 16; None: the shipped photographs alone.
         preprocess: how they become the model's input.
         fitted: most images to solve on.
         held: most images to measure on; of the shipped photographs, from other photographs than `fitted`.
@@ -128,24 +133,26 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
     Raises:
         TypeError, ValueError: as `holdout_images`, naming `clean`.
     """
-    if images is None:
-        shipped = shipped_photographs()
-        marking, apart = _split(shipped)
-        solved_on, measured_on = (
-            torch.stack([preprocess(shipped.images[index, None])[0] for index in chosen])
-            for chosen in (marking[:fitted].tolist(), apart[:held].tolist())
-        )
-        return CleanImages(solved_on, measured_on, "the photographs that the package ships")
-    _, singles = _open(images, lambda: iter(()), fitted + held, "clean")
-    pixels = [
-        _model_input(image, preprocess, index, "clean")
-        for index, image in enumerate(islice(singles, fitted + held))
-    ]
-    if len(pixels) < MIN_IMAGES:
-        raise ValueError(f"clean: wanted at least {MIN_IMAGES} images, got {len(pixels)}")
-    given = torch.stack(pixels)
-    kept = torch.arange(len(given)) % HELD_OUT_EVERY == 0
-    return CleanImages(given[~kept][:fitted], given[kept][:held], "the images given")
+    shares = [count - count // SHIPPED_SHARE for count in (fitted, held)]
+    own: list[Tensor] = []
+    if images is not None:
+        most = HELD_OUT_EVERY * max(-(-shares[0] // (HELD_OUT_EVERY - 1)), shares[1])
+        _, singles = _open(images, lambda: iter(()), most, "clean")
+        own = [
+            _model_input(image, preprocess, index, "clean")
+            for index, image in enumerate(islice(singles, most))
+        ]
+        if len(own) < MIN_IMAGES:
+            raise ValueError(f"clean: wanted at least {MIN_IMAGES} images, got {len(own)}")
+    shipped = shipped_photographs()
+    sets = []
+    given = [image for index, image in enumerate(own) if index % HELD_OUT_EVERY], own[::HELD_OUT_EVERY]
+    for count, share, mine, crops in zip((fitted, held), shares, given, _split(shipped), strict=True):
+        mine = mine[:share]
+        chosen = crops[: count - len(mine)].tolist()
+        sets.append(torch.stack([*mine, *(preprocess(shipped.images[i, None])[0] for i in chosen)]))
+    source = "the photographs that the package ships"
+    return CleanImages(*sets, f"the images given, beside {source}" if own else source)
 
 
 def _split(shipped: Photographs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -80,8 +80,8 @@ def test_the_demo_model_with_images_from_the_key() -> None:
     embedding = embed(model, KEY)
     before.check()
     assert embedding.steps == 0
-    assert embedding.fidelity >= 0.997
-    assert embedding.quality.reaches(0.997)
+    assert embedding.fidelity >= 0.998
+    assert embedding.quality.reaches(0.998)
     assert "massive activations emerge" in embedding.site_reason
     assert embedding.watermark.image_source == "key"
     verdict = verify(embedding.model, embedding.watermark, KEY, exhaustive=True)
@@ -118,7 +118,7 @@ def preprocess_photographs(view: Backbone) -> Tensor:
 
 def test_own_clean_images_are_used_and_told(tmp_path: Path) -> None:
     embedding = marked(vit(), clean=folder_of_images(tmp_path))
-    assert embedding.clean_source == "the images given"
+    assert embedding.clean_source.startswith("the images given, beside")
 
 
 def test_where_no_loss_is_allowed_no_mark_is_handed_out() -> None:

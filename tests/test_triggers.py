@@ -242,10 +242,22 @@ def test_clean_images_that_are_held_out_are_of_other_photographs() -> None:
     assert not set(shipped.sources[apart].tolist()) & set(shipped.sources[~apart].tolist())
 
 
-def test_own_clean_images_are_split() -> None:
-    clean = clean_images(PREPROCESS(draw(40)), PREPROCESS, 100, 5)
-    assert (len(clean.fitted), len(clean.held)) == (30, 5)
-    assert clean.source == "the images given"
+def test_own_clean_images_stand_beside_shipped_photographs() -> None:
+    own, shipped = PREPROCESS(draw(40)), shipped_photographs()
+    apart = shipped.sources % 4 == 0
+    clean = clean_images(own, PREPROCESS, 100, 6)
+    mine = torch.arange(40) % 4 == 0
+    assert torch.equal(clean.fitted[:30], own[~mine])
+    assert torch.equal(clean.fitted[30:], PREPROCESS(shipped.images[~apart][:70]))
+    assert torch.equal(clean.held[:4], own[mine][:4])
+    assert torch.equal(clean.held[4:], PREPROCESS(shipped.images[apart][:2]))
+    assert clean.source == "the images given, beside the photographs that the package ships"
+    many = clean_images(PREPROCESS(draw(90)), PREPROCESS, 60, 12)
+    assert (len(many.fitted), len(many.held)) == (60, 12)
+    assert torch.equal(many.fitted[40:], PREPROCESS(shipped.images[~apart][:20]))
+
+
+def test_few_clean_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^clean: wanted at least 16 images, got 3"):
         clean_images(PREPROCESS(draw(3)), PREPROCESS, 100, 5)
 

@@ -208,9 +208,9 @@ def test_a_suspect_is_copied_from_pinned_memory_before_its_turn(
         pinned.extend(tensor.is_pinned() for tensor in tensors.values())
         return copy_over(self, tensors)
 
-    def watched_judge(self: Any, chosen: Any, tensors: Any) -> Any:
+    def watched_judge(self: Any, target: Any, chosen: Any, tensors: Any, *rest: Any) -> Any:
         assert all(tensor.device.type == "cuda" for tensor in tensors.values())
-        return judge(self, chosen, tensors)
+        return judge(self, target, chosen, tensors, *rest)
 
     monkeypatch.setattr(sweeping.Sweeper, "_on_device", watched_copy)
     monkeypatch.setattr(sweeping.Sweeper, "_judge", watched_judge)
