@@ -17,6 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ SUITE = (
     "60% of weights",
     "int8 weights and activations",
     "weights + 30% noise",
+    "all, 1e-5",
+    "all, 3e-5",
     "all, 1e-4",
     "LoRA, 1e-3",
 )
@@ -146,6 +149,7 @@ class Bench:
             device=self.device,
         )
         self.quick: bool = arguments.quick
+        self.only: list[str] = arguments.only
         self.data: str = arguments.data.name
         self.features: Tensor | None = None
         file = self.folder / "tracing.json"
@@ -198,7 +202,7 @@ class Bench:
         """All rows, as far as they are not there yet; each is written as soon as it is there."""
         done = {(row["section"], row["suspect"], row["colluders"]) for row in self.rows}
         for section, name, count, make in self.suspects():
-            if (section, name, count) in done:
+            if (section, name, count) in done or not any(fnmatch(name, pattern) for pattern in self.only):
                 continue
             model = make()
             verdict = self.verifier.judge(model)
@@ -359,6 +363,7 @@ def main() -> None:
     parser.add_argument("--recipients", type=int, default=1000)
     parser.add_argument("--images", type=int, default=1000, help="what attacks train on")
     parser.add_argument("--quick", action="store_true", help="no attack that trains")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of suspects")
     parser.add_argument("--device", default="cpu", help="where to compute")
     arguments = parser.parse_args()
     bench = Bench(arguments)
