@@ -364,16 +364,23 @@ class Backbone:
         return None
 
     @contextmanager
-    def inputs_of(self, layer: Layer) -> Iterator[list[Tensor]]:
+    def inputs_of(self, layer: Layer, stop: bool = False) -> Iterator[list[Tensor]]:
         """A list to which each run of the block adds what `layer` takes, as `hidden` takes it.
 
         layer: as `carrier` or `attention_out` gives it. That of a torch.nn.MultiheadAttention is applied
         without a call; while the list is there it is the identity inside, and is applied to what comes out.
+        stop: let each run end there, with `Stop`.
         """
         seen: list[Tensor] = []
         attention = self._within.get(layer)
+
+        def note(taken: Tensor) -> None:
+            seen.append(taken)
+            if stop:
+                raise Stop
+
         if attention is None:
-            hooks = [layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))]
+            hooks = [layer.register_forward_pre_hook(lambda _module, args: note(args[0]))]
         else:
             linear = attention.out_proj
             weight, bias = linear.weight, linear.bias
@@ -385,7 +392,7 @@ class Backbone:
 
             def after(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
                 linear.weight, linear.bias = weight, bias
-                seen.append(output[0])
+                note(output[0])
                 return linear(output[0]), output[1]
 
             hooks = [attention.register_forward_pre_hook(before)]

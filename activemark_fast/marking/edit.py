@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -25,6 +26,7 @@ from activemark_fast.marking.engine import GROUPS, Engine, halving
 from activemark_fast.marking.quality import Fidelity
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
+from activemark_fast.towers import Stop
 
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
@@ -440,6 +442,8 @@ def _moments(
 ) -> tuple[_Moments, list[Tensor]]:
     """Runs a block over `streams` and gathers what a step's solves need. The last step moves them on.
 
+    Of a step before the last, the block runs as far as its layer, and Δh is taken from behind it.
+
     Returns:
         The moments; of the last step, its layer's inputs (3, b, N, H) for each batch.
     """
@@ -460,15 +464,19 @@ def _moments(
     stride = max(1, count * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in running)
     hidden: list[Tensor] = []
-    with backbone.inputs_of(layer) as seen:
+    with backbone.inputs_of(layer, stop=not step.last) as seen:
         for stream in running:
             book = books[stream.book]
             dials, share = DIALS[book.band.name], step.shares[book.band.name]
             values = engine.fetch(stream.values)
             seen.clear()
-            with engine.autocast():
+            with engine.autocast(), suppress(Stop):
                 after = backbone.run(values.flatten(0, 1), step.block, step.block + 1).view_as(values)
             k = backbone.hidden(layer, seen.pop(), 3 * values.shape[1]).reshape(*values.shape[:3], size)
+            if not step.last:  # the block ran no further than the layer
+                with engine.autocast():
+                    written = torch.nn.functional.linear(k, step.matrix, layer.bias)
+                after = values + written * step.gain.to(written.dtype)
             _add_gram(clean, k[0].flatten(0, 1)[::stride], 1 / rows)
             # Over the injected length, so that bands of other lengths weigh the same.
             length = book.scale * math.sqrt(book.bits)

@@ -235,6 +235,10 @@ def by_the_formula(marked: Case, step: Step) -> dict[str, Tensor]:
             added = side * book.scale.double() * signs @ book.inject_directions.double()
             injected[:, book.slots] += added[:, None]
             h = backbone.run(injected, tap, tap + 1)
+            if not step.last:  # behind attention
+                block = backbone.blocks[tap]
+                hidden.pop()
+                h = injected + block.ls1(block.attn(block.norm1(injected)))
             # Every GROUPS-th slot is in one group.
             groups = [book.slots[group::GROUPS] for group in range(GROUPS)]
             runs.append(
