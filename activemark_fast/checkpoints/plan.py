@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from activemark_fast.checkpoints.names import (
     towers,
 )
 from activemark_fast.checkpoints.stored import Source, Stored, source_of
+from activemark_fast.checkpoints.width import Narrowing
 
 _SHOWN_NAMES = 20
 _LONGEST_NAME = 120
@@ -242,6 +243,7 @@ class Plan:
         depth: how many blocks, from the first, are complete.
         blocks: how many blocks the checkpoint's tower seems to have.
         fit: for the report.
+        narrowing: makes the model's tensors of what the steps make, where that has other widths.
     """
 
     root: str
@@ -251,11 +253,15 @@ class Plan:
     depth: int
     blocks: int
     fit: Fit
+    narrowing: Callable[[dict[str, Tensor]], Iterator[tuple[str, Tensor]]] | None = None
 
     def tensors(self, read: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The model's tensors, in the dtypes of the checkpoint or float32."""
-        for step in self.steps:
-            yield step.target, step.value(read)
+        made = ((step.target, step.value(read)) for step in self.steps)
+        if self.narrowing is None:
+            yield from made
+        else:
+            yield from self.narrowing(dict(made))
 
 
 def plans(
@@ -332,6 +338,9 @@ class _Planner:
             self.found |= {name: f"{tower}{name}" for name in wanted.own if f"{tower}{name}" in base}
         self._tell_three_matrices_apart()
         self.left_out = self._leave_out_identities(read) if read is not None else 0
+        self.narrowing = self._other_widths()
+        if self.narrowing is not None:
+            self.wanted = replace(wanted, stem=self.narrowing.stem, blocks=self.narrowing.blocks)
 
     def plans(self) -> list[Plan]:
         """One plan, or one for each order in which a linear patch embedding may take its pixels."""
@@ -352,7 +361,8 @@ class _Planner:
         self.why: dict[str, str] = {}
         self.missing: list[str] = []
         self.neutral: dict[str, float] = {}
-        self.doubts = []
+        told = self.narrowing.told if self.narrowing is not None else ()
+        self.doubts = list(told)
         self.plain = 0
         exact = self.wanted.grid is None  # then all that is missing has to be told
         steps, complete = self._steps(self.wanted.stem)
@@ -364,6 +374,11 @@ class _Planner:
             if complete or exact:
                 steps += more
                 depth += complete
+        self.converted |= dict.fromkeys(told, len(steps))
+        narrowing, neutral = None, self.neutral
+        if self.narrowing is not None:
+            narrowing = partial(self.narrowing.tensors, neutral=neutral, depth=depth)
+            neutral = {}
         used = {name for step in steps for name in step.names()}
         odd = tuple(name for name in self._computed(depth) if name not in used)
         blocks = len(self._indices())
@@ -373,7 +388,7 @@ class _Planner:
             self.root,
             tuple(sorted(used)),
             tuple(steps),
-            self.neutral,
+            neutral,
             depth,
             blocks,
             Fit(
@@ -386,7 +401,22 @@ class _Planner:
                 odd,
                 (*self.doubts, *odd),
             ),
+            narrowing,
         )
+
+    def _other_widths(self) -> Narrowing | None:
+        """What brings residual stream and attention to the model's widths, where they have others."""
+        if self.wanted.grid is None or PATCH not in self.wanted.stem:
+            return None
+
+        def sizes(common: str) -> tuple[int, ...]:
+            part = self._part(common) if common in self.found else ""
+            return part.shape if isinstance(part, _Part) else ()
+
+        width, *_ = (*sizes(PATCH), 0)
+        outs = [sizes(f"blocks.{index}.attn.proj.weight") for index in range(len(self.wanted.blocks))]
+        inner = {index: out[1] for index, out in enumerate(outs) if len(out) == 2}
+        return Narrowing.of(self.wanted.stem, self.wanted.blocks, self.wanted.heads, width, inner)
 
     def _indices(self) -> list[int]:
         """The indices of the tower's blocks."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny import longer_heads, padded
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -895,6 +896,56 @@ names(
     lambda s: fewer_heads(s, 120),
     r"float32 \(360, 128\), wanted \(384, 128\)",
 )
+
+# ---- widths
+_group = "Widths"
+
+
+def more_heads(state: State, twice: bool = False) -> State:
+    """With a fifth head, which adds nothing; or the first twice, each with half of what it adds."""
+    out = dict(state)
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            apart = tensor.unflatten(0, (3, HEADS, -1))
+            out[name] = torch.cat([apart, apart[:, :1]], 1).flatten(0, 2)
+        elif name.endswith(".attn.proj.weight"):
+            apart = tensor.unflatten(1, (HEADS, -1)).clone()
+            apart[:, 0] /= 1 + twice
+            out[name] = torch.cat([apart, twice * apart[:, :1]], 1).flatten(1)
+    return out
+
+
+def twice(units: Tensor) -> Tensor:
+    """The first 8 units once more."""
+    return torch.cat([units, units[:8]])
+
+
+def halved(state: State) -> State:
+    """The units of which there are two each add half."""
+    out = units(state, twice)
+    for name in out:
+        if name.endswith(".fc2.weight"):
+            out[name] = out[name].clone()
+            out[name][:, [*range(8), *range(-8, 0)]] /= 2
+    return out
+
+
+names("MLPs widened by units that are there twice", halved)
+names("a head more, which adds nothing", more_heads)
+names("a head more, which is another once again", lambda s: more_heads(s, twice=True))
+names(
+    "the same, as transformers names it", lambda s: hugging_face(more_heads(s))
+)
+names("heads of more channels, which add nothing", lambda s: longer_heads(s, HEADS, 2))
+names("a residual stream padded with zeros", lambda s: padded(s, 136, "zero"))
+names("a residual stream in which all channels are twice", lambda s: padded(s, 256, "twice"))
+names("a residual stream padded and turned", lambda s: padded(s, 160, "turned"))
+names("the same in bfloat16", lambda s: {n: t.bfloat16() for n, t in padded(s, 160, "turned").items()})
+names(
+    "all of these, so that the library loads it: width 136, 4 heads of 34, MLPs of 544",
+    lambda s: units(longer_heads(padded(s, 136, "zero"), HEADS, 2), lambda t: torch.cat([t, 0 * t[:32]])),
+)
+names("a residual stream of thrice the width", lambda s: padded(s, 384, "turned"), r"float32 \(384")
 
 # ---- refused
 _group = "Other formats"
