@@ -23,7 +23,8 @@ from torch import Tensor
 from activemark_fast.checkpoints.names import PATCH
 
 WIDEST = 2
-"""A stream may be so many times as wide as the marked one, or as narrow, and an attention as wide."""
+"""A stream may be up to so many times as wide as the marked one, or less than that as narrow, and an attention
+up to so many times as wide."""
 Group = dict[str, tuple[str, tuple[int, ...]]]
 """Common name → (own name, shape)."""
 _READERS = {"norm1": ("attn.qkv", "attn.q", "attn.k", "attn.v"), "norm2": ("mlp.fc1", "mlp.gate", "mlp.up")}
@@ -79,7 +80,7 @@ class Narrowing:
             inner: block → width of the suspect's attention.
         """
         wanted = stem[PATCH][1][0]
-        near = wanted <= WIDEST * width <= WIDEST**2 * wanted
+        near = wanted / WIDEST < width <= WIDEST * wanted
         if width != wanted and not (near and _is_plain(stem, blocks)):
             return None
         inners = [_shapes(block).get("attn.proj.weight", (0, 0))[-1] for block in blocks]
