@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import longer_heads, padded, vit
+from tiny import longer_heads, more_heads, padded, units, vit
 from torch import Tensor, nn
 
 from activemark_fast.align import _procrustes, best_explained, find_alignment, site_sample
@@ -217,6 +217,18 @@ def test_a_padded_residual_stream_hides_no_mark(width: int, how: str, kind: str,
         assert f"the suspect has width {width}, the marked model 128" in verdict.reason or (
             f"no sign of the mark, but the suspect has width {width}" in verdict.reason
         )
+
+
+def test_more_heads_and_units_hide_no_mark(marked: Embedding) -> None:
+    for makes in (vit(5), marked.model):
+        state = units(more_heads(makes.state_dict(), 4), lambda t: torch.cat([t, 0 * t[:8]]))
+        suspect = vit(mlp_ratio=520 / 128)
+        for block in suspect.blocks:
+            block.attn.qkv, block.attn.proj = nn.Linear(128, 480), nn.Linear(160, 128)
+            block.attn.num_heads, block.attn.attn_dim = 5, 160
+        suspect.load_state_dict(state)
+        verdict = check(suspect, marked)
+        assert verdict.decision == ("match" if makes is marked.model else "no match")
 
 
 def test_a_narrower_residual_stream() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,31 @@ def longer_heads(state: dict[str, Tensor], heads: int, more: int) -> dict[str, T
         elif name.endswith(".attn.proj.weight"):
             apart = tensor.unflatten(1, (heads, -1))
             out[name] = torch.cat([apart[..., :5], apart[..., :more], apart[..., 5:]], 2).flatten(1)
+    return out
+
+
+def more_heads(state: dict[str, Tensor], heads: int, twice: bool = False) -> dict[str, Tensor]:
+    """A state dict of `vit` with a head more, which adds nothing; or the first twice, each adding half."""
+    out = dict(state)
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            apart = tensor.unflatten(0, (3, heads, -1))
+            out[name] = torch.cat([apart, apart[:, :1]], 1).flatten(0, 2)
+        elif name.endswith(".attn.proj.weight"):
+            apart = tensor.unflatten(1, (heads, -1)).clone()
+            apart[:, 0] /= 1 + twice
+            out[name] = torch.cat([apart, twice * apart[:, :1]], 1).flatten(1)
+    return out
+
+
+def units(state: dict[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """`change` of the units, which come first, of every tensor of the MLPs that has them."""
+    out = dict(state)
+    for name, tensor in state.items():
+        if name.endswith((".fc1.weight", ".fc1.bias")):
+            out[name] = change(tensor)
+        elif name.endswith(".fc2.weight"):
+            out[name] = change(tensor.T).T
     return out
 
 

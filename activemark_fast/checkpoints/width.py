@@ -14,7 +14,7 @@ turns the stream against the marked model's, the reading undoes it like any othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from activemark_fast.checkpoints.names import PATCH
 
 WIDEST = 2
-"""A stream may be up to so many times as wide as the marked one, or less than that as narrow, and an attention
+"""A stream may be up to so many times as wide as the marked one, or less than that as narrow; an attention,
 up to so many times as wide."""
 Group = dict[str, tuple[str, tuple[int, ...]]]
 """Common name → (own name, shape)."""
@@ -33,9 +33,11 @@ _READS = tuple(reader for readers in _READERS.values() for reader in readers)
 _WRITERS = {"attn.proj": "ls1", "mlp.fc2": "ls2"}
 """What writes to the stream, and the factors of its channels."""
 _STEM = {PATCH: 0, "patch.bias": 0, "cls": -1, "pos": -1, "reg": -1}
+_STEM_NORM = {"norm_pre.weight": 0, "norm_pre.bias": 0}
 _WRITTEN = _STEM | {f"{writer}.{kind}": 0 for writer in _WRITERS for kind in ("weight", "bias")}
 _STREAM = {
     **_WRITTEN,
+    **_STEM_NORM,
     **{f"{norm}.{kind}": 0 for norm in _READERS for kind in ("weight", "bias")},
     **{f"{reader}.weight": 1 for reader in _READS},
     **dict.fromkeys(_WRITERS.values(), 0),
@@ -161,7 +163,12 @@ def _is_plain(stem: Group, blocks: list[Group]) -> bool:
         f"{reader}.bias" in names for names in every for reader in _READS if f"{reader}.weight" in names
     )
     normed = all(f"{norm}.bias" in names for names in every for norm in _READERS)
-    return stem.keys() <= _STEM.keys() and all(names <= _KNOWN for names in every) and biased and normed
+    return (
+        stem.keys() <= _STEM.keys() | _STEM_NORM.keys()
+        and all(names <= _KNOWN for names in every)
+        and biased
+        and normed
+    )
 
 
 def _narrow_attention(block: dict[str, Tensor], heads: int, inner: int) -> None:
@@ -235,12 +242,15 @@ def _narrow_stream(stem: dict[str, Tensor], blocks: list[dict[str, Tensor]], wid
         for name, axis in _WRITTEN.items()
         if name in group
     ]
-    turn = _to_width(written, width)
-    there = turn.shape[1]
-    scale = (width / there) ** 0.5
+    device = written[0][2].device
+    spread = _spread([values.double().cpu() for _, name, values in written if not name.endswith(".bias")])
+    normed = "norm_pre.weight" in stem  # its weights act channel by channel: what leaves it cannot be turned
+    into, out = (part.float().to(device) for part in (_chosen if normed else _turned)(spread, width))
     for group, name, values in written:
-        narrow = scale * (turn @ values.flatten(1) if values.ndim > 1 else turn @ values)
+        narrow = into @ (values.flatten(1) if values.ndim > 1 else values)
         group[name] = narrow.reshape(width, *values.shape[1:]).movedim(0, _WRITTEN[name])
+    for name, there in [(name, stem[name]) for name in _STEM_NORM if name in stem]:
+        stem[name] = (into if name.endswith("bias") else (into > 0).float()) @ there
     for block in blocks:
         for norm, readers in _READERS.items():
             weight, bias = block[f"{norm}.weight"], block[f"{norm}.bias"]
@@ -248,33 +258,44 @@ def _narrow_stream(stem: dict[str, Tensor], blocks: list[dict[str, Tensor]], wid
                 if f"{reader}.weight" in block:
                     reads = block[f"{reader}.weight"]
                     block[f"{reader}.bias"] = block[f"{reader}.bias"] + reads @ bias
-                    block[f"{reader}.weight"] = (reads * weight) @ turn.T / scale
+                    block[f"{reader}.weight"] = (reads * weight) @ out
             block[f"{norm}.weight"], block[f"{norm}.bias"] = weight.new_ones(width), bias.new_zeros(width)
 
 
-def _to_width(written: list[tuple[dict[str, Tensor], str, Tensor]], width: int) -> Tensor:
-    """T (width, D), float32: it keeps the lengths of centred vectors in the subspace that most is written to.
+def _spread(written: Sequence[Tensor]) -> Tensor:
+    """(D, D) float64: products of channels over (D, ...) that are written to them, each counting the same."""
+    tiny = torch.finfo(torch.float64).tiny
+    rows = [values.flatten(1) for values in written]
+    spread = torch.stack([r @ r.T / r.square().sum().clamp_min(tiny) for r in rows]).sum(dim=0)
+    return spread if bool(torch.isfinite(spread).all()) else torch.eye(len(spread)).double()
 
-    Of all such maps the one that comes nearest to leaving the first channels as they are: channels that were
-    put behind the others need no turn.
 
-    Args:
-        written: of what writes to the stream the third are the values, (D, ...).
-        width: at least 2.
+def _turned(spread: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Both s T (width, D) and T' / s (D, width): T keeps the lengths of what lies where most is written to.
+
+    Of all such maps it is the one that comes nearest to leaving the first channels as they are: channels that
+    were put behind the others need no turn.
     """
-    there, device = len(written[0][2]), written[0][2].device
-    spread = torch.zeros(there, there, dtype=torch.float64)
-    for _, name, values in written:
-        if not name.endswith(".bias"):  # these hardly differ in what they span
-            rows = values.double().cpu().flatten(1)
-            rows = rows - rows.mean(dim=0)
-            spread += rows @ rows.T / rows.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    if not bool(torch.isfinite(spread).all()):
-        return torch.eye(width, there, device=device)
-    basis = torch.linalg.eigh(spread).eigenvectors[:, -min(width, there) + 1 :]  # (D, r)
-    basis = basis - basis.mean(dim=0)
-    ours = torch.linalg.qr(torch.eye(width, dtype=torch.float64) - 1 / width).Q[:, :-1]
-    left, _, right = torch.linalg.svd(
-        ours.T @ torch.eye(width, there, dtype=torch.float64) @ basis, full_matrices=False
-    )
-    return (ours @ left @ right @ basis.T).float().to(device)
+    there, scale = len(spread), (width / len(spread)) ** 0.5
+    centre = torch.eye(there).double() - 1 / there
+    basis = centre @ torch.linalg.eigh(centre @ spread @ centre).eigenvectors[:, 1 - min(width, there) :]
+    ours = torch.linalg.qr(torch.eye(width).double() - 1 / width).Q[:, :-1]
+    left, _, right = torch.linalg.svd(ours.T @ torch.eye(width, there).double() @ basis, full_matrices=False)
+    turn = ours @ left @ right @ basis.T
+    return scale * turn, turn.T / scale
+
+
+def _chosen(spread: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """As `_turned`, where T chooses channels: those that have most to themselves, neither zeros nor twins.
+
+    What reads the stream gets the others as they best follow from these.
+    """
+    from scipy.linalg import qr  # takes longer to import than all the rest
+
+    order = qr(spread.numpy(), mode="r", pivoting=True)[1][:width]
+    chosen = torch.zeros(width, len(spread)).double()
+    chosen[range(len(order)), sorted(order)] = 1
+    kept = chosen @ spread @ chosen.T
+    scale = (width * spread.trace() / len(spread) / kept.trace().clamp_min(1e-300)).sqrt()
+    follows = spread @ chosen.T @ torch.linalg.pinv(kept, rtol=1e-9, hermitian=True)
+    return scale * chosen, follows / scale
