@@ -979,8 +979,8 @@ def page() -> str:
         "",
         "Made by `PYTHONPATH=tests python tests/bulk/forms.py`. `tests/bulk/test_forms.py` writes a marked",
         "and an innocent model in each form and holds `verify` and `verify-many` to what is said here.",
-        "*read*: a marked model is a match, an innocent one is none. *inconclusive*: the verdict says by name",
-        'what stands in the way, and is never "no match". *error*: the file is broken. All since 0.1.0.',
+        "*read*: a marked model is a match, an innocent one is none. *inconclusive*: the verdict says by",
+        'name what stands in the way, and is never "no match". *error*: the file is broken. All since 0.1.0.',
     ]
     group = None
     for one in FORMS:
