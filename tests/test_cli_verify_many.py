@@ -80,6 +80,7 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(arguments(ready, out, "--resume", "--json")) == 2
     record = json.loads(capsys.readouterr().out)
     assert (record["suspects"], record["judged_now"], record["match"], record["error"]) == (6, 0, 2, 1)
+    assert main(arguments(ready, out, "--resume", "--fail-on-match")) == 4
     assert main(arguments(ready, out, "--resume", "--exhaustive")) == 2
     assert "differs in power" in capsys.readouterr().err
 
@@ -92,6 +93,9 @@ def test_a_sweep_in_which_all_is_well(
     assert main(command) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["match"], record["no_match"], record["suspects"]) == (1, 1, 2)
+    command = arguments(ready, tmp_path / "b.jsonl", "--fail-on-match")
+    command[1] = str(ready / "suspects" / "innocent.safetensors")
+    assert main(command) == 0
 
 
 def test_as_a_process_from_the_sweep_to_a_page(ready: Path, tmp_path: Path) -> None:
