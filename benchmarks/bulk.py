@@ -344,7 +344,7 @@ def hostile(args: argparse.Namespace, folder: Path) -> None:
         slowest = max(slowest, result.seconds)
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
     print(
-        f"{args.suspects} files, {told.total()} told: {dict(told)}; code was run: {sentinel.exists()}; "
+        f"{args.suspects} files, {sum(told.values())} told: {dict(told)}; code was run: {sentinel.exists()}; "
         f"at most {more:.0f} MB more memory than before; the slowest took {slowest:.1f} s"
     )
 

@@ -32,6 +32,7 @@ from activemark_fast.cli.open import add_timestamp, read_commitment
 MATCHED = 4
 _OUTCOMES = ("match", "no match", "inconclusive", "not a model", "error")
 _MATCHES_SHOWN = 50
+_SUFFIXES_SHOWN = 10
 
 
 def add_to(commands: Subparsers) -> None:
@@ -124,7 +125,8 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
     key = read_key(args.key, confirm=False)
-    suspects = list(find_suspects(args.paths))
+    passed_by: Counter[str] = Counter()
+    suspects = list(find_suspects(args.paths, passed_by))
     if not suspects:
         raise ValueError(f"PATH: wanted checkpoints, found none in {', '.join(args.paths)}")
     results = verify_many(
@@ -165,10 +167,14 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         "suspects": len(records),
         **{name.replace(" ", "_"): counts[name] for name in _OUTCOMES},
         "judged_now": done,
+        "other_files": sum(passed_by.values()),
         "seconds": time.perf_counter() - started,
     }
     code = MATCHED if args.fail_on_match and counts["match"] else 2 if counts["error"] else 0
-    return Outcome(code, record, _table(records, counts))
+    hint = (
+        f"not looked at: {sum(passed_by.values())} files with other suffixes ({', '.join(sorted(passed_by))})"
+    )
+    return Outcome(code, record, _table(records, counts), hint if passed_by else "")
 
 
 def _outcome(record: dict[str, Any]) -> str:
