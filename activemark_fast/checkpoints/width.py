@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from activemark_fast.checkpoints.names import PATCH
 
@@ -56,16 +56,18 @@ class Narrowing:
     Attributes:
         stem, blocks: the model's tensors, in the suspect's widths.
         told: what differs, in words.
+        doubts: those of `told` that may hide a mark: fewer heads do not.
         width: of the stream, there and wanted.
-        inner: of the attention of each block, wanted.
+        inner: wanted of the attention of each block that has another.
         heads: of the attention.
     """
 
     stem: Group
     blocks: list[Group]
     told: tuple[str, ...]
+    doubts: tuple[str, ...]
     width: tuple[int, int]
-    inner: list[int]
+    inner: dict[int, int]
     heads: int | None
 
     @classmethod
@@ -81,21 +83,25 @@ class Narrowing:
             width: of the suspect's stream.
             inner: block → width of the suspect's attention.
         """
-        wanted = stem[PATCH][1][0]
+        wanted = stem[PATCH][1][0] if PATCH in stem else width
         near = wanted / WIDEST < width <= WIDEST * wanted
         if width != wanted and not (near and _is_plain(stem, blocks)):
             return None
         inners = [_shapes(block).get("attn.proj.weight", (0, 0))[-1] for block in blocks]
         parts = {"attn.q.weight", "attn.k.weight", "attn.v.weight"}
-        wider = {
+        other = {
             index: there
             for index, there in inner.items()
             if heads is not None
-            and inners[index] < there <= WIDEST * inners[index]
+            and (inners[index] < there <= WIDEST * inners[index] or _whole_heads(there, inners[index], heads))
             and ("attn.qkv.weight" in _shapes(blocks[index]) or parts <= _shapes(blocks[index]).keys())
         }
-        told = [f"a residual stream of {width} channels, wanted {wanted}"] if width != wanted else []
-        told += dict.fromkeys(f"an attention of {n} channels, wanted {inners[i]}" for i, n in wider.items())
+        doubts = [f"a residual stream of {width} channels, wanted {wanted}"] if width != wanted else []
+        doubts += dict.fromkeys(
+            f"an attention of {n} channels, wanted {inners[i]}" for i, n in other.items() if n > inners[i]
+        )
+        fewer = any(n < inners[i] for i, n in other.items())
+        told = [*doubts, *(["fewer heads: those it lacks add nothing"] if fewer else [])]
 
         def there(group: Group, index: int | None = None) -> Group:
             """A group in the suspect's widths."""
@@ -103,9 +109,9 @@ class Narrowing:
             for common, (own, shape) in group.items():
                 name = _within(common)
                 sizes = list(shape)
-                if index in wider and name in _ATTENTION:
+                if index in other and name in _ATTENTION:
                     axis = _ATTENTION[name]
-                    sizes[axis] = sizes[axis] // inners[index] * wider[index]
+                    sizes[axis] = sizes[axis] // inners[index] * other[index]
                 if width != wanted and name in _STREAM:
                     sizes[_STREAM[name]] = width
                 made[common] = (own, tuple(sizes))
@@ -114,7 +120,15 @@ class Narrowing:
         if not told:
             return None
         wide = [there(block, index) for index, block in enumerate(blocks)]
-        return cls(there(stem), wide, tuple(told), (width, wanted), inners, heads)
+        return cls(
+            there(stem),
+            wide,
+            tuple(told),
+            tuple(doubts),
+            (width, wanted),
+            {index: inners[index] for index in other},
+            heads,
+        )
 
     def tensors(
         self, made: Mapping[str, Tensor], neutral: Mapping[str, float], depth: int
@@ -137,9 +151,9 @@ class Narrowing:
             }
             for group in groups
         ]
-        for block, inner in zip(values[1:], self.inner, strict=False):
-            if self.heads is not None and block["attn.proj.weight"].shape[1] > inner:
-                _narrow_attention(block, self.heads, inner)
+        for index, inner in self.inner.items():
+            if index < depth and self.heads is not None:
+                _narrow_attention(values[1 + index], self.heads, inner)
         if self.width[0] != self.width[1]:
             _narrow_stream(values[0], values[1:], self.width[1])
         for group, narrow in zip(groups, values, strict=True):
@@ -154,6 +168,11 @@ def _within(common: str) -> str:
 
 def _shapes(block: Group) -> dict[str, tuple[int, ...]]:
     return {_within(common): shape for common, (_, shape) in block.items()}
+
+
+def _whole_heads(there: int, inner: int, heads: int) -> bool:
+    """Whether an attention of `there` channels has some of `heads` heads that have `inner` together."""
+    return 0 < there < inner and there % (inner // heads) == 0
 
 
 def _is_plain(stem: Group, blocks: list[Group]) -> bool:
@@ -174,7 +193,7 @@ def _is_plain(stem: Group, blocks: list[Group]) -> bool:
 def _narrow_attention(block: dict[str, Tensor], heads: int, inner: int) -> None:
     """Leaves an attention `inner` channels: whole heads, or as many of each head, of those that add most.
 
-    Heads that are there several times are first made one.
+    Heads that are there several times are first made one. Fewer heads get others that add nothing.
     """
     fused = "attn.qkv.weight" in block
     names = ("qkv",) if fused else ("q", "k", "v")
@@ -185,6 +204,9 @@ def _narrow_attention(block: dict[str, Tensor], heads: int, inner: int) -> None:
         parts += rows.chunk(3 if fused else 1)
     out = block["attn.proj.weight"]
     size, there = inner // heads, out.shape[1]
+    if there < inner:
+        parts = [nn.functional.pad(rows, (0, 0, 0, inner - there)) for rows in parts]
+        out, there = nn.functional.pad(out, (0, inner - there)), inner
     ways: list[tuple[float, Tensor, Tensor, float, Tensor]] = []
     if there % size == 0:
         several = torch.cat(parts, 1).unflatten(0, (-1, size))
