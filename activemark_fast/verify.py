@@ -349,7 +349,9 @@ class Verifier:
         blocks: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Verdict:
-        """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
+        """The verdict on a model of the marked one's shape but for its width and depth, on `device`.
+
+        `identical` is left False.
 
         Args:
             backbone: a view of the suspect.
