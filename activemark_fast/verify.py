@@ -110,7 +110,7 @@ def verify(
             10,000 stays within (5 of 32 bits).
         align: whether to undo a permutation, rotation or scaling of the suspect's residual stream before
             reading (`align`). None: where the plain reading is no match and such a map explains the suspect
-            well; the p-value pays for the second try.
+            well; the p-value pays for the second try. A suspect of another width is read so only.
         commitment: what the owner published; the verdict then tells whether this key and watermark are the
             committed ones, and since when.
         exhaustive: read all images of every suspect, so that detection rates can be compared.
@@ -349,7 +349,9 @@ class Verifier:
         blocks: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Verdict:
-        """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
+        """The verdict on a model of the marked one's shape but for its width and depth, on `device`.
+
+        `identical` is left False.
 
         Args:
             backbone: a view of the suspect.
@@ -385,8 +387,11 @@ class Verifier:
             if verdict.decision == "match":
                 break
         best = min(verdicts, key=rank)
-        if best.decision == "no match" and own.depth not in (0, blocks):
-            reason = f"no sign of the mark, but the suspect has {blocks} blocks, the marked model {own.depth}"
+        others = [] if own.depth in (0, blocks) else [f"{blocks} blocks, the marked model {own.depth}"]
+        if backbone.width != own.width:
+            others.append(f"width {backbone.width}, the marked model {own.width}")
+        if best.decision == "no match" and others:
+            reason = f"no sign of the mark, but the suspect has {' and '.join(others)}"
             return replace(best, decision="inconclusive", reason=reason)
         return best
 
@@ -439,14 +444,15 @@ class Verifier:
             if not measured.usable:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
         readings = []
-        if self._align is not True:
+        widened = backbone.width != site.width
+        if self._align is not True and not widened:
             price = tries * (1.0 if self._align is False else PLAIN_PRICE)
             means = self._means(site, measured, None)
             plain = self._reading(site, backbone, means, prefix, price, choices, None, check)
             if plain is None:
                 return self._unreadable(backbone.model, "the suspect puts out NaN or infinite activations")
             readings.append(plain)
-        if self._align is True or (self._align is None and not self._matches(readings[0].p_value, choices)):
+        if not readings or (self._align is None and not self._matches(readings[0].p_value, choices)):
             alignment = self._alignment(site, backbone)
             if alignment is not None and self._exact:
                 price = tries * (1.0 if self._align else ALIGNED_PRICE)
@@ -454,7 +460,10 @@ class Verifier:
                 aligned = self._reading(site, backbone, means, prefix, price, choices, alignment, check)
                 readings += [] if aligned is None else [aligned]
         if not readings:
-            return self._unreadable(backbone.model, "the suspect's activations are constant or not finite")
+            reason = "the suspect's activations are constant or not finite"
+            if widened:
+                reason = f"{self._other_width(backbone)}, and no map between the two explains it"
+            return self._unreadable(backbone.model, reason)
         reading = min(readings, key=lambda reading: reading.p_value)
         verdict = self._decide(reading, choices)
         if self._register is None:
@@ -640,11 +649,15 @@ class Verifier:
         chosen = (*verdict.chosen, "activations to align with")
         return replace(verdict, reason=reason, aligned=kind, chosen=chosen)
 
-    def misfit(self, backbone: Backbone) -> str | None:
-        """Why the suspect's shape does not allow the mark to be read, or None."""
+    def misfit(self, backbone: Backbone, *, same_width: bool = False) -> str | None:
+        """Why the suspect's shape does not allow the mark to be read, or None.
+
+        same_width: it must have the marked model's width, though another can be read (`align`).
+        """
         site, size = self.watermark.site, self.watermark.preprocess.size
-        if backbone.width != site.width:
-            return f"the suspect has width {backbone.width}, the marked model {site.width}"
+        widens = self._codec is None and self._align is not False and not same_width
+        if backbone.width != site.width and not widens:
+            return self._other_width(backbone)
         if backbone.image_size != size or backbone.num_tokens != site.num_tokens:
             return (
                 f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the "
@@ -656,6 +669,9 @@ class Verifier:
                 f"{site.prefix_tokens}"
             )
         return None
+
+    def _other_width(self, backbone: Backbone) -> str:
+        return f"the suspect has width {backbone.width}, the marked model {self.watermark.site.width}"
 
     def inconclusive(self, reason: str) -> Verdict:
         """The verdict on a suspect that could not be read."""

@@ -629,7 +629,7 @@ def _array_entry(array: Array, path: Path) -> Entry:
         shaped = values.reshape(array.shape, order="F" if array.fortran else "C")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: a NumPy array that cannot be: {error}") from error
-    return _held(torch.from_numpy(np.ascontiguousarray(shaped)))
+    return _held(torch.from_numpy(np.array(shaped, order="C")))  # its own: `content` cannot be written to
 
 
 def _json_object(opened: Opened) -> dict[str, Any]:
