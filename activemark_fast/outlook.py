@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, most_bits
-from activemark_fast.dress import plain_torch, unwrapped
+from activemark_fast.dress import copied, plain_torch, unwrapped
 from activemark_fast.embed import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE, check_writable
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.engine import plan_engine
@@ -91,7 +90,7 @@ def outlook(
     place = resolve_device(device, view.device)
     autocast = resolve_autocast(precision, place)
     photographs = clean_images(None, view.preprocess, LOOKED_AT, 1).fitted
-    copied = Backbone(copy.deepcopy(view.encoder).eval().to(place), image_size=view.image_size, tower="")
+    copied = Backbone(copied(view.encoder).eval().to(place), image_size=view.image_size, tower="")
     started = time.perf_counter()
     with autocast():
         placement = measure(copied, photographs).site()
