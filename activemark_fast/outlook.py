@@ -90,14 +90,14 @@ def outlook(
     place = resolve_device(device, view.device)
     autocast = resolve_autocast(precision, place)
     photographs = clean_images(None, view.preprocess, LOOKED_AT, 1).fitted
-    copied = Backbone(copied(view.encoder).eval().to(place), image_size=view.image_size, tower="")
+    moved = Backbone(copied(view.encoder).eval().to(place), image_size=view.image_size, tower="")
     started = time.perf_counter()
     with autocast():
-        placement = measure(copied, photographs).site()
+        placement = measure(moved, photographs).site()
     seconds = (time.perf_counter() - started) / LOOKED_AT
     pixels = photographs[0].nbytes * (FITTED_IMAGES + HELD_IMAGES + HOLDOUT_IMAGES)
     engine = plan_engine(
-        copied,
+        moved,
         placement.site,
         precision,
         pixels,
