@@ -223,7 +223,7 @@ def of_transformers() -> dict[str, Build]:
         "Qwen3_5Vision": one(
             "Qwen3_5Vision", **QWEN, out_hidden_size=32, num_position_embeddings=16, image_size=SIDE
         ),
-        "Glm4vVision": one("Glm4vVision", **QWEN, **IMAGES, out_hidden_size=32),
+        "Glm4vVision": one("Glm4vVision", **QWEN, **IMAGES, out_hidden_size=192),
         "GlmImageVision": one("GlmImageVision", **QWEN, **IMAGES),
         "Ernie4_5_VLMoeVision": one(
             "Ernie4_5_VLMoeVisionTransformerPretrainedModel", **QWEN, **IMAGES
