@@ -397,7 +397,7 @@ def _view(tower: nn.Module, original: Backbone) -> Backbone:
 
 def _spared(backbone: Backbone) -> dict[int, Tensor]:
     """The parameters of a tower that the edit writes nothing to, by their ids."""
-    written = set()
+    written: set[int] = set()
     for block in range(backbone.depth):
         attention = backbone.attention_out(block)
         for layer in (backbone.carrier(block), *(attention or ())[:1]):

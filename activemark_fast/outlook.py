@@ -56,12 +56,13 @@ class Outlook:
         tower = f"tower {self.tower!r}: " if self.tower else ""
         others = f"\nother towers: {', '.join(map(repr, self.others))}" if self.others else ""
         height, width = self.image_size
+        time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
         return (
-            f"can be marked: {tower}{self.blocks} blocks of width {self.width}, {self.tokens} tokens of "
-            f"{height} x {width} pixels\n"
+            f"can be marked: {tower}{self.blocks} blocks of width {self.width}, {self.tokens} "
+            f"token{'s' * (self.tokens != 1)} of {height} x {width} pixels\n"
             f"site: {self.site}\n"
             f"message: up to {self.bits} bits\n"
-            f"about {self.seconds:.0f} s and {self.peak_bytes / 2**20:.0f} MiB besides the model{others}"
+            f"about {time} and {self.peak_bytes / 2**20:.0f} MiB besides the model{others}"
         )
 
 

@@ -17,10 +17,11 @@ import json
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from gpu import commit
 from models import made_by
 from small_models import BACKBONES, FAMILIES, VLM_TOWERS
 from torch import nn
@@ -50,6 +51,7 @@ class Row:
     after_noise: str = ""
     innocent: str = ""
     seconds: float = 0.0
+    commit: str = ""
 
     @property
     def marked(self) -> bool:
@@ -141,6 +143,7 @@ def main() -> None:
             known[family] = run(family)
         except Exception as error:  # told in the table, which goes on
             known[family] = Row(family, failed=f"{type(error).__name__}: {told(error)}")
+        known[family] = replace(known[family], commit=commit())
         print(f"{family} | {known[family].cells}", file=sys.stderr, flush=True)
         with arguments.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(known[family])) + "\n")
@@ -155,6 +158,7 @@ def page(known: dict[str, Row]) -> str:
     marked = sum(row.marked for row in rows)
     found = sum(row.marked and row.after_noise == "match" for row in rows)
     accused = sum(row.innocent == "match" for row in rows)
+    commits = ", ".join(sorted({row.commit for row in rows}))
     used = {**BACKBONES, **VLM_TOWERS}
     most = sum(family in known and known[family].marked for family in used.values())
     lines = "\n".join(f"| {row.family} | {row.cells}" for row in rows)
@@ -184,7 +188,8 @@ Each family is built by its library at small settings, with random weights of th
 | innocents of the same family that were accused | {accused} |
 | marked ones also found after noise of {NOISE} on all matrices of their blocks | {found} |
 
-Marks are of {BITS} bits at a fidelity of {FIDELITY}. s is the time of `embed`, in seconds.
+Marks are of {BITS} bits at a fidelity of {FIDELITY}. s is the time of `embed`, in seconds, on a machine that
+did other work beside it. Rows are kept from run to run; these are of {commits}.
 
 ## The most used
 
