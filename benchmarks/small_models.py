@@ -40,8 +40,8 @@ STAGES, WIDTHS, HEADS = (1, 1, 6, 1), (24, 48, WIDTH, 192), (1, 2, 3, 6)
 SIZES: Settings = {"depths": list(STAGES), "hidden_sizes": list(WIDTHS)}
 
 ANY_SIZE = (
-    "crossvit_9_240", "efficientformer_l1", "efficientvit_m0",
-    "gemma4_vit_167m", "caformer_s18", "poolformer_s12", "convmixer_768_32", "resnetv2_50", "resnet50",
+    "crossvit_9_240", "efficientformer_l1", "efficientvit_m0", "gemma4_vit_167m", "caformer_s18",
+    "poolformer_s12", "convmixer_768_32", "resnetv2_50", "resnet50", "shvit_s1",
 )  # fmt: skip
 """What is not told its images' size in pixels, which its settings here say nevertheless."""
 
@@ -92,9 +92,9 @@ def of_timm() -> dict[str, Build]:
         "hiera_tiny_224": {"embed_dim": 24, "num_heads": 1, "stages": STAGES, "img_size": (128, 128)},
         "mvitv2_tiny": {"img_size": SIDE},
         "nest_tiny": {"img_size": SIDE},
-        "twins_svt_small": {"img_size": SIDE},
+        "twins_svt_small": {"img_size": SIDE, "embed_dims": WIDTHS, "num_heads": HEADS, "depths": STAGES},
         "visformer_tiny": {"img_size": SIDE},
-        "levit_128s": {"img_size": SIDE},
+        "levit_128s": {"img_size": 128},
         "tiny_vit_5m_224": {},
         "davit_tiny": {"depths": STAGES, "embed_dims": WIDTHS, "num_heads": HEADS,},
         "convnext_tiny": {"depths": STAGES, "dims": WIDTHS},
@@ -105,13 +105,11 @@ def of_timm() -> dict[str, Build]:
         "volo_d1_224": {"img_size": SIDE},
         "caformer_s18": {"img_size": SIDE},
         "poolformer_s12": {"img_size": SIDE},
-        "gmlp_ti16_224": {"img_size": SIDE},
-        "resmlp_12_224": {"img_size": SIDE},
         "convmixer_768_32": {"img_size": SIDE},
         "sequencer2d_s": {"img_size": SIDE, "embed_dims": (24, 48, WIDTH, WIDTH), "layers": STAGES},
-        "coatnet_nano_rw_224": {"img_size": 128},
-        "maxvit_rmlp_pico_rw_256": {"img_size": 128},
-        "efficientformer_l1": {"img_size": 224},
+        "coatnet_nano_rw_224": {"img_size": SIDE},
+        "maxvit_rmlp_pico_rw_256": {"img_size": SIDE},
+        "efficientformer_l1": {"img_size": 224, "embed_dims": WIDTHS, "depths": STAGES},
         "efficientformerv2_s0": {},
         "efficientvit_b0": {},
         "efficientvit_m0": {"img_size": 224},
@@ -122,7 +120,7 @@ def of_timm() -> dict[str, Build]:
         "gcvit_xxtiny": {},
         "nextvit_small": {},
         "repvit_m0_9": {},
-        "shvit_s1": {},
+        "shvit_s1": {"img_size": 256},
         "starnet_s1": {},
         "swiftformer_xs": {},
         "iformer_t": {},
@@ -138,7 +136,7 @@ def of_timm() -> dict[str, Build]:
     }  # fmt: skip
 
     def build(name: str, more: Settings) -> Build:
-        side = more.get("img_size", 128)
+        side = more.get("img_size", SIDE)
         side = side[0] if isinstance(side, tuple) else side
         fixed = {key: value for key, value in more.items() if key != "img_size" or name not in ANY_SIZE}
         return lambda: timm.create_model(
@@ -148,6 +146,13 @@ def of_timm() -> dict[str, Build]:
     built = {name: build(name, more) for name, more in settings.items()}
     narrow: Settings = {"img_size": SIDE, "embed_dim": WIDTH, "num_blocks": 6, "num_classes": 4}
     built["MLP-Mixer"] = lambda: timm.models.MlpMixer(patch_size=16, **narrow)
+    mixers = timm.models.mlp_mixer
+    built["ResMLP"] = lambda: timm.models.MlpMixer(
+        patch_size=16, block_layer=mixers.ResBlock, norm_layer=mixers.Affine, mlp_ratio=4, **narrow
+    )
+    built["gMLP"] = lambda: timm.models.MlpMixer(
+        patch_size=16, block_layer=mixers.SpatialGatingBlock, mlp_layer=mixers.GatedMlp, mlp_ratio=6, **narrow
+    )
     built["FocalNet"] = lambda: timm.models.FocalNet(embed_dim=24, depths=STAGES, num_classes=4)
     return {f"timm {name}": built[name] for name in built}
 
