@@ -147,13 +147,18 @@ def main() -> None:
         print(f"{family} | {known[family].cells}", file=sys.stderr, flush=True)
         with arguments.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(known[family])) + "\n")
-        arguments.out.write_text(page(known), encoding="utf-8")
-    arguments.out.write_text(page(known), encoding="utf-8")
+        write(arguments.out, known)
+    write(arguments.out, known)
 
 
-def page(known: dict[str, Row]) -> str:
-    """The page of what is known, in the order of the families."""
-    rows = [known[family] for family in FAMILIES if family in known]
+def write(path: Path, known: dict[str, Row]) -> None:
+    """Writes the page of what is known, in the order of the families."""
+    path.write_text(page([known[family] for family in FAMILIES if family in known]), encoding="utf-8")
+
+
+def page(rows: list[Row]) -> str:
+    """The page of these rows."""
+    known = {row.family: row for row in rows}
     refused = sum(bool(row.refused) for row in rows)
     marked = sum(row.marked for row in rows)
     found = sum(row.marked and row.after_noise == "match" for row in rows)
