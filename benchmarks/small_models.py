@@ -40,7 +40,7 @@ STAGES, WIDTHS, HEADS = (1, 1, 6, 1), (24, 48, WIDTH, 192), (1, 2, 3, 6)
 SIZES: Settings = {"depths": list(STAGES), "hidden_sizes": list(WIDTHS)}
 
 ANY_SIZE = (
-    "crossvit_9_240", "efficientformer_l1", "efficientvit_m0", "gemma4_vit_167m", "caformer_s18",
+    "efficientformer_l1", "efficientvit_m0", "gemma4_vit_167m", "caformer_s18",
     "poolformer_s12", "convmixer_768_32", "resnetv2_50", "resnet50", "shvit_s1",
 )  # fmt: skip
 """What is not told its images' size in pixels, which its settings here say nevertheless."""
@@ -78,7 +78,6 @@ def of_timm() -> dict[str, Build]:
         "hieradet_small": {"embed_dim": 24, "stages": STAGES, "num_heads": 1},
         "pit_ti_224": {"img_size": SIDE},
         "tnt_s_patch16_224": {"img_size": SIDE},
-        "crossvit_9_240": {"img_size": 240},
         "coat_lite_tiny": {},
         "swin_tiny_patch4_window7_224": {
             "embed_dim": 24, "depths": STAGES, "num_heads": HEADS, "img_size": SIDE, "window_size": 4,
