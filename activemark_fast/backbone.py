@@ -442,7 +442,8 @@ class Backbone:
         if gain is None:
             raise ValueError(
                 f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
-                f"per-channel multiple of its last linear layer (a norm, a nonlinearity or another order of tokens comes after)"
+                f"per-channel multiple of its last linear layer (a norm, a nonlinearity or another order of "
+                "tokens comes after)"
             )
         return gain
 
