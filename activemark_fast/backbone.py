@@ -340,6 +340,20 @@ class Backbone:
         widest = max(layer.weight.shape[1] for layer in called)
         return [layer for layer in called if layer.weight.shape[1] == widest][-1]
 
+    def gated(self, index: int) -> bool:
+        """Whether what `carrier(index)` takes is a product of two layers' outputs, as in a SwiGLU.
+
+        Told by their widths: of the layers of the block that take the stream, those whose outputs fill the
+        carrier's inputs fill them twice.
+
+        Raises:
+            ValueError: as `carrier`.
+        """
+        hidden = self.mlp_matrix(index).shape[1]
+        taking = [layer.weight for layer in self.blocks[index].modules() if isinstance(layer, Layer)]
+        made = [len(weight) for weight in taking if weight.shape[1] == self.width]
+        return hidden != self.width and sum(size for size in made if size % hidden == 0) >= 2 * hidden
+
     def attention_out(self, index: int) -> tuple[Layer, Tensor] | None:
         """The live linear layer by which block `index` writes to the residual stream before `carrier` does.
 
@@ -435,7 +449,8 @@ class Backbone:
         if gain is None:
             raise ValueError(
                 f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
-                f"per-channel multiple of its last linear layer"
+                f"per-channel multiple of its last linear layer (a norm, a nonlinearity or another order of "
+                "tokens comes after)"
             )
         return gain
 

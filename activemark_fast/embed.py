@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
@@ -28,7 +27,7 @@ from activemark_fast.codec.codebooks import (
     draw_sent,
     most_bits,
 )
-from activemark_fast.dress import fixed_weight, plain_torch, unwrapped
+from activemark_fast.dress import copied, fixed_weight, plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import search_edit
@@ -297,7 +296,9 @@ def embed(
         )
         resumed = saved.load()
 
-    marked = copy.deepcopy(original.encoder).eval().to(device)
+    # In place, the copy needs its own of what the edit writes only.
+    alone = inplace and codec == KeyedCodec.name and device == original.device
+    marked = copied(original.encoder, _spared(original) if alone else None).eval().to(device)
     stretched = secret.stretched() if codec == KeyedCodec.name else secret
     with Progress(progress) as bar:
         subject = _prepare(
@@ -335,7 +336,7 @@ def embed(
         else:
             quality, history, steps, how, state = _train(
                 subject,
-                _view(copy.deepcopy(original.encoder).eval().to(device), original),
+                _view(copied(original.encoder).eval().to(device), original),
                 secret,
                 settings,
                 saved,
@@ -394,11 +395,21 @@ def _view(tower: nn.Module, original: Backbone) -> Backbone:
     return Backbone(tower, image_size=original.image_size, tower="")
 
 
+def _spared(backbone: Backbone) -> dict[int, Tensor]:
+    """The parameters of a tower that the edit writes nothing to, by their ids."""
+    written: set[int] = set()
+    for block in range(backbone.depth):
+        attention = backbone.attention_out(block)
+        for layer in (backbone.carrier(block), *(attention or ())[:1]):
+            written.update(map(id, layer.parameters()))
+    return {id(p): p for p in backbone.encoder.parameters() if id(p) not in written}
+
+
 @contextmanager
 def _released(model: nn.Module, original: Backbone, marked: nn.Module, inplace: bool) -> Iterator[nn.Module]:
     """`model` with the marked tower in place of its own: a copy, or for a while the model itself."""
     if not inplace or not original.tower:
-        yield copy.deepcopy(model, {id(original.encoder): marked})
+        yield copied(model, {id(original.encoder): marked})
         return
     path, _, name = original.tower.rpartition(".")
     parent = model.get_submodule(path)

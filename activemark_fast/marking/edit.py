@@ -4,7 +4,8 @@ The suffix has to learn linear maps of rank M, from the injected directions U to
 linear model editing (ROME, Meng et al. 2022; MEMIT, Meng et al. 2023) it is written into the linear layers
 that add to the residual stream, one after the other, each closing its share of what is still missing: both
 bands into the last one of each block's MLP, the natural band also into attention's output. A model may do
-without its late MLPs, but then not without its attention.
+without its late MLPs, but then not without its attention. Where an MLP is gated, the loud band is written
+into attention too: what a product of two layers answers to an injection averages out over tokens.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
         attention = backbone.attention_out(block)
         # What is computed from other tensors would lose what is written to it.
         if attention is not None and bool(attention[1].all()) and fixed_weight(attention[0]) is None:
-            steps.append(Step(block, tap, *attention, {NATURAL.name: 1.0}, last=False))
+            bands = BANDS if backbone.gated(block) else (NATURAL,)
+            steps.append(Step(block, tap, *attention, {band.name: 1.0 for band in bands}, last=False))
         steps.append(
             Step(block, tap, backbone.carrier(block), gain, {band.name: 1.0 for band in BANDS}, last=True)
         )

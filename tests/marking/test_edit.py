@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 import torchvision
+from timm.layers.mlp import GluMlp
 from tiny import vit
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -177,6 +178,13 @@ def test_the_mark_is_read_on_unseen_images_and_the_features_stay(name: str) -> N
     assert len(allowed) == 2 * (DEPTH - 2 - marked.site.block)  # attention and MLP of each block
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed == allowed
+
+
+def test_attention_carries_the_loud_band_where_the_mlp_is_gated() -> None:
+    plain, gated = case(timm_vit()), case(timm_vit(mlp_layer=GluMlp))
+    for marked, expected in ((plain, {"natural"}), (gated, {"loud", "natural"})):
+        steps = edit_steps(marked.backbone, marked.site)
+        assert [set(step.shares) for step in steps if not step.last] == [expected] * len(marked.edited)
 
 
 def test_a_model_that_takes_tokens_first_gets_the_same_edit() -> None:
