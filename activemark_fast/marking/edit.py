@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, Layer
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
@@ -128,6 +129,14 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
     return steps
 
 
+def writable_weights(backbone: Backbone, site: Site) -> list[nn.Parameter]:
+    """The weights of the blocks that an edit may change: all that it does change, and others."""
+    blocks = backbone.blocks[site.block + 1 : site.taps[-1] + 1]
+    layers = (module for block in blocks for module in block.modules() if isinstance(module, Layer))
+    weights = (layer._parameters.get("weight") for layer in layers)
+    return [weight for weight in weights if weight is not None and weight.shape[0] == backbone.width]
+
+
 def traced_steps(backbone: Backbone, site: Site) -> list[Step]:
     """The layers that carry the traced rows: the last of each MLP, in equal shares for each tap.
 
@@ -176,11 +185,11 @@ def search_edit(
     """
     steps = edit_steps(backbone, site)
     matrices = [step.matrix for step in steps]
-    originals = [matrix.clone() for matrix in matrices]
+    originals = [engine.keep(matrix.clone()) for matrix in matrices]
 
     def solved(batch: int) -> Changes:
         for matrix, weight in zip(matrices, originals, strict=True):
-            matrix.copy_(weight)  # an earlier try may have run out of memory half way
+            matrix.copy_(engine.fetch(weight))  # an earlier try may have run out of memory half way
         bar.stage("edit", len(steps))
         return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
 
@@ -190,7 +199,8 @@ def search_edit(
 
     def apply() -> None:
         for matrix, weight, change in zip(matrices, originals, changes, strict=True):
-            edited = weight.float() + sum(factors[band] * part for band, part in change.items())
+            parts = (factors[band] * engine.fetch(part) for band, part in change.items())
+            edited = engine.fetch(weight).float() + sum(parts)
             matrix.copy_(edited)
 
     lost = 0.0
@@ -309,7 +319,9 @@ def edit(
     streams = _streams(books, output, sent, engine)
     changes: Changes = []
     failed = []
-    for step in steps:
+
+    def solved(step: Step) -> dict[str, Tensor]:
+        """The step's changes by band, what LAPACK tells, and where the streams go on."""
         moments, hidden = _moments(backbone, books, step, streams, engine)
         change: dict[str, Tensor] = {}
         added: list[tuple[Tensor, Tensor]] = []
@@ -322,17 +334,25 @@ def edit(
             change[band] = (solution @ (read.double() / step.gain.double())).T.float()
             added.append((solution, read))
         del moments
-        failed.append(torch.stack(infos).any())
-        weight = step.matrix
-        weight += torch.stack(list(change.values())).sum(dim=0).to(weight.dtype)
-        changes.append(change)
+        moved = {}
         for index, k in enumerate(hidden):
             stream = engine.fetch(streams[index].values)
             there = engine.fetch(k)
             for solution, read in added:
                 stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
-            streams[index].values = engine.keep(stream)
+            moved[f"stream {index}"] = streams[index].values = engine.keep(stream)
             hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
+        return {**change, "failed": torch.stack(infos).any(), **moved}
+
+    for number, step in enumerate(steps):
+        made = engine.made(f"step-{number}", partial(solved, step))
+        failed.append(made["failed"])
+        changes.append({band: made[band] for band in step.shares})
+        weight = step.matrix
+        weight += torch.stack([engine.fetch(p) for p in changes[-1].values()]).sum(dim=0).to(weight.dtype)
+        for index, stream in enumerate(streams if step.last else []):
+            stream.values = made[f"stream {index}"]
+        del made  # the next step lets go of one stream after another
         bar.advance()
     # A look at each while they are solved would have the device wait for the host.
     bad = torch.stack(failed).tolist()
