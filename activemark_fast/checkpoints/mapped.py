@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from activemark_fast.checkpoints.errors import CheckpointError
 from activemark_fast.checkpoints.files import Checkpoint, Entry, HostBuffer
 from activemark_fast.checkpoints.models import _build, _exact_plan, _existing, _resolve
-from activemark_fast.marking.scratch import mapped_bytes
+from activemark_fast.files import mapped_bytes
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BESIDE = (".json", ".txt", ".md")

@@ -9,12 +9,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from activemark_fast.files import write_whole
+from activemark_fast.files import mapped_bytes, write_whole
 from activemark_fast.key import Key
 
 _INPUTS = "inputs.json"
@@ -91,11 +90,6 @@ def kept(tensor: Tensor, folder: Path) -> Tensor:
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now, not by a signal
         waiting = mapped_bytes(Path(file.name), shared=True).view(tensor.dtype).view(tensor.shape)
     return waiting.copy_(tensor)
-
-
-def mapped_bytes(path: Path, *, shared: bool = False) -> Tensor:
-    """(size,) uint8, the bytes of a file; what is written to them reaches the file if `shared`."""
-    return torch.from_file(str(path), shared=shared, size=path.stat().st_size, dtype=torch.uint8)
 
 
 def made(scratch: Scratch | None, name: str, make: Make) -> dict[str, Tensor]:
