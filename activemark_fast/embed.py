@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from activemark_fast.align import site_sample
@@ -43,6 +44,7 @@ from activemark_fast.marking.quality import (
     Quality,
     QualityCheck,
 )
+from activemark_fast.marking.ranks import Ranks
 from activemark_fast.marking.reading import Channel
 from activemark_fast.marking.resume import TrainingFile, TrainingState
 from activemark_fast.marking.scratch import Scratch, made
@@ -217,6 +219,7 @@ def embed(
     checkpoint: str | os.PathLike[str] | None = None,
     recipients: Sequence[str] | None = None,
     work: str | os.PathLike[str] | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = False,
 ) -> Embedding:
     """Marks `model` (arXiv 2510.04966, with keyed codebooks and a closed-form edit by default).
@@ -261,6 +264,9 @@ def embed(
             suspect was made from. A fifth of the fidelity that may be lost goes to that. Keyed codec only.
         work: folder where activations and changes wait on disk, not in memory. It stays, and if it is there,
             an edit that was cut off goes on from it, to the result it would have had. Keyed codec only.
+        group: processes of torch.distributed that mark the model together, each of which calls this with the
+            same arguments and gets the same mark, bit for bit that of one process on such a machine. Images
+            are split among them. Keyed codec only, without `work`.
         progress: show progress bars on standard error, and how much memory the marking will take.
 
     Returns:
@@ -313,6 +319,9 @@ def embed(
             raise ValueError(f"work: wanted the keyed codec with it, got {codec!r}")
         scratch = Scratch(_as_path("work", work), secret, inputs)
 
+    if group is not None and (codec != KeyedCodec.name or work is not None):
+        raise ValueError("group: wanted the keyed codec and no work with it")
+    ranks = Ranks(group)
     shared = inplace and codec == KeyedCodec.name and device == original.device
     marked = _copy(original.encoder, shared).eval().to(device)
     stretched = secret.stretched() if codec == KeyedCodec.name else secret
@@ -325,6 +334,7 @@ def embed(
             natural.held,
             device,
             scratch,
+            ranks,
             bar,
         )
         site = subject.placement.site
@@ -339,6 +349,7 @@ def embed(
             sum(band.books for band in BANDS),
             MESSAGES_PER_IMAGE,
             scratch,
+            ranks,
         )
         if shared:
             _own(marked, writable_weights(subject.backbone, site), engine)
@@ -511,6 +522,7 @@ def _prepare(
     held: Tensor,
     device: torch.device,
     scratch: Scratch | None,
+    ranks: Ranks,
     bar: Progress,
 ) -> _Subject:
     """Profiles the model, finds the site and runs all images up to it."""
@@ -524,7 +536,10 @@ def _prepare(
     def at_site(name: str, pixels: Tensor) -> SiteActivations:
         def run() -> dict[str, Tensor]:
             return vars(
-                halving(lambda batch: site_activations(backbone, pixels, site.block, autocast, batch), BATCH)
+                halving(
+                    lambda batch: site_activations(backbone, pixels, site.block, autocast, batch, ranks),
+                    BATCH,
+                )
             )
 
         found = SiteActivations(**made(scratch, name, run))
@@ -563,7 +578,15 @@ def _edit(
     ]
     checked = draw_sent(stretched, "check", len(subject.carriers), bits)
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
-    check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
+    check = QualityCheck(
+        backbone,
+        channels,
+        subject.carriers,
+        subject.fidelity,
+        site.block,
+        subject.autocast,
+        engine.ranks,
+    )
     looks = count()
 
     def fidelity() -> Fidelity:

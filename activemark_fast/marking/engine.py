@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.scratch import Make, Scratch, made
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
@@ -42,6 +43,7 @@ class Engine:
             allocator keeps besides is not counted. 0 where there are gradient steps only.
         reason: one sentence on the choices.
         scratch: where activations and changes of weights wait on disk; None where they stay in memory.
+        ranks: the processes that compute it.
     """
 
     device: torch.device
@@ -51,6 +53,7 @@ class Engine:
     peak_bytes: int
     reason: str
     scratch: Scratch | None = None
+    ranks: Ranks = ALONE
 
     def keep(self, tensor: Tensor) -> Tensor:
         """`tensor`, where it can wait."""
@@ -85,6 +88,7 @@ def plan_engine(
     books: int,
     messages: int,
     scratch: Scratch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Engine:
     """The engine for an edit, from the sizes of everything it will hold.
 
@@ -99,6 +103,7 @@ def plan_engine(
         books: codebooks, which share the images that the edit is solved on.
         messages: runs of an image with something sent.
         scratch: where activations and changes wait on disk, beside a model that is not copied.
+        ranks: the processes that compute it together.
     """
     device = backbone.device
     autocast = resolve_autocast(precision, device)
@@ -113,7 +118,7 @@ def plan_engine(
 
     one = copies * tokens * hidden * narrow  # hidden activations of one image
     room = CPU_WORKING_SET if device.type == "cpu" else int(GPU_WORKING_SHARE * free) // 6
-    batch = max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, -(-fitted // books)))
+    batch = ranks.least(max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, -(-fitted // books))))
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     # Of both bands and the original weights, of the MLPs; likewise of attention, which one band changes.
@@ -146,7 +151,7 @@ def plan_engine(
         on_host, where = False, "caches on disk"
         peak = max(block(0) + caches + 4 * 4 * width * hidden, changed)
     how = f"{batch} images at a time, {where}, edit eager: it runs a block twice, so compiling takes longer"
-    return Engine(device, autocast, batch, on_host, peak, how, scratch)
+    return Engine(device, autocast, batch, on_host, peak, how, scratch, ranks)
 
 
 def halving(run: Callable[[int], T], batch: int) -> T:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.reading import Channel, wrong_bits
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations
 from activemark_fast.verdict import default_tau
@@ -156,19 +157,24 @@ class QualityCheck:
         fidelity: FidelityCheck,
         block: int,
         autocast: Autocast,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """backbone: still unmarked. channels: the first is the message's; they send to each of `carriers`."""
+        """backbone: still unmarked. channels: the first is the message's; they send to each of `carriers`.
+
+        ranks: the processes that read them together.
+        """
         self._backbone = backbone
         self._channels = channels
         self._carriers = carriers
         self._fidelity = fidelity
         self._block = block
         self._autocast = autocast
+        self._ranks = ranks
         self._original = self._read(backbone)
 
     def _read(self, backbone: Backbone) -> list[Tensor]:
         return [
-            channel.agreement(backbone, self._carriers, 0, self._block, self._autocast)
+            channel.agreement(backbone, self._carriers, 0, self._block, self._autocast, self._ranks)
             for channel in self._channels
         ]
 
@@ -181,7 +187,7 @@ class QualityCheck:
     def margin(self) -> float:
         """`Quality.margin` now."""
         first = self._channels[0]
-        now = first.agreement(self._backbone, self._carriers, 0, self._block, self._autocast)
+        now = first.agreement(self._backbone, self._carriers, 0, self._block, self._autocast, self._ranks)
         return self._margin(now)
 
     def _margin(self, message: Tensor) -> float:
