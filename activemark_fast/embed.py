@@ -403,7 +403,7 @@ def embed(
             changes = {f"{original.tower}.{name}": change for name, change in register.changes.items()}
             seen = register.measured, register.reference
             register = Register.make(secret, register.names, released, changes, *seen)
-        _check_verified(released, watermark, secret, holdout, device, precision)
+        _check_verified(released, watermark, secret, holdout, device, precision, ranks)
     _warn_of_missed_targets(quality, fidelity)
     if inplace:
         before = original.encoder.state_dict()
@@ -487,10 +487,13 @@ def _check_verified(
     holdout: HoldOut,
     device: torch.device,
     precision: str,
+    ranks: Ranks,
 ) -> None:
     """Verifies the finished mark as anybody would. A learned codec must be read; it may not be a match."""
     images = None if holdout.source == "key" else holdout
-    verifier = Verifier(watermark, secret, images, power=POWER, device=device, precision=precision)
+    verifier = Verifier(
+        watermark, secret, images, power=POWER, device=device, precision=precision, ranks=ranks
+    )
     verdict = verifier.judge(marked)
     if verdict.decision != "match" and (watermark.two_bands or not verdict.images):
         raise UnverifiedMarkError(
@@ -548,7 +551,7 @@ def _prepare(
 
     carriers = at_site("carriers", holdout[:MEASURED_IMAGES])
     measured = SiteMeasure.of(carriers.output, site.prefix_tokens)
-    fidelity = FidelityCheck(backbone, at_site("held", held).output, site.block, autocast)
+    fidelity = FidelityCheck(backbone, at_site("held", held).output, site.block, autocast, ranks)
     if not measured.usable:
         raise ValueError("model: wanted finite activations that vary, got constant or non-finite ones")
     return _Subject(

@@ -34,7 +34,7 @@ print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, fingerp
 
 
 def marked(count: int, shape: dict[str, int]) -> tuple[float, float, str]:
-    """Seconds and processor seconds of the slowest of `count` processes, and the fingerprint they agree on."""
+    """Seconds and CPU seconds of the slowest of `count` processes, and the fingerprint they agree on."""
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "WORLD_SIZE": str(count)}
     processes = [
         subprocess.Popen(
