@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from activemark_fast.align import site_sample
@@ -30,18 +32,21 @@ from activemark_fast.codec.codebooks import (
 from activemark_fast.dress import copied, fixed_weight, plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
-from activemark_fast.marking.edit import search_edit
+from activemark_fast.marking.edit import search_edit, writable_weights
 from activemark_fast.marking.engine import Engine, halving, plan_engine
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
 from activemark_fast.marking.quality import (
     DETECTION_TARGET,
     MARGIN_TARGET,
+    Fidelity,
     FidelityCheck,
     Quality,
     QualityCheck,
 )
+from activemark_fast.marking.ranks import Ranks
 from activemark_fast.marking.reading import Channel
 from activemark_fast.marking.resume import TrainingFile, TrainingState
+from activemark_fast.marking.scratch import Scratch, made
 from activemark_fast.marking.steps import COMPILE
 from activemark_fast.marking.suffix import (
     BATCH,
@@ -212,6 +217,8 @@ def embed(
     compile: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     recipients: Sequence[str] | None = None,
+    work: str | os.PathLike[str] | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = False,
 ) -> Embedding:
     """Marks `model` (arXiv 2510.04966, with keyed codebooks and a closed-form edit by default).
@@ -238,7 +245,8 @@ def embed(
         max_steps: upper bound on gradient steps, which only the learned codec takes.
         tower: dotted name of the module in `model` to mark, where several take images; by default the one
             with the longest list of blocks. Nothing else of the model is run, or copied but to be returned.
-        inplace: write the mark into `model` itself, at the very end.
+        inplace: write the mark into `model` itself, at the very end. A keyed mark then takes no copy of the
+            model, only of the matrices that change.
         architecture: model string (`load_model`) to store in the watermark, so that the command line can
             build the suspect.
         device: where to compute; by default where the model is.
@@ -253,6 +261,11 @@ def embed(
         recipients: names of those who get copies of their own (`tracing.check_names` says which can be
             names): `Embedding.register` then makes the copies, and `verify` tells with it whose copy a
             suspect was made from. A fifth of the fidelity that may be lost goes to that. Keyed codec only.
+        work: folder where activations and changes wait on disk, not in memory. It stays, and if it is there,
+            an edit that was cut off goes on from it, to the result it would have had. Keyed codec only.
+        group: processes of torch.distributed that mark the model together, each of which calls this with the
+            same arguments and gets the same mark, bit for bit that of one process on such a machine. Images
+            are split among them. Keyed codec only, without `work`.
         progress: show progress bars on standard error, and how much memory the marking will take.
 
     Returns:
@@ -289,20 +302,41 @@ def embed(
     preprocess = original.preprocess
     holdout = holdout_images(images, secret, preprocess, HOLDOUT_IMAGES)
     natural = clean_images(clean, preprocess, FITTED_IMAGES, HELD_IMAGES)
-    saved = resumed = None
-    if checkpoint is not None:
-        saved = _training_file(
-            checkpoint, secret, model, settings, [holdout.pixels, natural.fitted], str(device)
+    saved = resumed = scratch = None
+    if checkpoint is not None or work is not None:
+        inputs = _inputs(
+            secret,
+            model,
+            [*asdict(settings).values(), str(device), original.tower, recipients is not None],
+            [holdout.pixels, natural.fitted, natural.held],
         )
+    if checkpoint is not None:
+        saved = TrainingFile(_as_path("checkpoint", checkpoint), secret, inputs)
         resumed = saved.load()
+    if work is not None:
+        if codec != KeyedCodec.name:
+            raise ValueError(f"work: wanted the keyed codec with it, got {codec!r}")
+        scratch = Scratch(_as_path("work", work), secret, inputs)
 
+    if group is not None and (codec != KeyedCodec.name or work is not None):
+        raise ValueError("group: wanted the keyed codec and no work with it")
+    ranks = Ranks(group)
     # In place, the copy needs its own of what the edit writes only.
-    alone = inplace and codec == KeyedCodec.name and device == original.device
-    marked = copied(original.encoder, _spared(original) if alone else None).eval().to(device)
+    shared = inplace and codec == KeyedCodec.name and device == original.device
+    kept = (*original.encoder.parameters(), *original.encoder.buffers()) if shared else ()
+    marked = copied(original.encoder, {id(tensor): tensor for tensor in kept}).eval().to(device)
     stretched = secret.stretched() if codec == KeyedCodec.name else secret
     with Progress(progress) as bar:
         subject = _prepare(
-            _view(marked, original), settings, holdout.pixels, natural.fitted, natural.held, device, bar
+            _view(marked, original),
+            settings,
+            holdout.pixels,
+            natural.fitted,
+            natural.held,
+            device,
+            scratch,
+            ranks,
+            bar,
         )
         site = subject.placement.site
         engine = plan_engine(
@@ -315,7 +349,11 @@ def embed(
             MEASURED_IMAGES,
             sum(band.books for band in BANDS),
             MESSAGES_PER_IMAGE,
+            scratch,
+            ranks,
         )
+        if shared:
+            _own(marked, writable_weights(subject.backbone, site), engine)
         if codec == KeyedCodec.name:
             bar.note(f"embed: {engine}")
         alignment = None
@@ -366,10 +404,16 @@ def embed(
             changes = {f"{original.tower}.{name}": change for name, change in register.changes.items()}
             seen = register.measured, register.reference
             register = Register.make(secret, register.names, released, changes, *seen)
-        _check_verified(released, watermark, secret, holdout, device, precision)
+        _check_verified(released, watermark, secret, holdout, device, precision, ranks)
     _warn_of_missed_targets(quality, fidelity)
     if inplace:
-        original.encoder.load_state_dict(marked.state_dict())
+        before = original.encoder.state_dict()
+        new = {
+            name: tensor
+            for name, tensor in marked.state_dict().items()
+            if tensor.data_ptr() != before[name].data_ptr() and not torch.equal(tensor, before[name])
+        }
+        original.encoder.load_state_dict(new, strict=False)
     if saved is not None:
         saved.remove()
     reason = subject.placement.reason
@@ -395,14 +439,16 @@ def _view(tower: nn.Module, original: Backbone) -> Backbone:
     return Backbone(tower, image_size=original.image_size, tower="")
 
 
-def _spared(backbone: Backbone) -> dict[int, Tensor]:
-    """The parameters of a tower that the edit writes nothing to, by their ids."""
-    written: set[int] = set()
-    for block in range(backbone.depth):
-        attention = backbone.attention_out(block)
-        for layer in (backbone.carrier(block), *(attention or ())[:1]):
-            written.update(map(id, layer.parameters()))
-    return {id(p): p for p in backbone.encoder.parameters() if id(p) not in written}
+def _own(tower: nn.Module, weights: list[nn.Parameter], engine: Engine) -> None:
+    """Gives a tower that shares its parameters its own of these."""
+    own = {
+        id(weight): nn.Parameter(engine.keep(weight.detach().clone()), weight.requires_grad)
+        for weight in weights
+    }
+    for module in tower.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in own:
+                module.register_parameter(name, own[id(parameter)])
 
 
 @contextmanager
@@ -436,10 +482,13 @@ def _check_verified(
     holdout: HoldOut,
     device: torch.device,
     precision: str,
+    ranks: Ranks,
 ) -> None:
     """Verifies the finished mark as anybody would. A learned codec must be read; it may not be a match."""
     images = None if holdout.source == "key" else holdout
-    verifier = Verifier(watermark, secret, images, power=POWER, device=device, precision=precision)
+    verifier = Verifier(
+        watermark, secret, images, power=POWER, device=device, precision=precision, ranks=ranks
+    )
     verdict = verifier.judge(marked)
     if verdict.decision != "match" and (watermark.two_bands or not verdict.images):
         raise UnverifiedMarkError(
@@ -450,24 +499,17 @@ def _check_verified(
         )
 
 
-def _training_file(
-    path: str | os.PathLike[str],
-    secret: Key,
-    model: nn.Module,
-    settings: _Settings,
-    images: list[Tensor],
-    device: str,
-) -> TrainingFile:
-    """The file that a training is resumed from, which must be of the same inputs."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"checkpoint: wanted a path, got {type(path).__name__}")
+def _inputs(secret: Key, model: nn.Module, settings: list[object], images: list[Tensor]) -> dict[str, object]:
+    """All that an embedding depends on besides the key: what it goes on from must be of the same."""
     digests = [secret.mac("resume/images", part.contiguous().numpy().tobytes()).hex() for part in images]
-    inputs: dict[str, object] = {
-        "model": fingerprint(model),
-        "images": digests,
-        "settings": [*asdict(settings).values(), device],
-    }
-    return TrainingFile(Path(path), secret, inputs)
+    return {"model": fingerprint(model), "images": digests, "settings": settings}
+
+
+def _as_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """The value of the argument `name`."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name}: wanted a path, got {type(path).__name__}")
+    return Path(path)
 
 
 def _prepare(
@@ -477,6 +519,8 @@ def _prepare(
     fitted: Tensor,
     held: Tensor,
     device: torch.device,
+    scratch: Scratch | None,
+    ranks: Ranks,
     bar: Progress,
 ) -> _Subject:
     """Profiles the model, finds the site and runs all images up to it."""
@@ -487,18 +531,32 @@ def _prepare(
     site = placement.site
     bar.stage("prefix", 3)
 
-    def at_site(pixels: Tensor) -> SiteActivations:
-        found = halving(lambda batch: site_activations(backbone, pixels, site.block, autocast, batch), BATCH)
+    def at_site(name: str, pixels: Tensor) -> SiteActivations:
+        def run() -> dict[str, Tensor]:
+            return vars(
+                halving(
+                    lambda batch: site_activations(backbone, pixels, site.block, autocast, batch, ranks),
+                    BATCH,
+                )
+            )
+
+        found = SiteActivations(**made(scratch, name, run))
         bar.advance()
         return found
 
-    carriers = at_site(holdout[:MEASURED_IMAGES])
+    carriers = at_site("carriers", holdout[:MEASURED_IMAGES])
     measured = SiteMeasure.of(carriers.output, site.prefix_tokens)
-    fidelity = FidelityCheck(backbone, at_site(held).output, site.block, autocast)
+    fidelity = FidelityCheck(backbone, at_site("held", held).output, site.block, autocast, ranks)
     if not measured.usable:
         raise ValueError("model: wanted finite activations that vary, got constant or non-finite ones")
     return _Subject(
-        backbone, placement, at_site(fitted), carriers[:CHECKED_IMAGES], measured, fidelity, autocast
+        backbone,
+        placement,
+        at_site("fitted", fitted),
+        carriers[:CHECKED_IMAGES],
+        measured,
+        fidelity,
+        autocast,
     )
 
 
@@ -518,10 +576,26 @@ def _edit(
     ]
     checked = draw_sent(stretched, "check", len(subject.carriers), bits)
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
-    check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
-    history = search_edit(
-        backbone, books, site, output, sent, subject.fidelity, check.margin, wanted, engine, bar
+    check = QualityCheck(
+        backbone,
+        channels,
+        subject.carriers,
+        subject.fidelity,
+        site.block,
+        subject.autocast,
+        engine.ranks,
     )
+    looks = count()
+
+    def fidelity() -> Fidelity:
+        def look() -> dict[str, Tensor]:
+            found = vars(subject.fidelity()).items()
+            return {name: torch.tensor(pair, dtype=torch.float64) for name, pair in found}
+
+        found = engine.made(f"look-{next(looks)}", look)
+        return Fidelity(**{name: (float(pair[0]), float(pair[1])) for name, pair in found.items()})
+
+    history = search_edit(backbone, books, site, output, sent, fidelity, check.margin, wanted, engine, bar)
     return check, history
 
 

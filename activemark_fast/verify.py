@@ -30,6 +30,7 @@ from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import EVIDENCE_AT, alternatives, known_normalisation, paid
 from activemark_fast.key import Key
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
@@ -199,6 +200,7 @@ class Verifier:
             probability of at most 1 - `power`. Above 0. The p-value stays exact
             (`sequential.look_penalties`). A codec without p-value reads all.
         device: where to compute; by default the CPU.
+        ranks: processes that judge the same suspects together, each with a verifier like this one.
 
     Raises:
         TypeError, ValueError, WatermarkError, ImageMismatchError: as `verify` does.
@@ -220,6 +222,7 @@ class Verifier:
         register: Register | None = None,
         device: str | torch.device | None = None,
         precision: str = "auto",
+        ranks: Ranks = ALONE,
     ) -> None:
         if not isinstance(watermark, Watermark):
             raise TypeError(f"watermark: wanted a Watermark, got {type(watermark).__name__}")
@@ -241,6 +244,7 @@ class Verifier:
             raise TypeError(f"register: wanted a Register, got {type(register).__name__}")
         self.device = resolve_device(device, torch.device("cpu"))
         self._autocast = resolve_autocast(precision, self.device)
+        self._ranks = ranks
         secret = Key.of(key)
         watermark.check(secret)  # before anything in it is relied on
         if register is not None:
@@ -593,8 +597,9 @@ class Verifier:
                 for band, kept in zip(means.bands, parts, strict=True):
                     for channel, seen in zip(band, kept, strict=True):
                         check()
+                        at = prefix[ahead + look]
                         seen.append(
-                            channel.agreement(backbone, prefix[ahead + look], start, block, self._autocast)
+                            channel.agreement(backbone, at, start, block, self._autocast, self._ranks)
                         )
                         if not bool(torch.isfinite(seen[-1]).all()):
                             return None

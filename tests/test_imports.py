@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"marking"},
     {"align"},
     {"embed", "verify", "attacks", "forge", "outlook"},
-    {"bulk", "evaluate", "descent"},
+    {"bulk", "evaluate", "descent", "giants"},
     {"report", "baselines"},
     {"demo", "cli"},
     {"__main__"},

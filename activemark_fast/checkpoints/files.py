@@ -227,6 +227,11 @@ class Checkpoint:
     ) -> None:
         self._stack.close()
 
+    @property
+    def files(self) -> list[Path]:
+        """The open files, as `Entry.file` counts them."""
+        return [opened.path for opened in self._files]
+
     def read(self, names: Iterable[str], buffer: HostBuffer) -> dict[str, Tensor]:
         """These tensors, on the CPU, valid until `buffer` is used again.
 
