@@ -60,7 +60,7 @@ from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement
 from activemark_fast.tracing import Register, changed, check_names
 from activemark_fast.triggers import HoldOut, clean_images, holdout_images
-from activemark_fast.verify import Verifier
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
 
 PROFILED_IMAGES = 32

@@ -39,7 +39,7 @@ from activemark_fast.marking.suffix import feature_cosine
 from activemark_fast.progress import Progress
 from activemark_fast.utility import features, knn_accuracy, probe_accuracy, segmentation_iou
 from activemark_fast.verdict import Verdict
-from activemark_fast.verify import Verifier
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark, fingerprint
 
 FORMAT_VERSION = 1

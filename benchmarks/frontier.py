@@ -30,7 +30,7 @@ from activemark_fast.evaluate import Evaluation, cost
 from activemark_fast.key import Key
 from activemark_fast.report import frontier_figure
 from activemark_fast.utility import features, probe_accuracy
-from activemark_fast.verify import Verifier
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
 
 OWNER = Key(b"frontier: the owner's key")
