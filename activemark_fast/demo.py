@@ -14,8 +14,9 @@ from activemark_fast.attacks import finetune, prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoints import architecture_of, load_model, save_model
 from activemark_fast.datasets import Labelled
-from activemark_fast.embed import PROFILED_IMAGES, embed
+from activemark_fast.embed import embed
 from activemark_fast.key import Key
+from activemark_fast.marking.subject import PROFILED_IMAGES
 from activemark_fast.marking.suffix import feature_cosine
 from activemark_fast.profile import profile
 from activemark_fast.progress import Progress
