@@ -26,8 +26,9 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import Autocast, site_activations
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess, synthetic_images
+from activemark_fast.synthetic import synthetic_images
 
 FEWEST_IMAGES = 16
 ROWS_PER_CHANNEL = 4

@@ -27,11 +27,12 @@ from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
+from activemark_fast.normalisation import Preprocess
+from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import WEAKEST_NATURAL, look_ends, mark_excluded
 from activemark_fast.site import Site
 from activemark_fast.tracing import Register, Trace, trace_answers
-from activemark_fast.triggers import Preprocess, holdout_images
-from activemark_fast.verdict import sign_flip_p_value
+from activemark_fast.triggers import holdout_images
 from activemark_fast.watermark import Watermark
 
 FIRST_SAMPLED = 4

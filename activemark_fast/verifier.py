@@ -17,14 +17,15 @@ from activemark_fast.codec.codebooks import BANDS
 from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.decision import Policy, decide, doubted
 from activemark_fast.dress import plain_torch, unwrapped
-from activemark_fast.freedoms import alternatives, known_normalisation
+from activemark_fast.freedoms import alternatives
 from activemark_fast.key import Key
 from activemark_fast.looks import Prefix, Reader, UnreadableError
+from activemark_fast.normalisation import Preprocess, known_normalisation
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import look_penalties
 from activemark_fast.site import Site, sites_in
 from activemark_fast.tracing import Register, RegisterError
-from activemark_fast.triggers import HoldOut, ImageMismatchError, Preprocess, check_digests, holdout_images
+from activemark_fast.triggers import HoldOut, ImageMismatchError, check_digests, holdout_images
 from activemark_fast.verdict import NO_MATCH_ABOVE, Decision, Verdict, default_tau, rank
 from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
 

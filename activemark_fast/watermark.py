@@ -26,8 +26,9 @@ from activemark_fast.dress import unwrapped
 from activemark_fast.files import write_whole
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site, taps_after
-from activemark_fast.triggers import MIN_IMAGES, Preprocess
+from activemark_fast.triggers import MIN_IMAGES
 
 FORMAT_VERSION = 3
 """1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds

@@ -22,8 +22,8 @@ from activemark_fast.codec.codebooks import Codebook, codebooks
 from activemark_fast.decision import ALIGNED_PRICE, PLAIN_PRICE
 from activemark_fast.embed import Embedding, embed
 from activemark_fast.key import Key
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess
 from activemark_fast.verdict import Verdict
 from activemark_fast.verifier import Verifier
 from activemark_fast.verify import verify

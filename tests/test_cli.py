@@ -723,7 +723,7 @@ def test_images_from_a_folder(ready: Ready, run: Callable[..., Result], tmp_path
     images.mkdir()
     out.mkdir()
     stream = Key.of(ready.key).stream("test images")
-    pictures = module("triggers").synthetic_images(stream, 40, (32, 32)).permute(0, 2, 3, 1).numpy()
+    pictures = module("synthetic").synthetic_images(stream, 40, (32, 32)).permute(0, 2, 3, 1).numpy()
     for index, picture in enumerate(pictures):
         Image.fromarray(picture).save(images / f"{index:03}.png")
     assert run(*ready.embed_args(out, "--images", images)).code == 0

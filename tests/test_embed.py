@@ -211,11 +211,14 @@ def test_the_same_inputs_give_the_same_weights_and_watermark() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("where", ["search_edit", "finetune", "fingerprint"])
+@pytest.mark.parametrize(
+    ("file", "where"),
+    [("marking.mark_keyed", "search_edit"), ("marking.mark_learned", "finetune"), ("embed", "fingerprint")],
+)
 def test_an_interruption_leaves_the_model_alone(
-    where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+    file: str, where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("activemark_fast.embed")
+    module = importlib.import_module(f"activemark_fast.{file}")
     real = getattr(module, where)
 
     def interrupted(*args: Any, **kwargs: Any) -> None:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import WEAKEST_MARK, look_ends, look_penalties, mark_excluded
-from activemark_fast.verdict import sign_flip_p_value
 
 
 @given(st.integers(1, 2000))

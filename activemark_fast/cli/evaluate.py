@@ -24,8 +24,9 @@ from activemark_fast.cli.common import (
 
 if TYPE_CHECKING:
     from activemark_fast.datasets import Task
-    from activemark_fast.evaluate import Evaluation, Size
-    from activemark_fast.triggers import Preprocess
+    from activemark_fast.evaluate import Size
+    from activemark_fast.evaluation import Evaluation
+    from activemark_fast.normalisation import Preprocess
 
 
 def add_to(commands: Subparsers) -> None:

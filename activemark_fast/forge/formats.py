@@ -15,9 +15,9 @@ from activemark_fast.forge.thief import Attempt, Thief
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores
 from activemark_fast.marking.suffix import SiteActivations
+from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.site import Site
 from activemark_fast.triggers import holdout_images
-from activemark_fast.verdict import sign_flip_p_value
 
 IMAGES = 64
 MEASURE_SHARE, CLIMB_SHARE = 0.25, 0.85

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.marking.memory import free_bytes
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
-
-T = TypeVar("T")
 
 CPU_WORKING_SET = 16 << 20
 """Bytes of hidden activations that a block makes at a time on a CPU."""
@@ -130,30 +127,3 @@ def plan_engine(
     where = "caches in pinned host memory" if on_host else "caches on the device"
     how = f"{batch} images at a time, {where}, edit eager: it runs a block twice, so compiling takes longer"
     return Engine(device, autocast, batch, on_host, peak, how)
-
-
-def halving(run: Callable[[int], T], batch: int) -> T:
-    """What `run(batch)` returns; after each time the device had no room, half the batch is tried."""
-    while True:
-        try:
-            return run(batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        # Only here is what the failed try held let go of.
-        batch //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of the device that can be had."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":") for line in file)
-        return int(facts["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -6,10 +6,10 @@ import torch
 
 from activemark_fast.codec.codebooks import Codebook, balanced_bits, codebooks, draw_sent
 from activemark_fast.key import Key
-from activemark_fast.marking.edit import search_edit
 from activemark_fast.marking.quality import Quality, QualityCheck
 from activemark_fast.marking.reading import Channel
 from activemark_fast.marking.settings import Settings
+from activemark_fast.marking.strength import search_edit
 from activemark_fast.marking.subject import Marked, Subject
 from activemark_fast.marking.suffix import site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES

@@ -11,7 +11,7 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
 from activemark_fast.marking.suffix import Autocast, SiteActivations, read_mark
-from activemark_fast.verdict import bit_scores
+from activemark_fast.p_value import bit_scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure
 from activemark_fast.dress import fixed_weight
-from activemark_fast.marking.engine import Engine, halving, plan_engine
-from activemark_fast.marking.quality import FidelityCheck, Quality
+from activemark_fast.marking.cosine import FidelityCheck
+from activemark_fast.marking.engine import Engine, plan_engine
+from activemark_fast.marking.memory import halving
+from activemark_fast.marking.quality import Quality
 from activemark_fast.marking.settings import Settings
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, site_activations
 from activemark_fast.profile import measure

@@ -11,7 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from activemark_fast.profile import MASSIVE_RATIO, TOP, Profile
+from activemark_fast.block_choice import MASSIVE_RATIO, TOP
+from activemark_fast.profile import Profile
 from activemark_fast.report.style import BLUE, GREY, PURPLE
 from activemark_fast.site import Placement, Site
 

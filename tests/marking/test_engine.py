@@ -15,7 +15,8 @@ from tiny import vit
 from activemark_fast import embed
 from activemark_fast.backbone import Backbone
 from activemark_fast.marking import engine as module
-from activemark_fast.marking.engine import Engine, free_bytes, halving, plan_engine
+from activemark_fast.marking.engine import Engine, plan_engine
+from activemark_fast.marking.memory import free_bytes, halving
 from activemark_fast.photographs import shipped_photographs
 from activemark_fast.profile import measure
 
