@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activemark_fast import synthetic
 from activemark_fast.key import Key
 from activemark_fast.ops.native import load_native
 from activemark_fast.synthetic import synthetic_images

@@ -40,7 +40,7 @@ ALPHA = 1e-6
 
 
 def add_to(commands: Subparsers) -> None:
-    """Adds `embed` to the command line."""
+    """Adds `embed` to the command line. Long, for it is a table of options."""
     embed = add_command(commands, "embed", _embed, "mark a model")
     embed.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     embed.add_argument(
@@ -155,6 +155,13 @@ def _embed(args: argparse.Namespace) -> Outcome:
     if embedding.register is not None:
         copies = {name: str(path) for name, path in paths.items()}
         seconds = write_copies(embedding.register, key, embedding.model, architecture, paths)
+    return Outcome(0, _record(embedding, args, copies, seconds), _text(embedding, args, len(copies), seconds))
+
+
+def _record(
+    embedding: Embedding, args: argparse.Namespace, copies: dict[str, str], seconds: float
+) -> dict[str, object]:
+    """What was made, as JSON types. copies: their files, by name, which were written in so many `seconds`."""
     measured = embedding.quality
     quality = {
         name: value if math.isfinite(value) else None
@@ -165,7 +172,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         name: [value if math.isfinite(value) else None for value in pair]
         for name, pair in asdict(measured.features).items()
     }
-    record = {
+    return {
         "model": str(args.out),
         "watermark": str(args.watermark),
         "block": embedding.watermark.site.block,
@@ -181,6 +188,11 @@ def _embed(args: argparse.Namespace) -> Outcome:
         "copy_seconds": seconds,
         "register": None if args.register is None else str(args.register),
     }
+
+
+def _text(embedding: Embedding, args: argparse.Namespace, copies: int, seconds: float) -> str:
+    """The same in words."""
+    measured = embedding.quality
     cosines = ", ".join(
         f"{name.replace('_', ' ')} {mean:.4f} (5 %: {tail:.4f})"
         for name, (mean, tail) in asdict(measured.features).items()
@@ -191,13 +203,13 @@ def _embed(args: argparse.Namespace) -> Outcome:
     if embedding.register is not None:
         from activemark_fast.tracing import promise
 
-        positions, count = embedding.register.positions, len(copies)
+        positions = embedding.register.positions
         issued = [
             f"register:     {args.register}",
-            f"{count} copies in {args.copies}, {seconds:.1f} s; the figures below are of such a copy",
-            f"  codewords of {positions} positions: {promise(positions, count, ALPHA)}",
+            f"{copies} copies in {args.copies}, {seconds:.1f} s; the figures below are of such a copy",
+            f"  codewords of {positions} positions: {promise(positions, copies, ALPHA)}",
         ]
-    text = "\n".join(
+    return "\n".join(
         [
             f"marked model: {args.out}",
             f"watermark:    {args.watermark}",
@@ -211,7 +223,6 @@ def _embed(args: argparse.Namespace) -> Outcome:
             f"  {embedding.seconds:.1f} s, {embedding.steps} gradient steps",
         ]
     )
-    return Outcome(0, record, text)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
