@@ -15,10 +15,10 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "runtime", "progress", "datasets", "files", "photographs", "dress"},
+    {"key", "runtime", "progress", "files", "photographs", "dress"},
     {"normalisation"},
     {"synthetic"},
-    {"triggers"},
+    {"triggers", "datasets"},
     {"towers"},
     {"backbone"},
     {"site", "utility", "freedoms"},
