@@ -98,9 +98,9 @@ def run_demo(
         raise ValueError(f"out: there is no folder {out.parent}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, wanted a folder")
-    place = resolve_device(device, torch.device("cpu"))
+    device = resolve_device(device, torch.device("cpu"))
     architecture = architecture_of("demo")
-    original = load_model("demo", device=place)
+    original = load_model("demo", device=device)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".activemark-demo-") as folder:
         staging = Path(folder)
         key_file = out / "owner.key"

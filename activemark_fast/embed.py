@@ -180,31 +180,31 @@ def embed(
     if broken is not None:
         raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
     secret = Key.of(key)
-    place = resolve_device(device, original.device)
-    settings.check_for(original, place)
+    device = resolve_device(device, original.device)
+    settings.check_for(original, device)
     holdout = holdout_images(images, secret, original.preprocess, HOLDOUT_IMAGES)
     natural = clean_images(clean, original.preprocess, FITTED_IMAGES, HELD_IMAGES)
     saved = resumed = None
     if checkpoint is not None:
         pixels = [holdout.pixels, natural.fitted]
-        saved = training_file(checkpoint, secret, model, settings, pixels, str(place))
+        saved = training_file(checkpoint, secret, model, settings, pixels, str(device))
         resumed = saved.load()
 
     with Progress(progress) as bar:
-        subject = prepare(original, settings, holdout.pixels, natural, place, bar)
+        subject = prepare(original, settings, holdout.pixels, natural, device, bar)
         alignment = None
         if settings.keyed:
             bar.note(f"embed: {subject.engine}")
             alignment = _sample(subject, original, secret)
             marked = mark_keyed(subject, secret, settings, bar)
         else:
-            reference = view_of_copy(original, place)
+            reference = view_of_copy(original, device)
             marked = mark_learned(subject, reference, secret, settings, saved, resumed, bar)
     encoder = _undressed(subject, original)
     with _released(model, original, encoder, inplace) as released:
         watermark = _seal(released, original, subject, marked, secret, settings, holdout, alignment)
         register = _register_of(released, original, marked, secret)
-        _check_verified(released, watermark, secret, holdout, place, precision)
+        _check_verified(released, watermark, secret, holdout, device, precision)
     _warn_of_missed_targets(marked.quality, fidelity)
     if inplace:
         original.encoder.load_state_dict(encoder.state_dict())

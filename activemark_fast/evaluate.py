@@ -120,13 +120,13 @@ def evaluate(
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {out.parent}")
     view = Backbone(original)
-    place = device or view.device
+    device = device or view.device
     attacks = suite(suite_name, view.depth)
     left_out = {attack.name: f"no images for {attack.task}" for attack in attacks if attack.task not in tasks}
     if view.family != "timm":
         left_out |= {attack.name: "written for models of timm" for attack in attacks if attack.timm_only}
     attacks = [attack for attack in attacks if attack.name not in left_out]
-    jobs = jobs or ((os.cpu_count() or 1) if place.type == "cpu" else 1)
+    jobs = jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 1)
     header: Row = {
         "format": FORMAT_VERSION,
         "model": name,
@@ -136,7 +136,7 @@ def evaluate(
         "images": {task: [len(tasks[task].train), len(tasks[task].test)] for task in tasks},
         "left_out": left_out,
         **_marked_header(marked, original, watermark),
-        "device": place.type,
+        "device": device.type,
         "precision": precision,
     }
     known = _rows_before(out, header)
@@ -145,7 +145,7 @@ def evaluate(
         | {package: version(package) for package in ("torch", "timm", "numpy")},
         "threads": 1,
     }
-    bench = _Bench(marked, original, watermark, key, images, tasks, seed, place, precision)
+    bench = _Bench(marked, original, watermark, key, images, tasks, seed, device, precision)
     out.mkdir(exist_ok=True)
     order = {
         (attack.name, subject): number

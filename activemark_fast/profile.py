@@ -21,7 +21,7 @@ from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement, Site, SiteError, taps_after
 from activemark_fast.triggers import public_images
 
-MOST_IMAGES = 256
+MAX_IMAGES = 256
 MADE_IMAGES = 32
 """How many images are made where none are given."""
 BATCH = 32
@@ -306,11 +306,11 @@ def profile(
     most = backbone.num_tokens * backbone.width
     if not TOP <= k <= most:
         raise ValueError(f"k: wanted {TOP} to {most}, the number of values of an image, got {k}")
-    place = resolve_device(device, backbone.device)
-    autocast = resolve_autocast(precision, place)
-    pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MOST_IMAGES)
-    if place != backbone.device:
-        moved = copy.deepcopy(backbone.encoder).to(place)
+    device = resolve_device(device, backbone.device)
+    autocast = resolve_autocast(precision, device)
+    pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MAX_IMAGES)
+    if device != backbone.device:
+        moved = copy.deepcopy(backbone.encoder).to(device)
         backbone = Backbone(moved, image_size=backbone.image_size, tower="")
     with evaluating(backbone.encoder), autocast(), Progress(progress) as bar:
         bar.stage("profile", len(pixels))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
-MOST_MOVED = 4
+MAX_MOVED = 4
 """Blocks more or fewer than the marked model's for which every place is tried that the mark may have."""
 
 
@@ -75,7 +75,7 @@ def sites_in(own: Site, blocks: int, depth: int, moved: bool) -> list[Site]:
     """Where a mark may lie in a suspect.
 
     Blocks that were dropped, doubled or put in before the site move it and its taps by as many; those
-    between the site and a tap, that tap. Up to `MOST_MOVED` blocks, every way there is; of more, all in
+    between the site and a tap, that tap. Up to `MAX_MOVED` blocks, every way there is; of more, all in
     one place or spread evenly.
 
     Args:
@@ -92,7 +92,7 @@ def sites_in(own: Site, blocks: int, depth: int, moved: bool) -> list[Site]:
     moves = [(0,) * (1 + len(own.taps))]
     # An owner who states another depth chooses among no more than `freedoms.DEPTHS`: not endless ones.
     if moved and more and own.depth <= 2 * blocks:
-        steps = range(abs(more) + 1) if abs(more) <= MOST_MOVED else (0, abs(more))
+        steps = range(abs(more) + 1) if abs(more) <= MAX_MOVED else (0, abs(more))
         sign = 1 if more > 0 else -1
         moves = [
             tuple(sign * move for move in ways)

@@ -2,7 +2,7 @@
 
     python docs/build.py          # or: make docs
 
-The pages are gathered in build/pages, where their links are turned to where they lie in the site; Sphinx makes
+The pages are gathered in build/pages, their links turned to where they lie in the site; Sphinx then makes
 build/site of them. A link that leads nowhere is an error.
 """
 

@@ -128,7 +128,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
     from activemark_fast.checkpoints import architecture_of, load_model
     from activemark_fast.embed import embed
 
-    place = chosen_device(args.device)
+    device = chosen_device(args.device)
     architecture = architecture_of(args.model)
     embedding = embed(
         load_model(args.model),
@@ -144,7 +144,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         tower=args.tower,
         checkpoint=args.checkpoint,
         architecture=architecture,
-        device=place,
+        device=device,
         precision=args.precision,
         recipients=names,
         progress=shows_progress(args),

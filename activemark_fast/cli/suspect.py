@@ -98,11 +98,11 @@ def judge(
     from activemark_fast.checkpoints import architecture_of, load_model
     from activemark_fast.verify import verify
 
-    place = chosen_device(args.device)
+    device = chosen_device(args.device)
     named, path = _parts(args.suspect)
-    shared = settings | {"commitment": commitment, "device": place, "precision": args.precision}
+    shared = settings | {"commitment": commitment, "device": device, "precision": args.precision}
     if path is None:
-        module = load_model(args.suspect, device=place)
+        module = load_model(args.suspect, device=device)
         verdict = verify(module, watermark, key, args.images, exhaustive=exhaustive, **shared)
         return Judged(SuspectResult(args.suspect, verdict), verdict, None, None, module)
     given = args.architecture or named

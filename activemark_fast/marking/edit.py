@@ -179,7 +179,7 @@ def edit(
             there = engine.fetch(k)
             for solution, read in added:
                 stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
-            streams[index].values = engine.keep(stream)
+            streams[index].values = engine.offload(stream)
             hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
         bar.advance()
     # A look at each while they are solved would have the device wait for the host.
@@ -245,7 +245,7 @@ class _Stream:
     """The residual stream of some images.
 
     Attributes:
-        values: (3, b, N, D): clean, with what is sent, with its opposite; where `engine.keep` puts it.
+        values: (3, b, N, D): clean, with what is sent, with its opposite; where `engine.offload` puts it.
         book: index of the codebook.
         signs: (b, M) of +1 and -1, what is sent.
     """
@@ -266,7 +266,7 @@ def _streams(
             part = bits[start : start + engine.batch]
             both = book.inject(clean, clean, part).view(2, *clean.shape)
             signs = 2 * part.float() - 1
-            streams.append(_Stream(engine.keep(torch.cat([clean[None], both])), index, signs))
+            streams.append(_Stream(engine.offload(torch.cat([clean[None], both])), index, signs))
     return streams
 
 
@@ -334,8 +334,8 @@ def _moments(
             cross[stream.book].addmm_(flat.T, missing.flatten(0, 1), alpha=weight / book.band.books)
             answers[stream.book] += (answer * stream.signs[:, None]).sum(dim=(0, 1)) * weight
             if step.last:
-                stream.values = engine.keep(after.to(values.dtype))
-                hidden.append(engine.keep(k))
+                stream.values = engine.offload(after.to(values.dtype))
+                hidden.append(engine.offload(k))
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
         if dials.answer == "lack":

@@ -18,7 +18,7 @@ CPU_WORKING_SET = 16 << 20
 """Bytes of hidden activations that a block makes at a time on a CPU."""
 GPU_WORKING_SHARE = 0.25
 """The same on a GPU, as a share of the memory that is free."""
-MOST_IMAGES, FEWEST_IMAGES = 128, 4
+MAX_IMAGES, MIN_IMAGES = 128, 4
 GROUPS = 8
 """The slots are averaged in this many groups before they enter the solve: a reading averages them all."""
 GPU_RESERVE = 0.9
@@ -46,7 +46,7 @@ class Engine:
     peak_bytes: int
     reason: str
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def offload(self, tensor: Tensor) -> Tensor:
         """`tensor`, where it can wait."""
         if not self.caches_on_host:
             return tensor
@@ -54,7 +54,7 @@ class Engine:
         return waiting.copy_(tensor)
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """What `keep` returned, where it can be computed with."""
+        """What `offload` returned, where it can be computed with."""
         return tensor.to(self.device, non_blocking=True)
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ def plan_engine(
 
     one = copies * tokens * hidden * narrow  # hidden activations of one image
     room = CPU_WORKING_SET if device.type == "cpu" else int(GPU_WORKING_SHARE * free) // 6
-    batch = max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, -(-fitted // books)))
+    batch = max(MIN_IMAGES, min(room // one, MAX_IMAGES, -(-fitted // books)))
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     # Of both bands and the original weights, of the MLPs; likewise of attention, which one band changes.

@@ -42,7 +42,7 @@ def _edit(
     backbone, site, engine = subject.backbone, subject.placement.site, subject.engine
     device, bits = backbone.device, settings.bits
     books = [book.to(device) for book in codebooks(stretched, site, bits, subject.measured)]
-    output = engine.keep(subject.fitted.output)
+    output = engine.offload(subject.fitted.output)
     sent = [
         torch.from_numpy(
             balanced_bits(stretched.stream(f"messages/edit/{i}"), len(output[i :: len(books)]), bits)
@@ -82,7 +82,7 @@ def _copies(
         site,
         stretched,
         secret,
-        engine.keep(subject.fitted.output),
+        engine.offload(subject.fitted.output),
         subject.fidelity,
         settings.fidelity,
         engine,
