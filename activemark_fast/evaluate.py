@@ -29,7 +29,7 @@ from activemark_fast.attacks.suite import Attack, suite
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Task
 from activemark_fast.descent import compare
-from activemark_fast.embed import Embedding, UnverifiedMarkError, embed
+from activemark_fast.embedding import Embedding, UnverifiedMarkError, embed
 from activemark_fast.evaluation import FORMAT_VERSION, Evaluation, Row
 from activemark_fast.key import Key
 from activemark_fast.marking.cosine import feature_cosine

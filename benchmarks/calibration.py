@@ -51,7 +51,7 @@ from activemark_fast.looks import Prefix
 from activemark_fast.marking.reading import Channel, row_scores
 from activemark_fast.marking.suffix import site_activations
 from activemark_fast.p_value import sign_flip_p_value
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.synthetic import synthetic_images
 from activemark_fast.triggers import holdout_images
 from activemark_fast.verdict import Verdict

@@ -33,7 +33,7 @@ from activemark_fast.evaluate import SIZES, Size, evaluate
 from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
 from activemark_fast.normalisation import Preprocess
-from activemark_fast.verify import verify
+from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark
 
 OWNER = Key(b"evidence: the owner's key, 1")

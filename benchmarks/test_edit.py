@@ -21,7 +21,7 @@ from activemark_fast.marking.edit import edit
 from activemark_fast.marking.engine import plan_engine
 from activemark_fast.marking.subject import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE
 from activemark_fast.marking.suffix import site_activations
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 
 

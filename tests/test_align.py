@@ -20,13 +20,13 @@ from activemark_fast.attacks import permute_inside, permute_residual, rotate_res
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import Codebook, codebooks
 from activemark_fast.decision import ALIGNED_PRICE, PLAIN_PRICE
-from activemark_fast.embed import Embedding, embed
+from activemark_fast.embedding import Embedding, embed
 from activemark_fast.key import Key
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site
 from activemark_fast.verdict import Verdict
+from activemark_fast.verification import verify
 from activemark_fast.verifier import Verifier
-from activemark_fast.verify import verify
 from activemark_fast.watermark import Watermark
 
 WIDTH = 24

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"site", "utility", "freedoms"},
     {"checkpoints"},
     {"block_choice"},
-    {"profile"},
+    {"profiling"},
     {"codec"},
     {"watermark"},
     {"tracing"},
@@ -35,7 +35,7 @@ LAYERS: list[set[str]] = [
     {"decision"},
     {"looks"},
     {"verifier"},
-    {"embed", "verify", "attacks", "forge", "outlook"},
+    {"embedding", "verification", "attacks", "forge", "outlook"},
     {"bulk", "evaluation", "evaluate", "descent"},
     {"report", "baselines"},
     {"demo", "cli"},
@@ -143,7 +143,7 @@ def test_the_import_is_light(added_by_the_import: list[str]) -> None:
     assert f"{NAME}._native" not in added_by_the_import
     assert not [name for name in added_by_the_import if name.startswith(NAME) and name.endswith(".kernel")]
     assert not [name for name in added_by_the_import if name.startswith((f"{NAME}.report", f"{NAME}.cli"))]
-    assert f"{NAME}.embed" in added_by_the_import
+    assert f"{NAME}.embedding" in added_by_the_import
 
 
 def test_the_import_leaves_the_gpu_alone(added_by_the_import: list[str]) -> None:

@@ -21,14 +21,14 @@ from activemark_fast import decision
 from activemark_fast.attacks import prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.decision import PLAIN_PRICE
-from activemark_fast.embed import Embedding, embed
+from activemark_fast.embedding import Embedding, embed
 from activemark_fast.freedoms import EVIDENCE_AT
 from activemark_fast.key import Key
 from activemark_fast.looks import Prefix
 from activemark_fast.triggers import ImageMismatchError
 from activemark_fast.verdict import Verdict
+from activemark_fast.verification import verify
 from activemark_fast.verifier import Verifier
-from activemark_fast.verify import verify
 from activemark_fast.watermark import Watermark, WatermarkError
 
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from activemark_fast.profile import Profile, StreamProfile
+from activemark_fast.profiling import Profile, StreamProfile
 
 
 def vit(seed: int = 0, **kwargs: Any) -> Any:

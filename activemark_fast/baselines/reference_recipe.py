@@ -21,7 +21,7 @@ from activemark_fast.baselines.common import Cost, Finding, share_of
 from activemark_fast.codec import LearnedCodec
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import read_mark, site_activations
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 from activemark_fast.triggers import holdout_images

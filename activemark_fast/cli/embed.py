@@ -32,7 +32,7 @@ from activemark_fast.cli.common import (
 from activemark_fast.cli.issue import write_copies
 
 if TYPE_CHECKING:
-    from activemark_fast.embed import Embedding
+    from activemark_fast.embedding import Embedding
     from activemark_fast.key import Key
 
 ALPHA = 1e-6
@@ -126,7 +126,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         paths = copy_paths(args.copies, names, (*outputs, *inputs), force=args.force)
     key = read_key(args.key, confirm=True)
     from activemark_fast.checkpoints import architecture_of, load_model
-    from activemark_fast.embed import embed
+    from activemark_fast.embedding import embed
 
     device = chosen_device(args.device)
     architecture = architecture_of(args.model)

@@ -47,7 +47,7 @@ def _profile(args: argparse.Namespace) -> Outcome:
     if args.out is not None:
         check_output("--out", args.out, ".png")
     from activemark_fast.checkpoints import load_model
-    from activemark_fast.profile import profile
+    from activemark_fast.profiling import profile
 
     device = chosen_device(args.device)
     measured = profile(

@@ -80,7 +80,7 @@ def _report(args: argparse.Namespace) -> Outcome:
     from activemark_fast.descent import compare
     from activemark_fast.evaluation import Evaluation
     from activemark_fast.files import write_whole
-    from activemark_fast.profile import profile
+    from activemark_fast.profiling import profile
     from activemark_fast.report import Evidence, evidence_page
     from activemark_fast.watermark import Watermark
 

@@ -96,7 +96,7 @@ def judge(
     from activemark_fast.bulk import SuspectResult, find_suspects, memory_limit
     from activemark_fast.bulk.sweep import SweepSettings
     from activemark_fast.checkpoints import architecture_of, load_model
-    from activemark_fast.verify import verify
+    from activemark_fast.verification import verify
 
     device = chosen_device(args.device)
     named, path = _parts(args.suspect)

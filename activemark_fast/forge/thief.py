@@ -30,12 +30,12 @@ from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activ
 from activemark_fast.normalisation import Preprocess, known_normalisation
 from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.photographs import shipped_photographs
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
 from activemark_fast.triggers import ImageMismatchError, photograph_crops
-from activemark_fast.verify import verify
+from activemark_fast.verification import verify
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, WatermarkError, fingerprint
 
 USUAL_BITS = 32

@@ -17,7 +17,7 @@ from activemark_fast.marking.memory import halving
 from activemark_fast.marking.quality import Quality
 from activemark_fast.marking.settings import Settings
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, site_activations
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Placement

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from activemark_fast.block_choice import MASSIVE_RATIO, TOP
-from activemark_fast.profile import Profile
+from activemark_fast.profiling import Profile
 from activemark_fast.report.style import BLUE, GREY, PURPLE
 from activemark_fast.site import Placement, Site
 

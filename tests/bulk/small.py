@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import vit
 from torch import Tensor, nn
 
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
 

@@ -24,8 +24,8 @@ from torch import nn
 from activemark_fast import looks
 from activemark_fast.bulk import JournalError, SuspectResult, find_suspects, read_journal, verify_many
 from activemark_fast.bulk import sweep as sweeping
-from activemark_fast.embed import embed
-from activemark_fast.verify import verify
+from activemark_fast.embedding import embed
+from activemark_fast.verification import verify
 from activemark_fast.watermark import WatermarkError
 
 

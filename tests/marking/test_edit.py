@@ -31,7 +31,7 @@ from activemark_fast.marking.strength import (
     search_edit,
 )
 from activemark_fast.marking.suffix import SiteActivations, final_features, site_activations
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 

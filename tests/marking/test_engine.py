@@ -18,7 +18,7 @@ from activemark_fast.marking import engine as module
 from activemark_fast.marking.engine import Engine, plan_engine
 from activemark_fast.marking.memory import free_bytes, halving
 from activemark_fast.photographs import shipped_photographs
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 
 CPU = torch.device("cpu")
 
