@@ -3,7 +3,8 @@
 Blocks only ever see the stream through layer norms and linear layers. So its channels can be permuted, or,
 once the norms' weights and biases are folded into the layers behind them, rotated by any orthogonal map that
 fixes the all-ones vector (which layer norm takes out), and all of it can be scaled: what is written into the
-stream is changed one way, what reads it the other way. The function stays, the directions of a mark move.
+stream is changed one way, what reads it the other way. The function stays, the directions of a mark move. So
+does it where the stream gets more channels and the map goes into a subspace of them: one that keeps lengths.
 
 The map is found from clean activations of the suspect and of the original, on images made for nothing else.
 It is a function of these and never sees the signs of the read-out P, so flipping a row of P still flips that
@@ -16,6 +17,7 @@ owner only if the watermark was committed to before the suspect was published.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,7 +54,8 @@ class Alignment:
 
     Attributes:
         kind: the simplest kind of map that explains the suspect about as well as any.
-        matrix: (D, D) float32, orthogonal.
+        matrix: (D, D') float32, from the original's channels to the suspect's; orthogonal where these are as
+            many, else its rows are orthonormal, or its columns where the suspect has fewer.
         scale: median length of the suspect's tokens over the original's.
         explained: share of the suspect's variance which the map explains, on tokens it was not fitted to.
     """
@@ -65,7 +68,7 @@ class Alignment:
     @property
     def worthwhile(self) -> bool:
         """Whether the map explains the suspect well and a reading without it would differ."""
-        moved = self.kind != "identity" or not 0.5 < self.scale < 2
+        moved = self.kind != "identity" or not 0.5 < self.scale < 2  # other widths are never "identity"
         return moved and self.explained >= EXPLAINED_WELL
 
 
@@ -112,7 +115,7 @@ def best_explained(original: Tensor, suspect: Tensor) -> float:
 
     Args:
         original: (n, D), what `site_sample` took from the original.
-        suspect: (n, D), what it takes from the suspect, on the same device.
+        suspect: (n, D'), what it takes from the suspect, on the same device.
     """
     ours, theirs = _without_mean(original), _without_mean(suspect)
     products = ours.T @ theirs
@@ -131,7 +134,7 @@ def find_alignment(original: Tensor, suspect: Tensor) -> Alignment | None:
 
     Args:
         original: (n, D), what `site_sample` took from the original.
-        suspect: (n, D), what it takes from the suspect, on the same device.
+        suspect: (n, D'), what it takes from the suspect, on the same device.
     """
     ours, theirs = _without_mean(original), _without_mean(suspect)
     half = len(ours) // 2
@@ -140,16 +143,16 @@ def find_alignment(original: Tensor, suspect: Tensor) -> Alignment | None:
     if not (math.isfinite(variance) and variance > 0 and length > 0):
         return None
     scale = length / float(ours.norm(dim=1).median())
-    identity = torch.eye(ours.shape[1]).to(ours)
-    fits = {"identity": lambda _: identity, "permutation": _assignment, "rotation": _procrustes}
+    identity, same_width = torch.eye(ours.shape[1]).to(ours), ours.shape == theirs.shape
+    fits: dict[Kind, Callable[[Tensor], Tensor]] = {"identity": lambda _: identity} if same_width else {}
+    fits |= {"permutation": _assignment, "rotation": _procrustes}
     first = ours[:half].T @ theirs[:half]
     unexplained = {
         kind: float((theirs[half:] - scale * ours[half:] @ fit(first)).square().sum()) / variance
         for kind, fit in fits.items()
     }
-    kinds: tuple[Kind, ...] = ("identity", "permutation", "rotation")
     enough = SIMPLER * min(unexplained.values()) + NEGLIGIBLE
-    kind = next(kind for kind in kinds if unexplained[kind] <= enough)
+    kind = next(kind for kind, left in unexplained.items() if left <= enough)
     return Alignment(kind, fits[kind](ours.T @ theirs).float(), scale, 1 - unexplained[kind])
 
 
@@ -160,7 +163,10 @@ def _without_mean(sample: Tensor) -> Tensor:
 
 
 def _assignment(products: Tensor) -> Tensor:
-    """The permutation matrix Q with the largest <ours Q, theirs>, from products = ours^T theirs."""
+    """The permutation matrix Q with the largest <ours Q, theirs>, from products = ours^T theirs (D, D').
+
+    Of other widths, every channel of the fewer has one of the others.
+    """
     from scipy.optimize import linear_sum_assignment  # scipy takes longer to import than all the rest
 
     rows, columns = linear_sum_assignment(products.cpu().numpy(), maximize=True)
@@ -174,8 +180,12 @@ def _procrustes(products: Tensor) -> Tensor:
 
     It is the orthogonal factor of the polar decomposition, by Newton's method with scaling (Higham,
     Functions of Matrices, 2008, algorithm 8.20), which on a GPU takes less time than a singular value
-    decomposition. What the tokens leave open, such as the all-ones vector, stays as it is.
+    decomposition. What the tokens leave open, such as the all-ones vector, stays as it is. Of products that
+    are not square it is taken by a singular value decomposition.
     """
+    if products.shape[0] != products.shape[1]:
+        left, _, right = torch.linalg.svd(products, full_matrices=False)
+        return left @ right
     matrix = products + UNDECIDED * products.norm() * torch.eye(len(products)).to(products)
     for _ in range(NEWTON_STEPS):
         inverse = torch.linalg.inv(matrix).T

@@ -340,6 +340,20 @@ class Backbone:
         widest = max(layer.weight.shape[1] for layer in called)
         return [layer for layer in called if layer.weight.shape[1] == widest][-1]
 
+    def gated(self, index: int) -> bool:
+        """Whether what `carrier(index)` takes is a product of two layers' outputs, as in a SwiGLU.
+
+        Told by their widths: of the layers of the block that take the stream, those whose outputs fill the
+        carrier's inputs fill them twice.
+
+        Raises:
+            ValueError: as `carrier`.
+        """
+        hidden = self.mlp_matrix(index).shape[1]
+        taking = [layer.weight for layer in self.blocks[index].modules() if isinstance(layer, Layer)]
+        made = [len(weight) for weight in taking if weight.shape[1] == self.width]
+        return hidden != self.width and sum(size for size in made if size % hidden == 0) >= 2 * hidden
+
     def attention_out(self, index: int) -> tuple[Layer, Tensor] | None:
         """The live linear layer by which block `index` writes to the residual stream before `carrier` does.
 
@@ -364,16 +378,23 @@ class Backbone:
         return None
 
     @contextmanager
-    def inputs_of(self, layer: Layer) -> Iterator[list[Tensor]]:
+    def inputs_of(self, layer: Layer, stop: bool = False) -> Iterator[list[Tensor]]:
         """A list to which each run of the block adds what `layer` takes, as `hidden` takes it.
 
         layer: as `carrier` or `attention_out` gives it. That of a torch.nn.MultiheadAttention is applied
         without a call; while the list is there it is the identity inside, and is applied to what comes out.
+        stop: let each run end there, with `Stop`.
         """
         seen: list[Tensor] = []
         attention = self._within.get(layer)
+
+        def note(taken: Tensor) -> None:
+            seen.append(taken)
+            if stop:
+                raise Stop
+
         if attention is None:
-            hooks = [layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))]
+            hooks = [layer.register_forward_pre_hook(lambda _module, args: note(args[0]))]
         else:
             linear = attention.out_proj
             weight, bias = linear.weight, linear.bias
@@ -385,7 +406,7 @@ class Backbone:
 
             def after(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
                 linear.weight, linear.bias = weight, bias
-                seen.append(output[0])
+                note(output[0])
                 return linear(output[0]), output[1]
 
             hooks = [attention.register_forward_pre_hook(before)]
@@ -428,7 +449,8 @@ class Backbone:
         if gain is None:
             raise ValueError(
                 f"block {index} is not pre-norm residual: its output is not the residual stream plus a "
-                f"per-channel multiple of its last linear layer"
+                f"per-channel multiple of its last linear layer (a norm, a nonlinearity or another order of "
+                "tokens comes after)"
             )
         return gain
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,21 @@ def hindrance(model: nn.Module) -> str | None:
         if hasattr(tensor, "full_tensor") or getattr(tensor, "_is_flat_param", False):
             return f"{name} is spread over processes: gather the whole model first"
     return None
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a module, of a pruned one too.
+
+    Weights that hooks compute anew before each run are copied by value: deepcopy refuses what has a history.
+
+    memo: what the copy has in place of something, by its id, as of `copy.deepcopy`.
+    """
+    memo = dict(memo or {})
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def fixed_weight(linear: nn.Module) -> str | None:

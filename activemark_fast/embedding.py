@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from activemark_fast.align import site_sample
 from activemark_fast.backbone import Backbone, non_finite_tensor
-from activemark_fast.dress import plain_torch, unwrapped
+from activemark_fast.dress import copied, plain_torch, unwrapped
 from activemark_fast.key import Key
 from activemark_fast.marking.engine import Engine
 from activemark_fast.marking.mark_keyed import mark_keyed
-from activemark_fast.marking.mark_learned import mark_learned, training_file
-from activemark_fast.marking.quality import DETECTION_TARGET, MARGIN_TARGET, Quality
+from activemark_fast.marking.mark_learned import mark_learned
+from activemark_fast.marking.quality import Quality
+from activemark_fast.marking.ranks import Ranks
+from activemark_fast.marking.resume import TrainingFile
+from activemark_fast.marking.scratch import Scratch
 from activemark_fast.marking.settings import Settings
 from activemark_fast.marking.subject import (
     FITTED_IMAGES,
@@ -35,7 +40,7 @@ from activemark_fast.marking.subject import (
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_device
 from activemark_fast.tracing import Register
-from activemark_fast.triggers import HoldOut, clean_images, holdout_images
+from activemark_fast.triggers import CleanImages, HoldOut, clean_images, holdout_images
 from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
 
@@ -114,6 +119,8 @@ def embed(
     compile: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     recipients: Sequence[str] | None = None,
+    work: str | os.PathLike[str] | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = False,
 ) -> Embedding:
     """Marks `model` (arXiv 2510.04966, with keyed codebooks and a closed-form edit by default).
@@ -140,7 +147,8 @@ def embed(
         max_steps: upper bound on gradient steps, which only the learned codec takes.
         tower: dotted name of the module in `model` to mark, where several take images; by default the one
             with the longest list of blocks. Nothing else of the model is run, or copied but to be returned.
-        inplace: write the mark into `model` itself, at the very end.
+        inplace: write the mark into `model` itself, at the very end. A keyed mark then takes no copy of the
+            model, only of the matrices that change.
         architecture: model string (`load_model`) to store in the watermark, so that the command line can
             build the suspect.
         device: where to compute; by default where the model is.
@@ -155,6 +163,11 @@ def embed(
         recipients: names of those who get copies of their own (`tracing.check_names` says which can be
             names): `Embedding.register` then makes the copies, and `verify` tells with it whose copy a
             suspect was made from. A fifth of the fidelity that may be lost goes to that. Keyed codec only.
+        work: folder where activations and changes wait on disk, not in memory. It stays, and if it is there,
+            an edit that was cut off goes on from it, to the result it would have had. Keyed codec only.
+        group: processes of torch.distributed that mark the model together, each of which calls this with the
+            same arguments and gets the same mark, bit for bit that of one process on such a machine. Images
+            are split among them. Keyed codec only, without `work`.
         progress: show progress bars on standard error, and how much memory the marking will take.
 
     Returns:
@@ -171,7 +184,10 @@ def embed(
     """
     started = time.perf_counter()
     settings = Settings(
-        *(codec, bits, axis, block, fidelity, max_steps, architecture, precision, compile), recipients
+        *(codec, bits, axis, block, fidelity, max_steps, architecture, precision, compile),
+        recipients,
+        work is not None,
+        group is not None,
     )
     given, model = model, unwrapped(model) if isinstance(model, nn.Module) else model
     original = Backbone(model, tower=tower)
@@ -184,14 +200,15 @@ def embed(
     settings.check_for(original, device)
     holdout = holdout_images(images, secret, original.preprocess, HOLDOUT_IMAGES)
     natural = clean_images(clean, original.preprocess, FITTED_IMAGES, HELD_IMAGES)
-    saved = resumed = None
-    if checkpoint is not None:
-        pixels = [holdout.pixels, natural.fitted]
-        saved = training_file(checkpoint, secret, model, settings, pixels, str(device))
-        resumed = saved.load()
+    inputs = partial(_inputs, secret, original, model, settings, holdout, natural, device)
+    saved = None if checkpoint is None else TrainingFile(_path("checkpoint", checkpoint), secret, inputs())
+    resumed = None if saved is None else saved.load()
+    scratch = None if work is None else Scratch(_path("work", work), secret, inputs())
+    ranks = Ranks(group)
+    shared = inplace and settings.keyed and device == original.device
 
     with Progress(progress) as bar:
-        subject = prepare(original, settings, holdout.pixels, natural, device, bar)
+        subject = prepare(original, settings, holdout.pixels, natural, device, shared, scratch, ranks, bar)
         alignment = None
         if settings.keyed:
             bar.note(f"embed: {subject.engine}")
@@ -204,10 +221,10 @@ def embed(
     with _released(model, original, encoder, inplace) as released:
         watermark = _seal(released, original, subject, marked, secret, settings, holdout, alignment)
         register = _register_of(released, original, marked, secret)
-        _check_verified(released, watermark, secret, holdout, device, precision)
+        _check_verified(released, watermark, secret, holdout, device, precision, ranks)
     _warn_of_missed_targets(marked.quality, fidelity)
     if inplace:
-        original.encoder.load_state_dict(encoder.state_dict())
+        _write_back(encoder, original.encoder)
     if saved is not None:
         saved.remove()
     return Embedding(
@@ -222,6 +239,40 @@ def embed(
         time.perf_counter() - started,
         register,
     )
+
+
+def _inputs(
+    secret: Key,
+    original: Backbone,
+    model: nn.Module,
+    settings: Settings,
+    holdout: HoldOut,
+    natural: CleanImages,
+    device: torch.device,
+) -> dict[str, object]:
+    """All that an embedding depends on besides the key: what it goes on from must be of the same."""
+    images = [holdout.pixels, natural.fitted, natural.held]
+    digests = [secret.mac("resume/images", part.contiguous().numpy().tobytes()).hex() for part in images]
+    asked = [*settings.inputs, str(device), original.tower, settings.recipients is not None]
+    return {"model": fingerprint(model), "images": digests, "settings": asked}
+
+
+def _path(name: str, path: str | os.PathLike[str]) -> Path:
+    """The value of the argument `name`."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name}: wanted a path, got {type(path).__name__}")
+    return Path(path)
+
+
+def _write_back(marked: nn.Module, tower: nn.Module) -> None:
+    """Gives `tower` what differs in `marked`, which may share tensors with it."""
+    before = tower.state_dict()
+    new = {
+        name: tensor
+        for name, tensor in marked.state_dict().items()
+        if tensor.data_ptr() != before[name].data_ptr() and not torch.equal(tensor, before[name])
+    }
+    tower.load_state_dict(new, strict=False)
 
 
 def _sample(subject: Subject, original: Backbone, secret: Key) -> Tensor:
@@ -291,7 +342,7 @@ def _site_reason(subject: Subject, original: Backbone) -> str:
 def _released(model: nn.Module, original: Backbone, marked: nn.Module, inplace: bool) -> Iterator[nn.Module]:
     """`model` with the marked tower in place of its own: a copy, or for a while the model itself."""
     if not inplace or not original.tower:
-        yield copy.deepcopy(model, {id(original.encoder): marked})
+        yield copied(model, {id(original.encoder): marked})
         return
     path, _, name = original.tower.rpartition(".")
     parent = model.get_submodule(path)
@@ -309,10 +360,13 @@ def _check_verified(
     holdout: HoldOut,
     device: torch.device,
     precision: str,
+    ranks: Ranks,
 ) -> None:
     """Verifies the finished mark as anybody would. A learned codec must be read; it may not be a match."""
     images = None if holdout.source == "key" else holdout
-    verifier = Verifier(watermark, secret, images, power=POWER, device=device, precision=precision)
+    verifier = Verifier(
+        watermark, secret, images, power=POWER, device=device, precision=precision, ranks=ranks
+    )
     verdict = verifier.judge(marked)
     if verdict.decision != "match" and (watermark.two_bands or not verdict.images):
         raise UnverifiedMarkError(
@@ -324,22 +378,7 @@ def _check_verified(
 
 
 def _warn_of_missed_targets(quality: Quality, fidelity: float) -> None:
-    missed = []
-    if not quality.keeps(fidelity):
-        missed.append(
-            f"fidelity {quality.fidelity:.4f}, 5th percentile {quality.fidelity_tail:.4f} (wanted "
-            f"{fidelity}); more clean images would help"
-        )
-    if not quality.margin >= MARGIN_TARGET or not quality.detection_rate >= DETECTION_TARGET:
-        missed.append(
-            f"margin {quality.margin:.2f} (wanted {MARGIN_TARGET:g}), detection rate "
-            f"{quality.detection_rate:.3f} ({DETECTION_TARGET:g}): the mark is as strong as the fidelity "
-            "allows; a lower fidelity or fewer bits would help"
-        )
-    if quality.original_detection_rate > 0:
-        missed.append(
-            f"the original reads as marked, too, on {quality.original_detection_rate:.3f} of the images"
-        )
+    missed = quality.missed(fidelity)
     if missed:
         warnings.warn(
             f"the mark did not reach its targets: {'; '.join(missed)}", RuntimeWarning, stacklevel=4

@@ -1,10 +1,13 @@
-"""Writing files whole."""
+"""Writing files whole, and looking into them without reading them whole."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) -> None:
@@ -24,3 +27,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) ->
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def mapped_bytes(path: Path, *, shared: bool = False) -> Tensor:
+    """(size,) uint8, the bytes of a file; what is written to them reaches the file if `shared`."""
+    return torch.from_file(str(path), shared=shared, size=path.stat().st_size, dtype=torch.uint8)

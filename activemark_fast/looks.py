@@ -23,6 +23,7 @@ from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.decision import Policy, Reading, agreement
 from activemark_fast.key import Key
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
 from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
@@ -81,6 +82,7 @@ class Reader:
         traced: whether recipients are to be told apart, too.
         device: where suspects are.
         autocast: mixed precision of the forward passes.
+        ranks: processes that read the same suspects together.
     """
 
     def __init__(
@@ -94,9 +96,11 @@ class Reader:
         traced: bool,
         device: torch.device,
         autocast: Autocast,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._watermark, self._secret, self._codec = watermark, secret, codec
         self._preprocess, self._device, self._autocast = preprocess, device, autocast
+        self._ranks = ranks
         count, bits = len(pixels), watermark.bits
         if codec is None:
             self._stretched = secret.stretched()
@@ -134,7 +138,8 @@ class Reader:
             check: called now and then; what it raises ends the reading.
 
         Raises:
-            UnreadableError: it puts out what is not finite, or constant.
+            UnreadableError: it puts out what is not finite, or constant; or it has another width, and no map
+                between the two explains it.
         """
         measured = None
         if self._codec is None:
@@ -150,17 +155,21 @@ class Reader:
             return self._looks(site, backbone, bands, prefix, policy, weights, alignment, check)
 
         readings = []
-        if policy.align is not True:
+        widened = backbone.width != site.width
+        if policy.align is not True and not widened:
             plain = reading(None)
             if plain is None:
                 raise UnreadableError("the suspect puts out NaN or infinite activations")
             readings.append(plain)
-        if policy.align is True or (policy.align is None and not policy.matches(readings[0].p_value)):
+        if not readings or (policy.align is None and not policy.matches(readings[0].p_value)):
             alignment = self._alignment(site, backbone, policy.align is True)
             if alignment is not None and policy.exact:
                 aligned = reading(alignment)
                 readings += [] if aligned is None else [aligned]
         if not readings:
+            if widened:
+                width = other_width(backbone, site)
+                raise UnreadableError(f"{width}, and no map between the two explains it")
             raise UnreadableError("the suspect's activations are constant or not finite")
         return min(readings, key=lambda reading: reading.p_value)
 
@@ -273,7 +282,9 @@ class Reader:
                     for channel, seen in zip(band, kept, strict=True):
                         check()
                         seen.append(
-                            channel.agreement(backbone, activations, start, site.block, self._autocast)
+                            channel.agreement(
+                                backbone, activations, start, site.block, self._autocast, self._ranks
+                            )
                         )
                         if not bool(torch.isfinite(seen[-1]).all()):
                             return None
@@ -291,6 +302,11 @@ class Reader:
                 if policy.settled(p_value, excluded):
                     break
         return Reading(p_value, p_values, errors, excluded, alignment)
+
+
+def other_width(backbone: Backbone, site: Site) -> str:
+    """That the suspect is wider or narrower than the marked model."""
+    return f"the suspect has width {backbone.width}, the marked model {site.width}"
 
 
 def _single(agreements: Sequence[Tensor]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, most_bits
-from activemark_fast.dress import plain_torch, unwrapped
+from activemark_fast.dress import copied, plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.engine import plan_engine
 from activemark_fast.marking.subject import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE, check_writable
@@ -57,12 +56,13 @@ class Outlook:
         tower = f"tower {self.tower!r}: " if self.tower else ""
         others = f"\nother towers: {', '.join(map(repr, self.others))}" if self.others else ""
         height, width = self.image_size
+        time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
         return (
-            f"can be marked: {tower}{self.blocks} blocks of width {self.width}, {self.tokens} tokens of "
-            f"{height} x {width} pixels\n"
+            f"can be marked: {tower}{self.blocks} blocks of width {self.width}, {self.tokens} "
+            f"token{'s' * (self.tokens != 1)} of {height} x {width} pixels\n"
             f"site: {self.site}\n"
             f"message: up to {self.bits} bits\n"
-            f"about {self.seconds:.0f} s and {self.peak_bytes / 2**20:.0f} MiB besides the model{others}"
+            f"about {time} and {self.peak_bytes / 2**20:.0f} MiB besides the model{others}"
         )
 
 
@@ -91,14 +91,14 @@ def outlook(
     place = resolve_device(device, view.device)
     autocast = resolve_autocast(precision, place)
     photographs = clean_images(None, view.preprocess, LOOKED_AT, 1).fitted
-    copied = Backbone(copy.deepcopy(view.encoder).eval().to(place), image_size=view.image_size, tower="")
+    moved = Backbone(copied(view.encoder).eval().to(place), image_size=view.image_size, tower="")
     started = time.perf_counter()
     with autocast():
-        placement = measure(copied, photographs).site()
+        placement = measure(moved, photographs).site()
     seconds = (time.perf_counter() - started) / LOOKED_AT
     pixels = photographs[0].nbytes * (FITTED_IMAGES + HELD_IMAGES + HOLDOUT_IMAGES)
     engine = plan_engine(
-        copied,
+        moved,
         placement.site,
         precision,
         pixels,

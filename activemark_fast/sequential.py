@@ -11,6 +11,8 @@ WEAKEST_MARK = 0.25
 """The least mean agreement of a mark that is not given up early: at most 12 of 32 bits wrong (chance: 16)."""
 WEAKEST_NATURAL = 0.1
 """The same for single readings in the natural band: 45 of 100 wrong."""
+LEAST_CHANCE = 1e-3
+"""A mark with less than this chance of being found by the images that are left is not looked for in them."""
 
 
 def look_ends(images: int) -> list[int]:
@@ -65,3 +67,26 @@ def images_to_exclude(agreement: npt.NDArray[np.float64], miss: float) -> int | 
         return None
     spread = stdtrit(n - 1, 1 - miss) * agreement.std(axis=0, ddof=1)
     return int(np.ceil(((spread / room) ** 2).max())) + 1
+
+
+def out_of_reach(p_value: float, read: int, images: int, wanted: float) -> bool:
+    """Whether a suspect has next to no chance left to reach `wanted` when all images are read.
+
+    Stochastic curtailment (Lan, Simon and Halperin 1982): with z the normal quantile of a p-value and t the
+    share of the images that was read, z sqrt(t) moves like a Brownian motion. A mark that reaches `wanted`
+    on average has the drift z_wanted; given up is where it would now get there with a probability of less
+    than `LEAST_CHANCE`, so that such a mark is lost about as rarely.
+
+    Args:
+        p_value: of the images read, with nothing paid.
+        read: how many that are, at least 1.
+        images: how many there are.
+        wanted: the p-value, with nothing paid, from which all of them would make a match.
+    """
+    from scipy.special import ndtr, ndtri  # scipy takes longer to import than all the rest
+
+    share, target = read / images, -float(ndtri(wanted))
+    if share == 1:
+        return p_value > wanted
+    now = -float(ndtri(p_value)) * share**0.5
+    return bool(ndtr((now + target * (1 - share) - target) / (1 - share) ** 0.5) < LEAST_CHANCE)

@@ -22,6 +22,7 @@ USUAL_SIZE = (224, 224)
 """Pixels of the images that a model is tried with which does not say its own."""
 _IMAGE_SIZES = (
     "patch_embed.img_size",
+    "stem.img_size",
     "img_size",
     "image_size",
     "input_resolution",
@@ -125,9 +126,15 @@ def feed(tower: nn.Module, images: Tensor) -> Any:
     asked = inspect.signature(tower.forward).parameters
     with _masking_off(tower):
         if "grid_thw" in asked:
-            return tower(*_merged_patches(tower, images))
+            return _of_merged_patches(tower, images)
         if "spatial_shapes" in asked:
             return tower(*_flat_patches(tower, images))
+        if "target_sizes" in asked:
+            return tower(*_patches_in_a_row(tower, images))
+        if "aspect_ratio_ids" in asked:
+            return tower(*_tiles(tower, images))
+        if isinstance(getattr(tower, "patch_embedding", None), nn.Linear):
+            return tower(_flat_patches(tower, images)[0])
         more: dict[str, Any] = {}
         frames = first_fact([tower], _FRAMES, whole)
         if frames:
@@ -253,6 +260,12 @@ def _refusal(owner: nn.Module, blocks: Sequence[nn.Module], size: tuple[int, int
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        first, *others = inspect.signature(owner.forward).parameters.values()
+        wanted = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if first.name == "input_ids":
+            return "takes token ids, and images only beside them"
+        if wanted and isinstance(error, TypeError):
+            return f"does not take images alone: it wants {', '.join(wanted)} too"
         told = f"does not take {shape_of(size)}: {type(error).__name__}: {error}"
         return " ".join(told.split())
     finally:
@@ -282,7 +295,7 @@ def _patches(images: Tensor, side: int) -> Tensor:
 
 
 def _merged_patches(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches (B * n, 3 * T * side * side) in the order that their merger wants, and (B, 3) grids."""
+    """Patches (B * n, 3, T, side, side) in the order that their merger wants, and (B, 3) grids."""
     side = first_fact([tower], ("config.patch_size", "patch_size"), whole)
     merge = first_fact([tower], ("config.spatial_merge_size", "spatial_merge_size"), whole) or 1
     frames = first_fact([tower], ("config.temporal_patch_size",), whole) or 1
@@ -291,7 +304,23 @@ def _merged_patches(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     merged = cut.unflatten(2, (columns // merge, merge)).unflatten(1, (rows // merge, merge))
     ordered = merged.transpose(2, 3).flatten(0, 4)  # (B * n, 3, side, side)
     grid = torch.tensor([[1, rows, columns]] * count, device=images.device)
-    return ordered[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1), grid
+    return ordered[:, :, None].expand(-1, -1, frames, -1, -1), grid
+
+
+def _of_merged_patches(tower: nn.Module, images: Tensor) -> Any:
+    """What a tower makes of packed patches: flat, or (n, 3, side, side), or (1, n, 3, side, side).
+
+    Which of these it takes shows only when it is run; where it takes none, it is the first that it refuses.
+    """
+    patches, grid = _merged_patches(tower, images)
+    square = patches[:, :, 0]
+    refusals: list[Exception] = []
+    for form in (patches.flatten(1), square, square[None]):
+        try:
+            return tower(form, grid)
+        except (RuntimeError, ValueError) as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _flat_patches(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,3 +331,19 @@ def _flat_patches(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Ten
     flat = cut.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
     there = torch.ones(count, rows * columns, dtype=torch.int64, device=images.device)
     return flat, there, torch.tensor([[rows, columns]] * count, device=images.device)
+
+
+def _patches_in_a_row(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches (1, 3, side, B * n * side), beside one another, and (B, 2) grids."""
+    side = first_fact([tower], ("config.patch_size",), whole)
+    cut = _patches(images, side or 1)
+    count, rows, columns = cut.shape[:3]
+    row = cut.permute(3, 4, 0, 1, 2, 5).flatten(2)
+    return row[None], torch.tensor([[rows, columns]] * count, device=images.device)
+
+
+def _tiles(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The image as each of its tiles, (B, 1, T, 3, H, W), the first layout of tiles, and which are there."""
+    count = first_fact([tower], ("config.max_num_tiles",), whole) or 1
+    ones = torch.ones(len(images), 1, count, dtype=torch.int64, device=images.device)
+    return images[:, None, None].expand(-1, -1, count, -1, -1, -1), ones[..., 0], ones

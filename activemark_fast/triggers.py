@@ -79,10 +79,11 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
     Raises:
         TypeError, ValueError: as `holdout_images`, naming `clean`.
     """
-    shares = [count - count // SHIPPED_SHARE for count in (fitted, held)]
+    shipped = shipped_photographs()
+    most_fitted, most_held = (count - count // SHIPPED_SHARE for count in (fitted, held))
     own: list[Tensor] = []
     if images is not None:
-        most = HELD_OUT_EVERY * max(-(-shares[0] // (HELD_OUT_EVERY - 1)), shares[1])
+        most = HELD_OUT_EVERY * max(-(-most_fitted // (HELD_OUT_EVERY - 1)), most_held)
         _, singles = _open(images, lambda: iter(()), most, "clean")
         own = [
             _model_input(image, preprocess, index, "clean")
@@ -90,15 +91,19 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
         ]
         if len(own) < MIN_IMAGES:
             raise ValueError(f"clean: wanted at least {MIN_IMAGES} images, got {len(own)}")
-    shipped = shipped_photographs()
-    sets: list[Tensor] = []
-    given = [image for index, image in enumerate(own) if index % HELD_OUT_EVERY], own[::HELD_OUT_EVERY]
-    for count, share, mine, crops in zip((fitted, held), shares, given, _split(shipped), strict=True):
-        mine = mine[:share]
-        chosen = crops[: count - len(mine)].tolist()
-        sets.append(torch.stack([*mine, *(preprocess(shipped.images[i, None])[0] for i in chosen)]))
+
+    def filled(given: list[Tensor], count: int, crops: npt.NDArray[np.int64]) -> Tensor:
+        chosen = crops[: count - len(given)].tolist()
+        return torch.stack([*given, *(preprocess(shipped.images[i, None])[0] for i in chosen)])
+
+    marking, apart = _split(shipped)
+    solved_on = [image for index, image in enumerate(own) if index % HELD_OUT_EVERY]
     source = "the photographs that the package ships"
-    return CleanImages(sets[0], sets[1], f"the images given, beside {source}" if own else source)
+    return CleanImages(
+        filled(solved_on[:most_fitted], fitted, marking),
+        filled(own[::HELD_OUT_EVERY][:most_held], held, apart),
+        f"the images given, beside {source}" if own else source,
+    )
 
 
 def _split(shipped: Photographs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

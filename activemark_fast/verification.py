@@ -53,7 +53,7 @@ def verify(
             10,000 stays within (5 of 32 bits).
         align: whether to undo a permutation, rotation or scaling of the suspect's residual stream before
             reading (`align`). None: where the plain reading is no match and such a map explains the suspect
-            well; the p-value pays for the second try.
+            well; the p-value pays for the second try. A suspect of another width is read so only.
         commitment: what the owner published; the verdict then tells whether this key and watermark are the
             committed ones, and since when.
         exhaustive: read all images of every suspect, so that detection rates can be compared.

@@ -19,7 +19,8 @@ from activemark_fast.decision import Policy, decide, doubted
 from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import alternatives
 from activemark_fast.key import Key
-from activemark_fast.looks import Prefix, Reader, UnreadableError
+from activemark_fast.looks import Prefix, Reader, UnreadableError, other_width
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.normalisation import Preprocess, known_normalisation
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import look_penalties
@@ -48,6 +49,7 @@ class Verifier:
             probability of at most 1 - `power`. Above 0. The p-value stays exact
             (`sequential.look_penalties`). A codec without p-value reads all.
         device: where to compute; by default the CPU.
+        ranks: processes that judge the same suspects together, each with a verifier like this one.
 
     Raises:
         TypeError, ValueError, WatermarkError, ImageMismatchError: as `verify` does.
@@ -69,6 +71,7 @@ class Verifier:
         register: Register | None = None,
         device: str | torch.device | None = None,
         precision: str = "auto",
+        ranks: Ranks = ALONE,
     ) -> None:
         _check_settings(watermark, alpha, tau, power, align, commitment, register)
         self.device = resolve_device(device, torch.device("cpu"))
@@ -101,6 +104,7 @@ class Verifier:
             register is not None,
             self.device,
             autocast,
+            ranks,
         )
         self._policy = Policy(
             alpha=alpha,
@@ -171,7 +175,9 @@ class Verifier:
         blocks: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Verdict:
-        """The verdict on a model of the marked one's shape, on `device`; `identical` is left False.
+        """The verdict on a model of the marked one's shape but for its width and depth, on `device`.
+
+        `identical` is left False.
 
         Args:
             backbone: a view of the suspect.
@@ -206,9 +212,10 @@ class Verifier:
             if verdict.decision == "match":
                 break
         best = min(verdicts, key=rank)
-        if own.depth in (0, blocks):
-            return best
-        return doubted(best, f"the suspect has {blocks} blocks, the marked model {own.depth}")
+        others = [] if own.depth in (0, blocks) else [f"{blocks} blocks, the marked model {own.depth}"]
+        if backbone.width != own.width:
+            others.append(f"width {backbone.width}, the marked model {own.width}")
+        return doubted(best, f"the suspect has {' and '.join(others)}") if others else best
 
     def sites(self, blocks: int, depth: int) -> list[Site]:
         """Where the mark may lie in a suspect of `blocks` blocks, the first `depth` of which can be run.
@@ -265,11 +272,15 @@ class Verifier:
         choices = alternatives(watermark.site, watermark.bits, blocks, self._architecture is not None)
         return choices | ({"committed claim": self._claims} if self._claims > 1 else {})
 
-    def misfit(self, backbone: Backbone) -> str | None:
-        """Why the suspect's shape does not allow the mark to be read, or None."""
+    def misfit(self, backbone: Backbone, *, same_width: bool = False) -> str | None:
+        """Why the suspect's shape does not allow the mark to be read, or None.
+
+        same_width: it must have the marked model's width, though another can be read (`align`).
+        """
         site, size = self.watermark.site, self.watermark.preprocess.size
-        if backbone.width != site.width:
-            return f"the suspect has width {backbone.width}, the marked model {site.width}"
+        widens = self.watermark.two_bands and self._policy.align is not False and not same_width
+        if backbone.width != site.width and not widens:
+            return other_width(backbone, site)
         if backbone.image_size != size or backbone.num_tokens != site.num_tokens:
             return (
                 f"the suspect takes images of {backbone.image_size} as {backbone.num_tokens} tokens, the "

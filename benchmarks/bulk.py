@@ -5,6 +5,7 @@
     .venv/bin/python benchmarks/bulk.py memory [--suspects 1000]
     .venv/bin/python benchmarks/bulk.py stacking [--suspects 16]
     .venv/bin/python benchmarks/bulk.py blocks
+    .venv/bin/python benchmarks/bulk.py hostile [--suspects 2000]
 
 `speed` compares with a loop of `verify` and with the plain recipe (load, all blocks, all images), both over
 `--loop` of the readable suspects, per suspect, and with the disk: the files are read from it, not from the
@@ -12,7 +13,8 @@ system's cache. `--bf16`: the models' weights are. All in one run, on CUDA if th
 runs models through their first 11 blocks, one after the other and with stacked weights, on as many images as
 looks take. `blocks` reads marked demo models of which each block in turn was dropped, doubled, exchanged with
 the next, dropped while another was doubled, or has one before it that adds next to nothing (1/1000 of what it
-wrote).
+wrote). `hostile` sweeps innocent models in all forms that the tests know (docs/forms.md), most of them with
+bytes changed, put in, taken out or cut off, and pickles that would run a command.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ import json
 import multiprocessing
 import os
 import random
+import resource
+import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +56,14 @@ WANTED = {"match": "match", "innocent": "no match", "broken": None}
 class Bomb:
     def __reduce__(self) -> tuple[object, ...]:
         return os.system, ("echo executed",)
+
+
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.path}",)
 
 
 def noisy(model: nn.Module, seed: int) -> nn.Module:
@@ -302,6 +315,40 @@ def rearranged(state: dict[str, Tensor], order: list[int]) -> dict[str, Tensor]:
     return made
 
 
+def hostile(args: argparse.Namespace, folder: Path) -> None:
+    tests = Path(__file__).parents[1] / "tests"
+    sys.path += [str(tests), str(tests / "bulk")]
+    from forms import FORMS
+    from small import mark
+    from test_hostile import tampered
+    from tiny import vit
+
+    marked, draw, sentinel = mark(), random.Random(0), folder / "ran"
+    whole, files = folder / "whole", folder / "files"
+    whole.mkdir()
+    files.mkdir()
+    for index, form in enumerate(FORMS):
+        form.write(vit(seed=3), whole / str(index))
+    torch.save({"state_dict": vit(seed=3).state_dict(), "x": Touch(sentinel)}, whole / "bomb")
+    contents = [path.read_bytes() for path in sorted(whole.iterdir()) if path.is_file()]
+    for index in range(args.suspects):
+        content = contents[index % len(contents)]
+        (files / f"{index:05}.bin").write_bytes(
+            tampered(content, draw) if index >= len(contents) else content
+        )
+    told: Counter[str] = Counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    slowest = 0.0
+    for result in verify_many(files, *marked.arguments(), max_bytes=50_000_000):
+        told[result.verdict.decision if result.verdict else "error" if result.error else "not a model"] += 1
+        slowest = max(slowest, result.seconds)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    print(
+        f"{args.suspects} files, {sum(told.values())} told: {dict(told)}; code was run: {sentinel.exists()}; "
+        f"at most {more:.0f} MB more memory than before; the slowest took {slowest:.1f} s"
+    )
+
+
 def fastest(run: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
     """Seconds, the best of 5."""
     seconds = []
@@ -316,7 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "kills", "memory", "stacking", "blocks"))
+    parser.add_argument("what", choices=("speed", "kills", "memory", "stacking", "blocks", "hostile"))
     parser.add_argument("--architecture", default="demo")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what speed measures into it, too")
@@ -324,10 +371,10 @@ def main() -> None:
     parser.add_argument("--loop", type=int, default=6)
     parser.add_argument("--kills", type=int, default=20)
     args = parser.parse_args()
-    args.suspects = args.suspects or {"memory": 1000, "stacking": 16}.get(args.what, 50)
+    args.suspects = args.suspects or {"memory": 1000, "stacking": 16, "hostile": 2000}.get(args.what, 50)
     with TemporaryDirectory() as folder:
-        modes = {"speed": speed, "kills": kills, "memory": memory, "stacking": stacking, "blocks": blocks}
-        modes[args.what](args, Path(folder))
+        modes = (speed, kills, memory, stacking, blocks, hostile)
+        next(mode for mode in modes if mode.__name__ == args.what)(args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ OUTSIDE = {
 SECTIONS = {
     "Guides": ["owners", "experts"],
     "Attacks and limits": ["security", "frontier", "forgery", "descent", "tracing"],
-    "Models": ["models", "forms"],
+    "Models": ["models", "forms", "giants"],
     "Measured": [],
     "Inside": ["architecture", "formats", "api", "contributing", "benchmarks", "photographs", "changelog"],
 }

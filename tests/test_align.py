@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import vit
+from tiny import longer_heads, more_heads, padded, units, vit
 from torch import Tensor, nn
 
 from activemark_fast import looks
 from activemark_fast.align import _procrustes, best_explained, find_alignment, site_sample
 from activemark_fast.attacks import permute_inside, permute_residual, rotate_residual
 from activemark_fast.backbone import Backbone
+from activemark_fast.bulk import verify_many
 from activemark_fast.codec.codebooks import Codebook, codebooks
 from activemark_fast.decision import ALIGNED_PRICE, PLAIN_PRICE
 from activemark_fast.embedding import Embedding, embed
@@ -182,6 +183,65 @@ def test_a_moved_residual_stream_hides_no_mark(
         assert verdict.p_value > 1e-3
 
 
+def wider(model: nn.Module, width: int, how: str) -> nn.Module:
+    """The model with a residual stream of more channels, in timm's own code, with longer heads."""
+    made = vit(embed_dim=width, mlp_ratio=512.5 / width)
+    made.load_state_dict(longer_heads(padded(model.state_dict(), width, how), 4, width // 4 - 32))
+    pixels = images()[:2]
+    assert torch.allclose(made(pixels), model(pixels), atol=1e-5)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("width", "how", "kind"),
+    [(136, "zero", "permutation"), (256, "twice", "rotation"), (160, "turned", "rotation")],
+)
+def test_a_padded_residual_stream_hides_no_mark(width: int, how: str, kind: str, marked: Embedding) -> None:
+    suspect = wider(marked.model, width, how)
+    found = check(suspect, marked)
+    assert (found.decision, found.aligned) == ("match", kind)
+    assert found.p_value is not None
+    assert found.p_value < ALIGNED_PRICE * CLEAR
+    assert abs(found.bit_errors - check(marked.model, marked).bit_errors).mean() < 0.1
+    asked = check(suspect, marked, align=True).p_value
+    assert asked == pytest.approx(found.p_value / ALIGNED_PRICE)
+    blind = check(suspect, marked, align=False)
+    assert (blind.decision, blind.reason) == (
+        "inconclusive",
+        f"the suspect has width {width}, the marked model 128",
+    )
+    (result,) = verify_many([suspect], marked.watermark, KEY, vit(7), images())
+    assert result.verdict is not None
+    assert result.verdict.decision == "match"
+    for innocent in (vit(), vit(5)):
+        verdict = check(wider(innocent, width, how), marked)
+        assert verdict.decision == "inconclusive"
+        assert f"the suspect has width {width}, the marked model 128" in verdict.reason or (
+            f"no sign of the mark, but the suspect has width {width}" in verdict.reason
+        )
+
+
+def test_more_heads_and_units_hide_no_mark(marked: Embedding) -> None:
+    for makes in (vit(5), marked.model):
+        state = units(more_heads(makes.state_dict(), 4), lambda t: torch.cat([t, 0 * t[:8]]))
+        suspect = vit(mlp_ratio=520 / 128)
+        for block in suspect.blocks:
+            block.attn.qkv, block.attn.proj = nn.Linear(128, 480), nn.Linear(160, 128)
+            block.attn.num_heads, block.attn.attn_dim = 5, 160
+        suspect.load_state_dict(state)
+        verdict = check(suspect, marked)
+        assert verdict.decision == ("match" if makes is marked.model else "no match")
+
+
+def test_a_narrower_residual_stream() -> None:
+    """A map from more channels into fewer has orthonormal columns."""
+    ours = sample()
+    few = torch.linalg.qr(torch.randn(WIDTH, WIDTH - 4, generator=torch.Generator().manual_seed(3))).Q
+    found = find_alignment(ours, ours @ few)
+    assert found is not None
+    assert torch.allclose(found.matrix.T @ found.matrix, torch.eye(WIDTH - 4), atol=1e-5)
+
+
 def test_a_scaled_residual_stream_hides_no_mark(marked: Embedding) -> None:
     scaled = vit()
     scaled.load_state_dict(marked.model.state_dict())
@@ -212,7 +272,11 @@ def test_what_is_not_needed_is_not_tried_and_not_paid_for(marked: Embedding) -> 
     assert pytest.approx(1) == 1 / PLAIN_PRICE + 1 / ALIGNED_PRICE
 
 
-@pytest.mark.parametrize("attack", [permute_residual, rotate_residual])
+@pytest.mark.parametrize(
+    "attack",
+    [permute_residual, rotate_residual, lambda model, *_: wider(model, 136, "turned")],
+    ids=["permuted", "rotated", "padded"],
+)
 def test_the_alignment_never_sees_the_signs_of_the_read_out(
     attack: Callable[..., nn.Module], marked: Embedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:

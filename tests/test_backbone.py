@@ -14,7 +14,7 @@ import torchvision
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers.mlp import SwiGLUPacked
+from timm.layers.mlp import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -349,6 +349,15 @@ def test_an_edit_of_attention_adds_what_its_gain_says(case: Case) -> None:
     if added.shape[0] != tokens.shape[0]:
         added = added.transpose(0, 1)
     torch.testing.assert_close(after - before, added, rtol=1e-6, atol=1e-12)
+
+
+def test_gated_mlps_are_told_by_their_widths() -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 0}
+    plain = VisionTransformer(**sizes)
+    two = VisionTransformer(**sizes, mlp_layer=SwiGLU)
+    one = VisionTransformer(**sizes, mlp_layer=GluMlp)
+    found = [Backbone(model.eval()).gated(1) for model in (plain, two, one)]
+    assert found == [False, True, True]
 
 
 def test_a_run_that_fails_leaves_attention_as_it_was() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import signal
@@ -29,6 +30,7 @@ from test_schema import check as check_schema
 import activemark_fast
 from activemark_fast.checkpoints import architecture_of, build_model, save_model
 from activemark_fast.cli import main
+from activemark_fast.cli.verify_many import MATCHED
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
 
@@ -262,6 +264,45 @@ def test_usage_errors(args: list[str], capsys: pytest.CaptureFixture[str]) -> No
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "error: " in captured.err
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["verfy"], "'verify'"),
+        (["verify_many"], "'verify-many'"),
+        (["key", "nwe"], "'new'"),
+        (["demo", "--precision", "pf16"], "'fp16'|'bf16'"),
+        (["sell"], None),
+    ],
+)
+def test_what_was_mistyped(args: list[str], meant: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(args)
+    told = capsys.readouterr().err
+    assert re.search(rf"(did|maybe) you mean(t)? ({meant})", told) if meant else "you mean" not in told
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh", "tcsh"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--print-completion", shell])
+        script = capsys.readouterr().out
+        assert "verify-many" in script
+        assert "fail-on-match" in script
+        assert {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "/f/"}[shell] in script
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--print-completion", "bash"])
+    assert "pip install 'activemark-fast[completion]'" in capsys.readouterr().err
+
+
+def test_the_codes_of_exits_are_those_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{MATCHED} a match, of verify-many --fail-on-match" in told
 
 
 # ---- key new

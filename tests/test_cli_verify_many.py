@@ -41,6 +41,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(vit(seed=1, depth=5), suspects / "innocent.safetensors", ARCHITECTURE)
     save_model(vit(seed=2, embed_dim=64), suspects / "other.safetensors", ARCHITECTURE)
     torch.save({"state": {0: {"exp_avg": torch.zeros(3)}}}, suspects / "optimizer.pt")
+    (suspects / "README.md").write_text("five models")
     (suspects / "broken\x1b[31m.bin").write_bytes(b"no weights")
     return folder
 
@@ -64,6 +65,7 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "suspects": 6,
     }
     assert "marked.pth" in text
+    assert text.endswith("not looked at: 1 files with other suffixes (.md)\n")
     assert "\x1b" not in text
     with (tmp_path / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -80,6 +82,8 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(arguments(ready, out, "--resume", "--json")) == 2
     record = json.loads(capsys.readouterr().out)
     assert (record["suspects"], record["judged_now"], record["match"], record["error"]) == (6, 0, 2, 1)
+    assert record["other_files"] == 1
+    assert main(arguments(ready, out, "--resume", "--fail-on-match")) == 4
     assert main(arguments(ready, out, "--resume", "--exhaustive")) == 2
     assert "differs in power" in capsys.readouterr().err
 
@@ -92,6 +96,9 @@ def test_a_sweep_in_which_all_is_well(
     assert main(command) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["match"], record["no_match"], record["suspects"]) == (1, 1, 2)
+    command = arguments(ready, tmp_path / "b.jsonl", "--fail-on-match")
+    command[1] = str(ready / "suspects" / "innocent.safetensors")
+    assert main(command) == 0
 
 
 def test_as_a_process_from_the_sweep_to_a_page(ready: Path, tmp_path: Path) -> None:

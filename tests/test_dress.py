@@ -113,6 +113,23 @@ def test_hooks_run_and_stay() -> None:
     assert len(model.blocks[3]._forward_hooks) == 1
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_pruned_weights_beside_the_carriers_are_copied(inplace: bool) -> None:
+    model = vit()
+    for block in model.blocks:
+        prune.l1_unstructured(block.attn.qkv, "weight", 0.3)
+    embedding = marked(model, inplace=inplace)
+    assert found(embedding.model, embedding)
+    for before, after in zip(model.blocks, embedding.model.blocks, strict=True):
+        assert torch.equal(before.attn.qkv.weight_mask, after.attn.qkv.weight_mask)
+        assert (before.attn.qkv.weight_orig is after.attn.qkv.weight_orig) == inplace
+
+
+def test_marked_in_place_is_as_marked_in_a_copy(plain: Embedding) -> None:
+    model = vit()
+    assert fingerprint(marked(model, inplace=True).model) == fingerprint(plain.model) == fingerprint(model)
+
+
 def every_fc2(change: Callable[[nn.Module], Any]) -> nn.Module:
     model = vit()
     for block in model.blocks:

@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
     {"looks"},
     {"verifier"},
     {"embedding", "verification", "attacks", "forge", "outlook"},
-    {"bulk", "evaluation", "evaluate", "descent"},
+    {"bulk", "evaluation", "evaluate", "descent", "giants"},
     {"report", "baselines"},
     {"demo", "cli"},
     {"__main__"},

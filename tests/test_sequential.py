@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from activemark_fast.p_value import sign_flip_p_value
-from activemark_fast.sequential import WEAKEST_MARK, look_ends, look_penalties, mark_excluded
+from activemark_fast.sequential import (
+    LEAST_CHANCE,
+    WEAKEST_MARK,
+    look_ends,
+    look_penalties,
+    mark_excluded,
+    out_of_reach,
+)
 
 
 @given(st.integers(1, 2000))
@@ -68,3 +75,42 @@ def test_how_often_a_mark_of_the_stated_strength_is_given_up(end: int) -> None:
     agreement = 2 * right.mean(axis=2) - 1
     given_up = np.mean([mark_excluded(row[:, None], 0.05) for row in agreement])
     assert 0.03 < given_up < 0.07
+
+
+def test_a_mark_that_would_be_found_is_hardly_ever_given_up_for_out_of_reach() -> None:
+    draws, wanted, ends = np.random.default_rng(0), 1e-9, look_ends(128)
+    target = stats.norm.isf(wanted)
+    steps = np.diff([0, *ends]) / 128
+
+    def lost(drift: float) -> float:
+        """The share of suspects that would be found, and of others with this drift, that are given up."""
+        moved = np.cumsum(drift * steps + draws.normal(size=(5000, len(ends))) * np.sqrt(steps), axis=1)
+        p_values = stats.norm.sf(moved / np.sqrt(np.array(ends) / 128))
+        return float(
+            np.mean(
+                [
+                    any(out_of_reach(p, end, 128, wanted) for p, end in zip(row, ends[:-1], strict=False))
+                    for row in p_values
+                ]
+            )
+        )
+
+    assert lost(target) < 2 * LEAST_CHANCE
+    assert lost(0) > 0.85
+
+
+def test_most_innocents_are_out_of_reach_at_half_of_the_images() -> None:
+    p_values = np.linspace(0.001, 0.999, 999)
+    assert np.mean([out_of_reach(p, 64, 128, 1e-9) for p in p_values]) > 0.85
+    assert not any(out_of_reach(p, 16, 128, 1e-9) for p in p_values)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 128), st.floats(1e-30, 1e-3))
+def test_the_smaller_the_p_value_the_nearer_a_match(a: float, b: float, read: int, wanted: float) -> None:
+    low, high = sorted((a, b))
+    assert out_of_reach(high, read, 128, wanted) >= out_of_reach(low, read, 128, wanted)
+
+
+def test_with_all_images_read_a_match_is_out_of_reach_or_there() -> None:
+    assert out_of_reach(1e-8, 128, 128, 1e-9)
+    assert not out_of_reach(1e-9, 128, 128, 1e-9)

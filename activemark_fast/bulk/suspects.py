@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Suspect:
     skipped: str | None = None
 
 
-def find_suspects(suspects: object) -> Iterator[Suspect]:
+def find_suspects(suspects: object, passed_by: Counter[str] | None = None) -> Iterator[Suspect]:
     """The suspects that `suspects` stands for, each path once, in a fixed order.
 
     Args:
@@ -60,6 +61,7 @@ def find_suspects(suspects: object) -> Iterator[Suspect]:
             `SUFFIXES` is one. Folders within folders are searched, links followed. What trainers write
             beside a model, under its usual name, is told to be none. What cannot be opened, and a link back
             to a folder it is in, is a suspect with an error.
+        passed_by: counts the files with other suffixes in folders that are no model, by suffix.
 
     Raises:
         TypeError: `suspects` holds something else.
@@ -72,14 +74,15 @@ def find_suspects(suspects: object) -> Iterator[Suspect]:
             f"suspects: wanted paths, globs, modules or an iterable of them, got {type(suspects).__name__}"
         )
     seen: set[str] = set()
+    passed_by = Counter() if passed_by is None else passed_by
     for index, item in enumerate(suspects):
-        for suspect in _find(item, index):
+        for suspect in _find(item, index, passed_by):
             if suspect.name not in seen:
                 seen.add(suspect.name)
                 yield suspect
 
 
-def _find(item: object, index: int) -> Iterator[Suspect]:
+def _find(item: object, index: int, passed_by: Counter[str]) -> Iterator[Suspect]:
     if isinstance(item, Suspect):
         yield item
     elif isinstance(item, nn.Module):
@@ -90,16 +93,16 @@ def _find(item: object, index: int) -> Iterator[Suspect]:
             raise ValueError(f"suspects: nothing matches {item!r}")
         # Each file once: a link back to a folder above makes ** find the same files again and again.
         for match in {os.path.realpath(match): match for match in reversed(matches)}.values():
-            yield from _under(Path(os.path.abspath(match)), ())
+            yield from _under(Path(os.path.abspath(match)), (), passed_by)
     elif isinstance(item, (str, os.PathLike)):
-        yield from _under(Path(os.path.abspath(item)), ())
+        yield from _under(Path(os.path.abspath(item)), (), passed_by)
     else:
         raise TypeError(
             f"suspects: wanted paths, globs, modules or an iterable of them, got {type(item).__name__}"
         )
 
 
-def _under(path: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Suspect]:
+def _under(path: Path, above: tuple[tuple[int, int], ...], passed_by: Counter[str]) -> Iterator[Suspect]:
     """A file, or what is in a folder; `above` are device and inode of the folders it is in."""
     try:
         facts = os.stat(path)
@@ -125,4 +128,6 @@ def _under(path: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Suspect]:
         if is_suspect and not is_model and _BESIDE_MODELS.fullmatch(entry.name):
             yield Suspect(str(child), skipped="not a model: what trainers write beside one")
         elif os.path.isdir(child) or (is_suspect and not is_model):
-            yield from _under(child, (*above, identity))
+            yield from _under(child, (*above, identity), passed_by)
+        elif not is_model:
+            passed_by[child.suffix] += 1

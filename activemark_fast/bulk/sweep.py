@@ -156,7 +156,7 @@ class Sweeper:
         """
         self._verifier = verifier
         self._target = Target(model, verifier.watermark.site)
-        misfit = verifier.misfit(self._target.backbone)
+        misfit = verifier.misfit(self._target.backbone, same_width=True)
         if misfit is not None:
             raise ValueError(f"model: {misfit.replace('the suspect', 'it')}")
         self._max_bytes = max_bytes

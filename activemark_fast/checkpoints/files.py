@@ -227,6 +227,11 @@ class Checkpoint:
     ) -> None:
         self._stack.close()
 
+    @property
+    def files(self) -> list[Path]:
+        """The open files, as `Entry.file` counts them."""
+        return [opened.path for opened in self._files]
+
     def read(self, names: Iterable[str], buffer: HostBuffer) -> dict[str, Tensor]:
         """These tensors, on the CPU, valid until `buffer` is used again.
 
@@ -629,7 +634,7 @@ def _array_entry(array: Array, path: Path) -> Entry:
         shaped = values.reshape(array.shape, order="F" if array.fortran else "C")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: a NumPy array that cannot be: {error}") from error
-    return _held(torch.from_numpy(np.ascontiguousarray(shaped)))
+    return _held(torch.from_numpy(np.array(shaped, order="C")))  # its own: `content` cannot be written to
 
 
 def _json_object(opened: Opened) -> dict[str, Any]:

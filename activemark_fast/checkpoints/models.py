@@ -20,7 +20,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,7 @@ def _check_architecture(architecture: str) -> None:
 def _build(architecture: str, device: torch.device) -> nn.Module:
     family, _, name = architecture.partition(":")
     try:
-        with device:
+        with device, _offline():
             if family == "open_clip":
                 return _build_open_clip(name, device)
             if family == "torchvision":
@@ -285,6 +286,17 @@ def _build(architecture: str, device: torch.device) -> nn.Module:
         raise
     except Exception as error:
         raise CheckpointError(f"{_shown(architecture)} cannot be built: {_reason(error)}") from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Meanwhile no library fetches anything from the Hugging Face hub, such as a configuration."""
+    constants = _library("huggingface_hub.constants")
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _build_open_clip(name: str, device: torch.device) -> nn.Module:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from activemark_fast.checkpoints.names import (
     towers,
 )
 from activemark_fast.checkpoints.stored import Source, Stored, source_of
+from activemark_fast.checkpoints.width import Narrowing
 
 _SHOWN_NAMES = 20
 _LONGEST_NAME = 120
@@ -38,9 +39,6 @@ _MOST_REGISTERS = 16
 _ELSEWHERE = "/"
 """Before the common names of tensors that are not in the image tower."""
 _LAYER_SCALES = (".ls1", ".ls2")
-_HEADED = {"attn.qkv": (0, 3), "attn.q": (0, 1), "attn.k": (0, 1), "attn.v": (0, 1), "attn.proj": (1, 1)}
-"""Along which axis a matrix of the attention has its heads, and in how many groups."""
-_IDLE = "fewer heads: those it lacks add nothing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +203,6 @@ class _Step:
     heads: int | None = None  # rows are sorted by head, then by query, key and value
     resize: tuple[int, int, tuple[int, int]] | None = None  # leading rows there are, wanted; grid wanted
     patch: str | None = None  # how a patch embedding of another kind is unfolded
-    heads_of: tuple[int, int, int] | None = None  # axis, groups along it, length that zeros make of each
     first_row_of: _Part | None = None  # added
 
     def names(self) -> Iterator[str]:
@@ -219,8 +216,6 @@ class _Step:
             value = value.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         if self.slice is not None:
             value = value.chunk(self.slice[1])[self.slice[0]]
-        if self.heads_of is not None:
-            value = _with_idle_heads(value.float(), *self.heads_of)
         if self.resize is not None:
             value = _resized_positions(value.flatten(0, -2), *self.resize)
         if self.patch is not None:
@@ -242,6 +237,7 @@ class Plan:
         depth: how many blocks, from the first, are complete.
         blocks: how many blocks the checkpoint's tower seems to have.
         fit: for the report.
+        narrowing: makes the model's tensors of what the steps make, where that has other widths.
     """
 
     root: str
@@ -251,11 +247,15 @@ class Plan:
     depth: int
     blocks: int
     fit: Fit
+    narrowing: Callable[[dict[str, Tensor]], Iterator[tuple[str, Tensor]]] | None = None
 
     def tensors(self, read: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The model's tensors, in the dtypes of the checkpoint or float32."""
-        for step in self.steps:
-            yield step.target, step.value(read)
+        made = ((step.target, step.value(read)) for step in self.steps)
+        if self.narrowing is None:
+            yield from made
+        else:
+            yield from self.narrowing(dict(made))
 
 
 def plans(
@@ -332,6 +332,9 @@ class _Planner:
             self.found |= {name: f"{tower}{name}" for name in wanted.own if f"{tower}{name}" in base}
         self._tell_three_matrices_apart()
         self.left_out = self._leave_out_identities(read) if read is not None else 0
+        self.narrowing = self._other_widths()
+        if self.narrowing is not None:
+            self.wanted = replace(wanted, stem=self.narrowing.stem, blocks=self.narrowing.blocks)
 
     def plans(self) -> list[Plan]:
         """One plan, or one for each order in which a linear patch embedding may take its pixels."""
@@ -352,7 +355,7 @@ class _Planner:
         self.why: dict[str, str] = {}
         self.missing: list[str] = []
         self.neutral: dict[str, float] = {}
-        self.doubts = []
+        self.doubts = list(self.narrowing.doubts) if self.narrowing is not None else []
         self.plain = 0
         exact = self.wanted.grid is None  # then all that is missing has to be told
         steps, complete = self._steps(self.wanted.stem)
@@ -364,6 +367,11 @@ class _Planner:
             if complete or exact:
                 steps += more
                 depth += complete
+        narrowing, neutral = None, self.neutral
+        if self.narrowing is not None:
+            self.converted |= dict.fromkeys(self.narrowing.told, len(steps))
+            narrowing = partial(self.narrowing.tensors, neutral=neutral, depth=depth)
+            neutral = {}
         used = {name for step in steps for name in step.names()}
         odd = tuple(name for name in self._computed(depth) if name not in used)
         blocks = len(self._indices())
@@ -373,7 +381,7 @@ class _Planner:
             self.root,
             tuple(sorted(used)),
             tuple(steps),
-            self.neutral,
+            neutral,
             depth,
             blocks,
             Fit(
@@ -386,7 +394,22 @@ class _Planner:
                 odd,
                 (*self.doubts, *odd),
             ),
+            narrowing,
         )
+
+    def _other_widths(self) -> Narrowing | None:
+        """What brings residual stream and attention to the model's widths, where they have others."""
+        if self.wanted.grid is None:
+            return None
+
+        def sizes(common: str) -> tuple[int, ...]:
+            part = self._part(common) if common in self.found else ""
+            return part.shape if isinstance(part, _Part) else ()
+
+        width, *_ = (*sizes(PATCH), 0)
+        outs = [sizes(f"blocks.{index}.attn.proj.weight") for index in range(len(self.wanted.blocks))]
+        inner = {index: out[1] for index, out in enumerate(outs) if len(out) == 2}
+        return Narrowing.of(self.wanted.stem, self.wanted.blocks, self.wanted.heads, width, inner)
 
     def _indices(self) -> list[int]:
         """The indices of the tower's blocks."""
@@ -513,9 +536,6 @@ class _Planner:
             if self._other_units(common, part.shape, shape):
                 units = part.shape[1 if ".fc2." in common else 0]
                 return _Step(own, part.shape, (part,), (*how, f"MLP of {units} units"))
-            idle = self._idle_heads(common, part.shape, shape)
-            if idle is not None:
-                return _Step(own, shape, (part,), (*how, _IDLE), heads_of=idle)
             return f"{_kind(part.source)}, wanted {shape}"
         row = None
         if common == "cls" and "pos" in self.found and "pos" in self.wanted.stem and self.wanted.grid:
@@ -549,24 +569,6 @@ class _Planner:
             if isinstance(part, _Part):
                 sizes[name] = part.shape[at] if len(part.shape) > at else 0
         return "fc2.weight" in sizes and len(set(sizes.values())) == 1 and len(sizes) > 1
-
-    def _idle_heads(
-        self, common: str, there: tuple[int, ...], wanted: tuple[int, ...]
-    ) -> tuple[int, int, int] | None:
-        """How a tensor of an attention with fewer heads gets as many: those that it lacks are zero.
-
-        A head of which values and outputs are zero adds nothing, so the function stays. See `_Step.heads_of`;
-        None where the tensor differs in anything else.
-        """
-        name = common.split(".", 2)[-1].rpartition(".")[0]
-        if name not in _HEADED or self.wanted.heads is None or self.wanted.grid is None:
-            return None
-        axis, groups = _HEADED[name]
-        if len(there) != len(wanted) or len(there) <= axis or wanted[axis] % (groups * self.wanted.heads):
-            return None
-        others = there[:axis] + there[axis + 1 :] == wanted[:axis] + wanted[axis + 1 :]
-        whole = 0 < there[axis] < wanted[axis] and there[axis] % (wanted[axis] // self.wanted.heads) == 0
-        return (axis, groups, wanted[axis] // groups) if others and whole else None
 
     def _of_several(self, common: str, own: str, shape: tuple[int, ...]) -> _Step | str:
         """A tensor that the checkpoint keeps in other pieces than the model does."""
@@ -616,10 +618,7 @@ class _Planner:
         whole = (sum(part.shape[0] for part in parts), *shape[1:])
         if whole == shape:
             return _Step(own, shape, parts, tuple(sorted(whats)))
-        idle = self._idle_heads(common, whole, shape)
-        if idle is None or len({part.shape for part in parts}) > 1:
-            return misfit
-        return _Step(own, shape, parts, tuple(sorted(whats | {_IDLE})), heads_of=idle)
+        return misfit
 
     def _share(
         self, stored: str, common: str, own: str, shape: tuple[int, ...], at: tuple[int, int] | None
@@ -633,11 +632,6 @@ class _Planner:
                 how = (*self._how(part), "sorted by head")
                 return _Step(own, shape, (part,), how, heads=self.wanted.heads)
             return _Step(own, shape, (part,), (*self._how(part), "split"), slice=at)
-        if at is not None and part.shape and part.shape[0] % shares == 0:
-            idle = self._idle_heads(common, (part.shape[0] // shares, *part.shape[1:]), shape)
-            if idle is not None:
-                how = (*self._how(part), "split", _IDLE)
-                return _Step(own, shape, (part,), how, slice=at, heads_of=idle)
         return f"{_kind(part.source)}, wanted {shares} of {shape}"
 
     def _part(self, common: str) -> _Part | str:
@@ -748,14 +742,6 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return tuple(shape)
-
-
-def _with_idle_heads(value: Tensor, axis: int, groups: int, length: int) -> Tensor:
-    """Each of `groups` equal parts along `axis`, made `length` long by zeros behind it."""
-    apart = value.unflatten(axis, (groups, -1))
-    zeros = list(apart.shape)
-    zeros[axis + 1] = length - zeros[axis + 1]
-    return torch.cat([apart, apart.new_zeros(zeros)], axis + 1).flatten(axis, axis + 1)
 
 
 def _resized_positions(rows: Tensor, leading: int, wanted: int, grid: tuple[int, int]) -> Tensor:

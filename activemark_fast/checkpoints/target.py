@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
-from activemark_fast.checkpoints.names import block_name, clean_name, common_name
+from activemark_fast.checkpoints.names import STEM, block_name, clean_name, common_name
 from activemark_fast.checkpoints.plan import Wanted, plans
 from activemark_fast.site import Site
 
@@ -47,15 +47,15 @@ class Target:
         blocks = [_dotted(names[block]) for block in self.backbone.blocks]
         last = len(blocks) - 1 if whole else site.taps[-1] + more
         inside = {name for block in blocks for name in self._state if name.startswith(block)}
-        stem = self._stem_tensors(
-            name for name in self._state if name.startswith(tower) and name not in inside
-        )
+        beside = [name for name in self._state if name.startswith(tower) and name not in inside]
+        stem = self._stem_tensors(beside)
         own: dict[str, str] = {}
-        for name in stem:
+        for name in (*stem, *beside):
             relative = _clean(name.removeprefix(tower))
-            own[relative] = common_name(relative)
+            common = common_name(relative)
+            own[relative] = common if common in STEM else f"./{relative}"
         groups: list[dict[str, tuple[str, tuple[int, ...]]]] = []
-        for index, block in enumerate(blocks[: last + 1]):
+        for index, block in enumerate(blocks):
             group = {}
             for name in self._state:
                 if name.startswith(block) and self._state[name].is_floating_point():
@@ -63,6 +63,7 @@ class Target:
                     own[_clean(name.removeprefix(tower))] = common
                     group[common] = (name, tuple(self._state[name].shape))
             groups.append(group)
+        del groups[last + 1 :]
         self.wanted = Wanted(
             stem={
                 own[_clean(name.removeprefix(tower))]: (name, tuple(self._state[name].shape)) for name in stem

@@ -32,12 +32,14 @@ from activemark_fast.cli import (
     verify_many,
 )
 from activemark_fast.cli.common import Outcome, one_line
+from activemark_fast.cli.parser import SHELLS, Parser, PrintCompletion
 
 ERROR = 2
 INTERRUPTED = 130
 EXIT_CODES = (
     "Exit codes: 0 done, or the answer is yes (a match, a descent, as expected); 1 the answer is no, and "
-    "never a failure; 2 error; 3 inconclusive; 130 interrupted. Each command's --help says which it has."
+    "never a failure; 2 error; 3 inconclusive; 4 a match, of verify-many --fail-on-match; 130 interrupted. "
+    "Each command's --help says which it has."
 )
 
 
@@ -99,13 +101,19 @@ def _forbid_core_files() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="activemark",
         description="Mark a visual foundation model before release; tell later what descends from it.",
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"activemark {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print a script for a shell to complete commands, options and files with (needs shtab)",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (
         key,

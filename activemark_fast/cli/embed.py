@@ -110,11 +110,19 @@ def add_to(commands: Subparsers) -> None:
         help="what issue and trace need besides the key, which encrypts it",
     )
     embed.add_argument("--force", action="store_true", help="replace output files that exist")
+    embed.add_argument(
+        "--stream",
+        action="store_true",
+        help="for models larger than memory, on the CPU: MODEL is a safetensors file or a folder of shards, "
+        "--out a new one of the same form, and the same command goes on where it was cut off",
+    )
     add_tower(embed)
     add_compute(embed)
 
 
 def _embed(args: argparse.Namespace) -> Outcome:
+    if args.stream:
+        return _embed_stored(args)
     _check_outputs(args)
     names = None if args.recipients is None else read_names(args.recipients)
     if names is not None:
@@ -155,13 +163,51 @@ def _embed(args: argparse.Namespace) -> Outcome:
     if embedding.register is not None:
         copies = {name: str(path) for name, path in paths.items()}
         seconds = write_copies(embedding.register, key, embedding.model, architecture, paths)
+    return _told(embedding, args, copies, seconds)
+
+
+def _embed_stored(args: argparse.Namespace) -> Outcome:
+    """`_embed` over the files of the model."""
+    unlike = {
+        "--codec": args.codec != "keyed",
+        "--checkpoint": args.checkpoint is not None,
+        "--recipients": args.recipients is not None,
+        "--device": args.device not in (None, "cpu"),
+        "--force": args.force,
+    }
+    if any(unlike.values()):
+        raise ValueError(f"--stream: wanted without {next(name for name, given in unlike.items() if given)}")
+    check_folder("--out", args.out)
+    check_folder("--watermark", args.watermark)
+    key = read_key(args.key, confirm=True)
+    from activemark_fast.giants import embed_stored
+
+    embedding = embed_stored(
+        args.model,
+        args.out,
+        args.watermark,
+        key,
+        args.images,
+        clean=args.clean,
+        bits=args.bits,
+        block=args.block,
+        fidelity=args.fidelity,
+        tower=args.tower,
+        precision=args.precision,
+        progress=shows_progress(args),
+    )
+    return _told(embedding, args, {}, 0.0)
+
+
+def _told(embedding: Embedding, args: argparse.Namespace, copies: dict[str, str], seconds: float) -> Outcome:
+    """What is said of a mark. copies: their files, by name, which were written in so many `seconds`."""
     return Outcome(0, _record(embedding, args, copies, seconds), _text(embedding, args, len(copies), seconds))
 
 
 def _record(
     embedding: Embedding, args: argparse.Namespace, copies: dict[str, str], seconds: float
 ) -> dict[str, object]:
-    """What was made, as JSON types. copies: their files, by name, which were written in so many `seconds`."""
+    """The mark as JSON types."""
     measured = embedding.quality
     quality = {
         name: value if math.isfinite(value) else None

@@ -95,27 +95,17 @@ def judge(
     """
     from activemark_fast.bulk import SuspectResult, find_suspects, memory_limit
     from activemark_fast.bulk.sweep import SweepSettings
-    from activemark_fast.checkpoints import architecture_of, load_model
+    from activemark_fast.checkpoints import load_model
     from activemark_fast.verification import verify
 
     device = chosen_device(args.device)
-    named, path = _parts(args.suspect)
+    named, path = named_suspect(args.suspect)
     shared = settings | {"commitment": commitment, "device": device, "precision": args.precision}
     if path is None:
         module = load_model(args.suspect, device=device)
         verdict = verify(module, watermark, key, args.images, exhaustive=exhaustive, **shared)
         return Judged(SuspectResult(args.suspect, verdict), verdict, None, None, module)
-    given = args.architecture or named
-    if given is None:
-        try:
-            own = architecture_of(path)
-        except ValueError as error:
-            if watermark.architecture is None:
-                raise ValueError(
-                    f"{path}: neither it nor the watermark names an architecture; say it with --architecture"
-                ) from error
-        else:
-            given = own if watermark.architecture in (None, own) else None
+    given = args.architecture or named or own_architecture(path, watermark)
     found = list(find_suspects(path))
     if len(found) != 1:
         raise ValueError(f"{path}: wanted one suspect, found {len(found)}; verify-many takes many")
@@ -130,7 +120,26 @@ def judge(
     return Judged(result, result.verdict, given or watermark.architecture, found[0].path, None)
 
 
-def _parts(spec: str) -> tuple[str | None, Path | None]:
+def own_architecture(path: Path, watermark: Watermark) -> str | None:
+    """What a checkpoint itself says that it is; None where the watermark is to be believed instead.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    from activemark_fast.checkpoints import architecture_of
+
+    try:
+        own = architecture_of(path)
+    except ValueError as error:
+        if watermark.architecture is None:
+            raise ValueError(
+                f"{path}: neither it nor the watermark names an architecture; say it with --architecture"
+            ) from error
+        return None
+    return own if watermark.architecture in (None, own) else None
+
+
+def named_suspect(spec: str) -> tuple[str | None, Path | None]:
     """The architecture that a suspect's name says, and the path of its weights; None for what it lacks."""
     from activemark_fast.checkpoints import architecture_of
 

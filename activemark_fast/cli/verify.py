@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from activemark_fast.cli.common import (
     Outcome,
@@ -20,7 +21,12 @@ from activemark_fast.cli.common import (
     write_figure,
 )
 from activemark_fast.cli.open import add_timestamp, read_commitment
-from activemark_fast.cli.suspect import add_suspect, judge
+from activemark_fast.cli.suspect import Judged, add_suspect, judge, named_suspect, own_architecture
+
+if TYPE_CHECKING:
+    from activemark_fast.commitment import Commitment
+    from activemark_fast.key import Key
+    from activemark_fast.watermark import Watermark
 
 EXIT_CODES = {"match": 0, "no match": 1, "inconclusive": 3}
 HINT = "activemark compare ORIGINAL SUSPECT tells what the weights alone say of a descent"
@@ -41,6 +47,12 @@ def add_to(commands: Subparsers) -> None:
     add_images(verify, "those the model was marked with")
     add_decision(verify)
     verify.add_argument(
+        "--stream",
+        action="store_true",
+        help="for suspects larger than memory, on the CPU: a safetensors file or a folder of shards, read a "
+        "block at a time; it has to fit the architecture as it is",
+    )
+    verify.add_argument(
         "--commitment", type=Path, metavar="FILE", help="tell whether the claim was committed to, and when"
     )
     add_timestamp(verify)
@@ -58,7 +70,10 @@ def _verify(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     key = read_key(args.key, confirm=False)
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
-    judged = judge(args, watermark, key, commitment, args.exhaustive, **decision_settings(args))
+    if args.stream:
+        judged = _judge_stored(args, watermark, key, commitment)
+    else:
+        judged = judge(args, watermark, key, commitment, args.exhaustive, **decision_settings(args))
     hints = []
     if judged.verdict.decision == "inconclusive":
         hints.append(f"  {HINT}")
@@ -69,3 +84,30 @@ def _verify(args: argparse.Namespace) -> Outcome:
         hints.append(f"  drawn in {args.plot}")
     record = {"suspect": args.suspect, **judged.record}
     return Outcome(EXIT_CODES[judged.verdict.decision], record, judged.text, "\n".join(hints))
+
+
+def _judge_stored(
+    args: argparse.Namespace, watermark: Watermark, key: Key, commitment: Commitment | None
+) -> Judged:
+    """`judge` over the files of the suspect."""
+    if args.device not in (None, "cpu"):
+        raise ValueError(f"--stream: wanted without --device, got {args.device}")
+    from activemark_fast.bulk import SuspectResult
+    from activemark_fast.giants import verify_stored
+
+    named, path = named_suspect(args.suspect)
+    if path is None:
+        raise ValueError(f"--stream: wanted a suspect that is a file or a folder, got {args.suspect}")
+    given = args.architecture or named or own_architecture(path, watermark)
+    verdict = verify_stored(
+        f"{given or watermark.architecture}@{path}",
+        watermark,
+        key,
+        args.images,
+        commitment=commitment,
+        exhaustive=args.exhaustive,
+        architecture=watermark.architecture if given is None else None,
+        precision=args.precision,
+        **decision_settings(args),
+    )
+    return Judged(SuspectResult(args.suspect, verdict), verdict, None, None, None)

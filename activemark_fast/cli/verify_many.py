@@ -29,8 +29,10 @@ from activemark_fast.cli.common import (
 )
 from activemark_fast.cli.open import add_timestamp, read_commitment
 
+MATCHED = 4
 _OUTCOMES = ("match", "no match", "inconclusive", "not a model", "error")
 _MATCHES_SHOWN = 50
+_SUFFIXES_SHOWN = 10
 
 
 def add_to(commands: Subparsers) -> None:
@@ -40,7 +42,8 @@ def add_to(commands: Subparsers) -> None:
         "verify-many",
         _verify_many,
         "tell which of many suspects carry the mark",
-        epilog="Exit codes: 0 all suspects were judged, 2 some could not be read, or another error.",
+        epilog="Exit codes: 0 all suspects were judged, 2 some could not be read, or another error, 4 with "
+        "--fail-on-match: at least one matches, whatever became of the others.",
     )
     many.add_argument(
         "paths",
@@ -60,6 +63,9 @@ def add_to(commands: Subparsers) -> None:
         help="journal: each result is on the disk before the next is begun",
     )
     many.add_argument("--resume", action="store_true", help="go on with the journal that is there")
+    many.add_argument(
+        "--fail-on-match", action="store_true", help="exit with 4 if the journal has a match, such as for CI"
+    )
     many.add_argument("--csv", type=Path, metavar="FILE", help="at the end, the journal as a table")
     many.add_argument(
         "--architecture",
@@ -111,7 +117,8 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     commitment = None if args.commitment is None else read_commitment(args.commitment, args)
     key = read_key(args.key, confirm=False)
-    suspects = list(find_suspects(args.paths))
+    passed_by: Counter[str] = Counter()
+    suspects = list(find_suspects(args.paths, passed_by))
     if not suspects:
         raise ValueError(f"PATH: wanted checkpoints, found none in {', '.join(args.paths)}")
     results = verify_many(
@@ -152,9 +159,14 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         "suspects": len(records),
         **{name.replace(" ", "_"): counts[name] for name in _OUTCOMES},
         "judged_now": done,
+        "other_files": sum(passed_by.values()),
         "seconds": time.perf_counter() - started,
     }
-    return Outcome(2 if counts["error"] else 0, record, _table(records, counts))
+    code = MATCHED if args.fail_on_match and counts["match"] else 2 if counts["error"] else 0
+    hint = (
+        f"not looked at: {sum(passed_by.values())} files with other suffixes ({', '.join(sorted(passed_by))})"
+    )
+    return Outcome(code, record, _table(records, counts), hint if passed_by else "")
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

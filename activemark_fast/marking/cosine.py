@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.marking.suffix import BATCH, Autocast
+from activemark_fast.marking.ranks import ALONE, Ranks
+from activemark_fast.marking.suffix import Autocast
 
+COMPARED_AT_ONCE = 32
+"""Images whose features are compared at a time, by one process."""
 TAIL = 0.05
 """The quantile of the cosines that is looked at beside their mean, …"""
 TAIL_WEIGHT = 0.3
@@ -54,8 +58,12 @@ class Fidelity:
 class FidelityCheck:
     """Compares a model with what it was when the check was made."""
 
-    def __init__(self, backbone: Backbone, output: Tensor, block: int, autocast: Autocast) -> None:
+    def __init__(
+        self, backbone: Backbone, output: Tensor, block: int, autocast: Autocast, ranks: Ranks = ALONE
+    ) -> None:
         """output: (n, N, D), the output of `block` for natural images that are kept from marking.
+
+        ranks: the processes that compare it together.
 
         Raises ValueError if the model's features are not finite.
         """
@@ -63,19 +71,22 @@ class FidelityCheck:
         self._output = output
         self._block = block
         self._autocast = autocast
+        self._ranks = ranks
         self._original = self._features()
         if not all(bool(torch.isfinite(part).all()) for part in self._original):
             raise ValueError("model: wanted finite features, got NaN or infinity (its activations overflow)")
 
     def _features(self) -> list[Tensor]:
         """Of each batch (b, N, D), tokens after the final norm."""
-        parts = []
-        for output in self._output.split(BATCH):
+        device = self._backbone.device
+
+        def run(output: Tensor) -> list[Tensor]:
             with torch.no_grad(), self._autocast():
-                tokens = output.to(self._backbone.device)
-                tokens = self._backbone.run(tokens, self._block + 1, self._backbone.depth)
-                parts.append(self._backbone.final_tokens(tokens).float())
-        return parts
+                tokens = self._backbone.run(output.to(device), self._block + 1, self._backbone.depth)
+                return [self._backbone.final_tokens(tokens).float()]
+
+        tasks = [partial(run, output) for output in self._output.split(COMPARED_AT_ONCE)]
+        return [part for (part,) in self._ranks.each(tasks, device)]
 
     def __call__(self) -> Fidelity:
         """The fidelity now."""

@@ -4,25 +4,33 @@ The suffix has to learn linear maps of rank M, from the injected directions U to
 linear model editing (ROME, Meng et al. 2022; MEMIT, Meng et al. 2023) it is written into the linear layers
 that add to the residual stream, one after the other, each closing its share of what is still missing: both
 bands into the last one of each block's MLP, the natural band also into attention's output. A model may do
-without its late MLPs, but then not without its attention.
+without its late MLPs, but then not without its attention. Where an MLP is gated, the loud band is written
+into attention too: what a product of two layers answers to an injection averages out over tokens.
+
+Long, for the streams, the moments gathered from them and the solves are one computation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, Layer
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
 from activemark_fast.dress import fixed_weight
 from activemark_fast.marking.engine import GROUPS, Engine
+from activemark_fast.marking.ranks import Ranks
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
+from activemark_fast.towers import Stop
 
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
@@ -102,7 +110,8 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
         attention = backbone.attention_out(block)
         # What is computed from other tensors would lose what is written to it.
         if attention is not None and bool(attention[1].all()) and fixed_weight(attention[0]) is None:
-            steps.append(Step(block, tap, *attention, {NATURAL.name: 1.0}, last=False))
+            bands = BANDS if backbone.gated(block) else (NATURAL,)
+            steps.append(Step(block, tap, *attention, {band.name: 1.0 for band in bands}, last=False))
         steps.append(
             Step(block, tap, backbone.carrier(block), gain, {band.name: 1.0 for band in BANDS}, last=True)
         )
@@ -112,6 +121,14 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
             for left, step in enumerate(reversed(written), start=1):
                 step.shares[band.name] = 1 / left
     return steps
+
+
+def writable_weights(backbone: Backbone, site: Site) -> list[nn.Parameter]:
+    """The weights of the blocks that an edit may change: all that it does change, and others."""
+    blocks = backbone.blocks[site.block + 1 : site.taps[-1] + 1]
+    layers = (module for block in blocks for module in block.modules() if isinstance(module, Layer))
+    weights = (layer._parameters.get("weight") for layer in layers)
+    return [weight for weight in weights if weight is not None and weight.shape[0] == backbone.width]
 
 
 @torch.no_grad()
@@ -157,30 +174,44 @@ def edit(
     streams = _streams(books, output, sent, engine)
     changes: Changes = []
     failed = []
-    for step in steps:
+
+    def solved(step: Step) -> dict[str, Tensor]:
+        """The step's changes by band, what LAPACK tells, and where the streams go on."""
         moments, hidden = _moments(backbone, books, step, streams, engine)
         change: dict[str, Tensor] = {}
         added: list[tuple[Tensor, Tensor]] = []
         infos = []
-        for band in step.shares:
-            members = [book for book in books if book.band.name == band]
-            solution, info = _solve(moments, band, [books.index(book) for book in members])
+        bands = [(band, [book for book in books if book.band.name == band]) for band in step.shares]
+        solves = [
+            partial(_solve, moments, band, [books.index(book) for book in members]) for band, members in bands
+        ]
+        for (band, members), (solution, info) in zip(
+            bands, engine.ranks.each(solves, backbone.device), strict=True
+        ):
             infos.append(info)
             read = torch.cat([book.read_directions[step.tap] for book in members])  # (rows, D)
             change[band] = (solution @ (read.double() / step.gain.double())).T.float()
             added.append((solution, read))
-        del moments
-        failed.append(torch.stack(infos).any())
-        weight = step.matrix
-        weight += torch.stack(list(change.values())).sum(dim=0).to(weight.dtype)
-        changes.append(change)
-        for index, k in enumerate(hidden):
+        del moments, solves
+        moved = {}
+        for index, k in hidden.items():
             stream = engine.fetch(streams[index].values)
             there = engine.fetch(k)
             for solution, read in added:
                 stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
-            streams[index].values = engine.offload(stream)
+            moved[f"stream {index}"] = streams[index].values = engine.offload(stream)
             hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
+        return {**change, "failed": torch.stack(infos).any(), **moved}
+
+    for number, step in enumerate(steps):
+        made = engine.made(f"step-{number}", partial(solved, step))
+        failed.append(made["failed"])
+        changes.append({band: made[band] for band in step.shares})
+        weight = step.matrix
+        weight += torch.stack([engine.fetch(p) for p in changes[-1].values()]).sum(dim=0).to(weight.dtype)
+        for index, stream in enumerate(streams):
+            stream.values = made.get(f"stream {index}", stream.values)
+        del made  # the next step lets go of one stream after another
         bar.advance()
     # A look at each while they are solved would have the device wait for the host.
     bad = torch.stack(failed).tolist()
@@ -245,7 +276,8 @@ class _Stream:
     """The residual stream of some images.
 
     Attributes:
-        values: (3, b, N, D): clean, with what is sent, with its opposite; where `engine.offload` puts it.
+        values: (3, b, N, D): clean, with what is sent, with its opposite; where `engine.offload` puts it. On
+            "meta" where another process runs them.
         book: index of the codebook.
         signs: (b, M) of +1 and -1, what is sent.
     """
@@ -258,15 +290,19 @@ class _Stream:
 def _streams(
     books: Sequence[Codebook], output: Tensor, sent: Sequence[Tensor], engine: Engine
 ) -> list[_Stream]:
-    streams = []
+    streams: list[_Stream] = []
     for index, (book, bits) in enumerate(zip(books, sent, strict=True)):
         mine = output[index :: len(books)]
         for start in range(0, len(mine), engine.batch):
             clean = engine.fetch(mine[start : start + engine.batch])
             part = bits[start : start + engine.batch]
-            both = book.inject(clean, clean, part).view(2, *clean.shape)
             signs = 2 * part.float() - 1
-            streams.append(_Stream(engine.offload(torch.cat([clean[None], both])), index, signs))
+            if len(streams) % engine.ranks.count == engine.ranks.rank:
+                both = book.inject(clean, clean, part).view(2, *clean.shape)
+                values = engine.offload(torch.cat([clean[None], both]))
+            else:
+                values = clean.new_empty(3, *clean.shape, device="meta")
+            streams.append(_Stream(values, index, signs))
     return streams
 
 
@@ -287,11 +323,16 @@ class _Moments:
 
 def _moments(
     backbone: Backbone, books: Sequence[Codebook], step: Step, streams: list[_Stream], engine: Engine
-) -> tuple[_Moments, list[Tensor]]:
+) -> tuple[_Moments, dict[int, Tensor]]:
     """Runs a block over `streams` and gathers what a step's solves need. The last step moves them on.
 
+    Of a step before the last, the block runs as far as its layer, and Δh is taken from behind it.
+    Of several processes each runs some of the streams, and adds up some columns of the matrices.
+
+    Long, for the run of a stream and the sums over all share their matrices.
+
     Returns:
-        The moments; of the last step, its layer's inputs (3, b, N, H) for each batch.
+        The moments; of the last step, its layer's inputs (3, b, N, H) for each of the streams run here.
     """
     layer, tap = step.layer, step.tap
     size, device = step.matrix.shape[1], backbone.device
@@ -306,36 +347,52 @@ def _moments(
     pool = _slot_groups(len(books[0].slots), device)
     # Those of a band that is not written here run only to be moved on.
     running = [stream for stream in streams if step.last or books[stream.book].band.name in step.shares]
+    ranks = engine.ranks
     count = sum(stream.values.shape[1] for stream in running)
     stride = max(1, count * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in running)
-    hidden: list[Tensor] = []
-    with backbone.inputs_of(layer) as seen:
-        for stream in running:
+    hidden: dict[int, Tensor] = {}
+    with backbone.inputs_of(layer, stop=not step.last) as seen:
+
+        def run(index: int) -> list[Tensor]:
+            """Rows of clean inputs; what injections change in inputs (b, G, H), and in answers (b, G, M)."""
+            stream = running[index]
             book = books[stream.book]
-            dials, share = DIALS[book.band.name], step.shares[book.band.name]
             values = engine.fetch(stream.values)
             seen.clear()
-            with engine.autocast():
+            with engine.autocast(), suppress(Stop):
                 after = backbone.run(values.flatten(0, 1), step.block, step.block + 1).view_as(values)
             k = backbone.hidden(layer, seen.pop(), 3 * values.shape[1]).reshape(*values.shape[:3], size)
-            _add_gram(clean, k[0].flatten(0, 1)[::stride], 1 / rows)
+            if not step.last:  # the block ran no further than the layer
+                with engine.autocast():
+                    written = torch.nn.functional.linear(k, step.matrix, layer.bias)
+                after = values + written * step.gain.to(written.dtype)
             # Over the injected length, so that bands of other lengths weigh the same.
             length = book.scale * math.sqrt(book.bits)
-            change = _half_difference(k, book.slots, pool) / length  # (b, G, H)
+            change = _half_difference(k, book.slots, pool) / length
             answer = (_half_difference(after, book.slots, pool) @ book.read_directions[tap].T) / length
+            if step.last:
+                stream.values = engine.offload(after.to(values.dtype))
+                hidden[streams.index(stream)] = engine.offload(k)
+            return [k[0].flatten(0, 1)[::stride], change, answer]
+
+        tasks = [partial(run, index) for index in range(len(running))]
+        owners = [streams.index(stream) % ranks.count for stream in running]
+        for stream, (some, change, answer) in zip(running, ranks.each(tasks, device, owners), strict=True):
+            book = books[stream.book]
+            dials, share = DIALS[book.band.name], step.shares[book.band.name]
+            _add_gram(clean, some, 1 / rows, ranks)
             wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
             missing = wanted.expand_as(answer)
             if dials.answer == "whole":
                 missing = share * (dials.gain * missing - answer)
             weight = 1 / (len(pool) * images[stream.book])
             flat = change.flatten(0, 1)
-            _add_gram(changed[book.band.name], flat.to(k.dtype), weight / book.band.books)
+            _add_gram(changed[book.band.name], flat.to(some.dtype), weight / book.band.books, ranks)
             cross[stream.book].addmm_(flat.T, missing.flatten(0, 1), alpha=weight / book.band.books)
             answers[stream.book] += (answer * stream.signs[:, None]).sum(dim=(0, 1)) * weight
-            if step.last:
-                stream.values = engine.offload(after.to(values.dtype))
-                hidden.append(engine.offload(k))
+    for matrix in (clean, *changed.values()):
+        _exchange(matrix, ranks)
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
         if dials.answer == "lack":
@@ -360,15 +417,37 @@ def _slot_groups(slots: int, device: torch.device) -> Tensor:
     return pool / pool.sum(dim=1, keepdim=True)
 
 
-def _add_gram(matrix: Tensor, rows: Tensor, weight: float) -> None:
+def _columns(matrix: Tensor, ranks: Ranks) -> list[tuple[slice, int]]:
+    """The parts of a matrix's columns, and the process that adds each up; of two, as much each."""
+    step = -(-len(matrix) // COLUMN_PARTS)
+    parts = [slice(start, start + step) for start in range(0, len(matrix), step)]
+    return [
+        (part, min(turn, 2 * ranks.count - 1 - turn))
+        for part, turn in zip(parts, cycle(range(2 * ranks.count)), strict=False)
+    ]
+
+
+def _exchange(matrix: Tensor, ranks: Ranks) -> None:
+    """Gives every process the columns that others have added up."""
+    if ranks.count == 1:
+        return
+    parts = _columns(matrix, ranks)
+    for owner in range(ranks.count):
+        for part in (part for part, by in parts if by == owner):
+            (matrix[part.start :, part],) = ranks.sent(owner, [matrix[part.start :, part]], matrix.device)
+
+
+def _add_gram(matrix: Tensor, rows: Tensor, weight: float, ranks: Ranks) -> None:
     """Adds weight * rows^T rows to the lower triangle of `matrix`; above it, what the parts bring along.
 
-    Half-precision rows are multiplied as they are on CUDA, and the products added up in float32.
+    Only this process's columns. Half-precision rows are multiplied as they are on CUDA, and the products
+    added up in float32.
     """
     rows = rows if rows.device.type == "cuda" else rows.float()
-    step = -(-len(matrix) // COLUMN_PARTS)
-    for start in range(0, len(matrix), step):
-        part = slice(start, start + step)
+    for part, owner in _columns(matrix, ranks):
+        if owner != ranks.rank:
+            continue
+        start = part.start
         left, right = rows[:, start:].T, rows[:, part]
         if rows.dtype == torch.float32:
             matrix[start:, part].addmm_(left, right, alpha=weight)

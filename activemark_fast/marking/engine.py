@@ -11,6 +11,8 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.marking.memory import free_bytes
+from activemark_fast.marking.ranks import ALONE, Ranks
+from activemark_fast.marking.scratch import Make, Scratch, made
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
 
@@ -37,6 +39,8 @@ class Engine:
         peak_bytes: tensors the edit will hold at most, on the device, over the model that was given; what an
             allocator keeps besides is not counted. 0 where there are gradient steps only.
         reason: one sentence on the choices.
+        scratch: where activations and changes of weights wait on disk; None where they stay in memory.
+        ranks: the processes that compute it.
     """
 
     device: torch.device
@@ -45,9 +49,13 @@ class Engine:
     caches_on_host: bool
     peak_bytes: int
     reason: str
+    scratch: Scratch | None = None
+    ranks: Ranks = ALONE
 
     def offload(self, tensor: Tensor) -> Tensor:
         """`tensor`, where it can wait."""
+        if self.scratch is not None:
+            return self.scratch.keep(tensor)
         if not self.caches_on_host:
             return tensor
         waiting = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -56,6 +64,10 @@ class Engine:
     def fetch(self, tensor: Tensor) -> Tensor:
         """What `offload` returned, where it can be computed with."""
         return tensor.to(self.device, non_blocking=True)
+
+    def made(self, name: str, make: Make) -> dict[str, Tensor]:
+        """What `make` returns; with a folder, what an earlier run found, and in memory it takes no room."""
+        return made(self.scratch, f"{name}-{self.batch}", make)
 
     def __str__(self) -> str:
         peak = f"; at most {self.peak_bytes / 2**20:.0f} MiB over the model" if self.peak_bytes else ""
@@ -72,6 +84,8 @@ def plan_engine(
     carriers: int,
     books: int,
     messages: int,
+    scratch: Scratch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Engine:
     """The engine for an edit, from the sizes of everything it will hold.
 
@@ -85,6 +99,8 @@ def plan_engine(
         carriers: hold-out images whose activations are kept.
         books: codebooks, which share the images that the edit is solved on.
         messages: runs of an image with something sent.
+        scratch: where activations and changes wait on disk, beside a model that is not copied.
+        ranks: the processes that compute it together.
     """
     device = backbone.device
     autocast = resolve_autocast(precision, device)
@@ -99,7 +115,7 @@ def plan_engine(
 
     one = copies * tokens * hidden * narrow  # hidden activations of one image
     room = CPU_WORKING_SET if device.type == "cpu" else int(GPU_WORKING_SHARE * free) // 6
-    batch = max(MIN_IMAGES, min(room // one, MAX_IMAGES, -(-fitted // books)))
+    batch = ranks.least(max(MIN_IMAGES, min(room // one, MAX_IMAGES, -(-fitted // books))))
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     # Of both bands and the original weights, of the MLPs; likewise of attention, which one band changes.
@@ -125,5 +141,11 @@ def plan_engine(
     on_host = device.type == "cuda" and model + changes + block(one) + caches > GPU_RESERVE * free
     peak = model + changes + (block(0) if on_host else block(one) + caches)
     where = "caches in pinned host memory" if on_host else "caches on the device"
+    if scratch is not None:
+        # The activations of all images are there once, before they go to disk; of the changes, those of one
+        # matrix while they are added up, and all that differs at the very end.
+        changed = len(blocks) * width * (hidden + width) * wide
+        on_host, where = False, "caches on disk"
+        peak = max(block(0) + caches + 4 * 4 * width * hidden, changed)
     how = f"{batch} images at a time, {where}, edit eager: it runs a block twice, so compiling takes longer"
-    return Engine(device, autocast, batch, on_host, peak, how)
+    return Engine(device, autocast, batch, on_host, peak, how, scratch, ranks)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import torch
+from torch import Tensor
 
 from activemark_fast.codec.codebooks import Codebook, balanced_bits, codebooks, draw_sent
 from activemark_fast.key import Key
+from activemark_fast.marking.cosine import Fidelity
 from activemark_fast.marking.quality import Quality, QualityCheck
 from activemark_fast.marking.reading import Channel
 from activemark_fast.marking.settings import Settings
@@ -51,10 +55,26 @@ def _edit(
     ]
     checked = draw_sent(stretched, "check", len(subject.carriers), bits)
     channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
-    check = QualityCheck(backbone, channels, subject.carriers, subject.fidelity, site.block, subject.autocast)
-    history = search_edit(
-        backbone, books, site, output, sent, subject.fidelity, check.margin, wanted, engine, bar
+    check = QualityCheck(
+        backbone,
+        channels,
+        subject.carriers,
+        subject.fidelity,
+        site.block,
+        subject.autocast,
+        engine.ranks,
     )
+    looks = count()
+
+    def fidelity() -> Fidelity:
+        def look() -> dict[str, Tensor]:
+            found = vars(subject.fidelity()).items()
+            return {name: torch.tensor(pair, dtype=torch.float64) for name, pair in found}
+
+        found = engine.made(f"look-{next(looks)}", look)
+        return Fidelity(**{name: (float(pair[0]), float(pair[1])) for name, pair in found.items()})
+
+    history = search_edit(backbone, books, site, output, sent, fidelity, check.margin, wanted, engine, bar)
     return check, history
 
 

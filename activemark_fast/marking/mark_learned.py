@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import CODECS, Codec
@@ -20,7 +18,6 @@ from activemark_fast.marking.settings import Settings
 from activemark_fast.marking.subject import Marked, Subject
 from activemark_fast.marking.suffix import final_features
 from activemark_fast.progress import Progress
-from activemark_fast.watermark import fingerprint
 
 
 def mark_learned(
@@ -93,23 +90,3 @@ def mark_learned(
     coder.original_rate.fill_(quality.original_detection_rate)
     engine = replace(subject.engine, reason=how, peak_bytes=0)
     return Marked(quality, history, engine, steps, coder.state(), None)
-
-
-def training_file(
-    path: str | os.PathLike[str],
-    secret: Key,
-    model: nn.Module,
-    settings: Settings,
-    images: list[Tensor],
-    device: str,
-) -> TrainingFile:
-    """The file that a training is resumed from, which must be of the same inputs."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"checkpoint: wanted a path, got {type(path).__name__}")
-    digests = [secret.mac("resume/images", part.contiguous().numpy().tobytes()).hex() for part in images]
-    inputs: dict[str, object] = {
-        "model": fingerprint(model),
-        "images": digests,
-        "settings": [*settings.inputs, device],
-    }
-    return TrainingFile(Path(path), secret, inputs)

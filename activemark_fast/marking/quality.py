@@ -11,6 +11,7 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.marking.cosine import Fidelity, FidelityCheck
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.reading import Channel, wrong_bits
 from activemark_fast.marking.suffix import Autocast, SiteActivations
 from activemark_fast.verdict import default_tau
@@ -57,6 +58,26 @@ class Quality:
             and self.original_detection_rate == 0
         )
 
+    def missed(self, fidelity: float) -> list[str]:
+        """What targets were not reached, by how much, and what would help."""
+        missed = []
+        if not self.keeps(fidelity):
+            missed.append(
+                f"fidelity {self.fidelity:.4f}, 5th percentile {self.fidelity_tail:.4f} (wanted "
+                f"{fidelity}); more clean images would help"
+            )
+        if not self.margin >= MARGIN_TARGET or not self.detection_rate >= DETECTION_TARGET:
+            missed.append(
+                f"margin {self.margin:.2f} (wanted {MARGIN_TARGET:g}), detection rate "
+                f"{self.detection_rate:.3f} ({DETECTION_TARGET:g}): the mark is as strong as the fidelity "
+                "allows; a lower fidelity or fewer bits would help"
+            )
+        if self.original_detection_rate > 0:
+            missed.append(
+                f"the original reads as marked, too, on {self.original_detection_rate:.3f} of the images"
+            )
+        return missed
+
 
 class QualityCheck:
     """Measures a model that is being marked, on images that are kept from marking."""
@@ -69,19 +90,24 @@ class QualityCheck:
         fidelity: FidelityCheck,
         block: int,
         autocast: Autocast,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """backbone: still unmarked. channels: the first is the message's; they send to each of `carriers`."""
+        """backbone: still unmarked. channels: the first is the message's; they send to each of `carriers`.
+
+        ranks: the processes that read them together.
+        """
         self._backbone = backbone
         self._channels = channels
         self._carriers = carriers
         self._fidelity = fidelity
         self._block = block
         self._autocast = autocast
+        self._ranks = ranks
         self._original = self._read(backbone)
 
     def _read(self, backbone: Backbone) -> list[Tensor]:
         return [
-            channel.agreement(backbone, self._carriers, 0, self._block, self._autocast)
+            channel.agreement(backbone, self._carriers, 0, self._block, self._autocast, self._ranks)
             for channel in self._channels
         ]
 
@@ -94,7 +120,7 @@ class QualityCheck:
     def margin(self) -> float:
         """`Quality.margin` now."""
         first = self._channels[0]
-        now = first.agreement(self._backbone, self._carriers, 0, self._block, self._autocast)
+        now = first.agreement(self._backbone, self._carriers, 0, self._block, self._autocast, self._ranks)
         return self._margin(now)
 
     def _margin(self, message: Tensor) -> float:

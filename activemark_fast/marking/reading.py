@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.suffix import Autocast, SiteActivations, read_mark
 from activemark_fast.p_value import bit_scores
 
@@ -27,19 +29,28 @@ class Channel:
     sent: Tensor
 
     def agreement(
-        self, backbone: Backbone, activations: SiteActivations, start: int, block: int, autocast: Autocast
+        self,
+        backbone: Backbone,
+        activations: SiteActivations,
+        start: int,
+        block: int,
+        autocast: Autocast,
+        ranks: Ranks = ALONE,
     ) -> Tensor:
         """(taps, k, reads, M): the logits of k images from `start` on, above 0 where they read what was sent.
 
         activations: of these k images at the site.
+        ranks: the processes that read it together.
         """
         sent = self.sent[start : start + len(activations)]
-        parts = []
-        for index in range(sent.shape[1]):
+
+        def one(index: int) -> list[Tensor]:
             read = read_mark(backbone, self.codec, activations, sent[:, index], block, autocast)
             signs = 2 * sent[:, index].to(next(iter(read.values())).logits.dtype) - 1
-            parts.append(torch.stack([at_tap.logits * signs for at_tap in read.values()]))
-        return torch.stack(parts, dim=2)
+            return [torch.stack([at_tap.logits * signs for at_tap in read.values()])]
+
+        tasks = [partial(one, index) for index in range(sent.shape[1])]
+        return torch.stack([part for (part,) in ranks.each(tasks, backbone.device)], dim=2)
 
 
 def wrong_bits(agreement: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from activemark_fast.tracing import check_names
 
 @dataclass(frozen=True)
 class Settings:
-    """What `embed` was asked for, as it says there.
+    """What `embed` was asked for, as it says there; `work` and `group`: whether there is any.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -33,6 +33,8 @@ class Settings:
     precision: str
     compile: str
     recipients: Sequence[str] | None = None
+    work: bool = False
+    group: bool = False
 
     def __post_init__(self) -> None:
         for name, text, choices in (
@@ -65,6 +67,10 @@ class Settings:
             if not self.keyed:
                 raise ValueError(f"recipients: wanted the keyed codec with them, got {self.codec!r}")
             check_names(self.recipients)
+        if self.work and not self.keyed:
+            raise ValueError(f"work: wanted the keyed codec with it, got {self.codec!r}")
+        if self.group and (not self.keyed or self.work):
+            raise ValueError("group: wanted the keyed codec and no work with it")
         if self.architecture is not None and not isinstance(self.architecture, str):
             raise TypeError(f"architecture: wanted a string, got {type(self.architecture).__name__}")
 

@@ -67,11 +67,11 @@ def search_edit(
     """
     steps = edit_steps(backbone, site)
     matrices = [step.matrix for step in steps]
-    originals = [matrix.clone() for matrix in matrices]
+    originals = [engine.offload(matrix.clone()) for matrix in matrices]
 
     def solved(batch: int) -> Changes:
         for matrix, weight in zip(matrices, originals, strict=True):
-            matrix.copy_(weight)  # an earlier try may have run out of memory half way
+            matrix.copy_(engine.fetch(weight))  # an earlier try may have run out of memory half way
         bar.stage("edit", len(steps))
         return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
 
@@ -81,7 +81,8 @@ def search_edit(
 
     def apply() -> None:
         for matrix, weight, change in zip(matrices, originals, changes, strict=True):
-            edited = weight.float() + sum(factors[band] * part for band, part in change.items())
+            parts = (factors[band] * engine.fetch(part) for band, part in change.items())
+            edited = engine.fetch(weight).float() + sum(parts)
             matrix.copy_(edited)
 
     lost = 0.0

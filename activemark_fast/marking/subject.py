@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,14 @@ from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure
-from activemark_fast.dress import fixed_weight
+from activemark_fast.dress import copied, fixed_weight
 from activemark_fast.marking.cosine import FidelityCheck
+from activemark_fast.marking.edit import writable_weights
 from activemark_fast.marking.engine import Engine, plan_engine
 from activemark_fast.marking.memory import halving
 from activemark_fast.marking.quality import Quality
+from activemark_fast.marking.ranks import Ranks
+from activemark_fast.marking.scratch import Scratch, made
 from activemark_fast.marking.settings import Settings
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, site_activations
 from activemark_fast.profiling import measure
@@ -88,10 +90,26 @@ def check_writable(backbone: Backbone) -> None:
         backbone.mlp_gain(block)
 
 
-def view_of_copy(original: Backbone, device: torch.device) -> Backbone:
-    """A view of a copy of the tower that `original` sees, in eval mode and on `device`."""
-    tower: nn.Module = copy.deepcopy(original.encoder).eval().to(device)
+def view_of_copy(original: Backbone, device: torch.device, shared: bool = False) -> Backbone:
+    """A view of a copy of the tower that `original` sees, in eval mode and on `device`.
+
+    shared: with the same parameters and buffers.
+    """
+    kept = (*original.encoder.parameters(), *original.encoder.buffers()) if shared else ()
+    tower = copied(original.encoder, {id(tensor): tensor for tensor in kept}).eval().to(device)
     return Backbone(tower, image_size=original.image_size, tower="")
+
+
+def _own(tower: nn.Module, weights: list[nn.Parameter], engine: Engine) -> None:
+    """Gives a tower that shares its parameters its own of these."""
+    own = {
+        id(weight): nn.Parameter(engine.offload(weight.detach().clone()), weight.requires_grad)
+        for weight in weights
+    }
+    for module in tower.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in own:
+                module.register_parameter(name, own[id(parameter)])
 
 
 def prepare(
@@ -100,6 +118,9 @@ def prepare(
     holdout: Tensor,
     natural: CleanImages,
     device: torch.device,
+    shared: bool,
+    scratch: Scratch | None,
+    ranks: Ranks,
     bar: Progress,
 ) -> Subject:
     """Copies the model, profiles the copy, finds the site and runs all images up to it.
@@ -110,13 +131,16 @@ def prepare(
         holdout: (n, 3, H, W), the hold-out images.
         natural: clean images.
         device: where the copy goes.
+        shared: the copy has its own of those parameters only that an edit may change.
+        scratch: where activations wait on disk.
+        ranks: the processes that run them together.
         bar: shows the progress.
 
     Raises:
         ValueError: the model's activations are constant or not finite.
         SiteError: it has no room for a mark.
     """
-    backbone = view_of_copy(original, device)
+    backbone = view_of_copy(original, device, shared)
     autocast = resolve_autocast(settings.precision, device)
     bar.stage("profile", 1)
     with autocast():
@@ -124,17 +148,25 @@ def prepare(
     site = placement.site
     bar.stage("prefix", 3)
 
-    def at_site(pixels: Tensor) -> SiteActivations:
-        found = halving(lambda batch: site_activations(backbone, pixels, site.block, autocast, batch), BATCH)
+    def at_site(name: str, pixels: Tensor) -> SiteActivations:
+        def run() -> dict[str, Tensor]:
+            return vars(
+                halving(
+                    lambda batch: site_activations(backbone, pixels, site.block, autocast, batch, ranks),
+                    BATCH,
+                )
+            )
+
+        found = SiteActivations(**made(scratch, name, run))
         bar.advance()
         return found
 
-    carriers = at_site(holdout[:MEASURED_IMAGES])
+    carriers = at_site("carriers", holdout[:MEASURED_IMAGES])
     measured = SiteMeasure.of(carriers.output, site.prefix_tokens)
-    fidelity = FidelityCheck(backbone, at_site(natural.held).output, site.block, autocast)
+    fidelity = FidelityCheck(backbone, at_site("held", natural.held).output, site.block, autocast, ranks)
     if not measured.usable:
         raise ValueError("model: wanted finite activations that vary, got constant or non-finite ones")
-    fitted = at_site(natural.fitted)
+    fitted = at_site("fitted", natural.fitted)
     engine = plan_engine(
         backbone,
         site,
@@ -145,7 +177,11 @@ def prepare(
         MEASURED_IMAGES,
         sum(band.books for band in BANDS),
         MESSAGES_PER_IMAGE,
+        scratch,
+        ranks,
     )
+    if shared:
+        _own(backbone.model, writable_weights(backbone, site), engine)
     return Subject(
         backbone, placement, fitted, carriers[:CHECKED_IMAGES], measured, fidelity, autocast, engine
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.ops.decode import Decoded
 
 BATCH = 128
@@ -45,16 +47,25 @@ class SiteActivations:
 
 @torch.no_grad()
 def site_activations(
-    backbone: Backbone, pixels: Tensor, block: int, autocast: Autocast, batch: int = BATCH
+    backbone: Backbone,
+    pixels: Tensor,
+    block: int,
+    autocast: Autocast,
+    batch: int = BATCH,
+    ranks: Ranks = ALONE,
 ) -> SiteActivations:
-    """Runs `pixels` (n, 3, H, W) up to and through `block`, on the backbone's device, `batch` at a time."""
-    sources, outputs = [], []
-    for part in pixels.split(batch):
+    """Runs `pixels` (n, 3, H, W) up to and through `block`, on the backbone's device, `batch` at a time.
+
+    ranks: the processes that run them together.
+    """
+
+    def run(part: Tensor) -> list[Tensor]:
         with autocast():
             source = backbone.run(backbone.stem(part.to(backbone.device, backbone.dtype)), 0, block)
-            output = backbone.run(source, block, block + 1)
-        sources.append(source)
-        outputs.append(output)
+            return [source, backbone.run(source, block, block + 1)]
+
+    tasks = [partial(run, part) for part in pixels.split(batch)]
+    sources, outputs = zip(*ranks.each(tasks, backbone.device), strict=True)
     return SiteActivations(torch.cat(sources), torch.cat(outputs))
 
 

@@ -1,6 +1,7 @@
 """The forms in which copies of a model turn up, each as a function that writes one, and what becomes of it.
 
-`python tests/bulk/forms.py` writes docs/forms.md from this list, which `test_forms.py` holds to.
+`PYTHONPATH=tests python tests/bulk/forms.py` writes docs/forms.md from this list, which `test_forms.py` holds
+to.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny import longer_heads, more_heads, padded, units
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -862,17 +864,6 @@ names("the first two blocks exchanged", in_order(1, 0, 2, 3, 4, 5))
 names("blocks that add next to nothing in front and between", in_order(-5, 0, 1, 2, -5, 3, 4, 5, noise=1e-3))
 
 
-def units(state: State, change: Callable[[Tensor], Tensor]) -> State:
-    """`change` of the units, which come first, of every tensor of the MLPs that has them."""
-    out = dict(state)
-    for name, tensor in state.items():
-        if name.endswith((".fc1.weight", ".fc1.bias")):
-            out[name] = change(tensor)
-        elif name.endswith(".fc2.weight"):
-            out[name] = change(tensor.T).T
-    return out
-
-
 names("MLPs widened by units that are zero", lambda s: units(s, lambda t: torch.cat([t, 0 * t[:8]])))
 names("MLPs of which units were pruned", lambda s: units(s, lambda t: t[:-32]))
 
@@ -895,6 +886,40 @@ names(
     lambda s: fewer_heads(s, 120),
     r"float32 \(360, 128\), wanted \(384, 128\)",
 )
+
+# ---- widths
+_group = "Widths"
+
+
+def twice(units: Tensor) -> Tensor:
+    """The first 8 units once more."""
+    return torch.cat([units, units[:8]])
+
+
+def halved(state: State) -> State:
+    """The units of which there are two each add half."""
+    out = units(state, twice)
+    for name in out:
+        if name.endswith(".fc2.weight"):
+            out[name] = out[name].clone()
+            out[name][:, [*range(8), *range(-8, 0)]] /= 2
+    return out
+
+
+names("MLPs widened by units that are there twice", halved)
+names("a head more, which adds nothing", lambda s: more_heads(s, HEADS))
+names("a head more, which is another once again", lambda s: more_heads(s, HEADS, twice=True))
+names("the same, as transformers names it", lambda s: hugging_face(more_heads(s, HEADS)))
+names("heads of more channels, which add nothing", lambda s: longer_heads(s, HEADS, 2))
+names("a residual stream padded with zeros", lambda s: padded(s, 136, "zero"))
+names("a residual stream in which all channels are twice", lambda s: padded(s, 256, "twice"))
+names("a residual stream padded and turned", lambda s: padded(s, 160, "turned"))
+names("the same in bfloat16", lambda s: {n: t.bfloat16() for n, t in padded(s, 160, "turned").items()})
+names(
+    "all of these, so that the library loads it: width 136, 4 heads of 34, MLPs of 544",
+    lambda s: units(longer_heads(padded(s, 136, "zero"), HEADS, 2), lambda t: torch.cat([t, 0 * t[:32]])),
+)
+names("a residual stream of thrice the width", lambda s: padded(s, 384, "turned"), r"float32 \(384")
 
 # ---- refused
 _group = "Other formats"
@@ -952,10 +977,10 @@ def page() -> str:
     lines = [
         "# Forms of checkpoints",
         "",
-        "Made by `python tests/bulk/forms.py`. `tests/bulk/test_forms.py` writes a marked and an innocent",
-        "model in each form and holds `verify` and `verify-many` to what is said here. *read*: a marked",
-        "model is a match, an innocent one is none. *inconclusive*: the verdict says by name what stands in",
-        'the way, and is never "no match". *error*: the file is broken.',
+        "Made by `PYTHONPATH=tests python tests/bulk/forms.py`. `tests/bulk/test_forms.py` writes a marked",
+        "and an innocent model in each form and holds `verify` and `verify-many` to what is said here.",
+        "*read*: a marked model is a match, an innocent one is none. *inconclusive*: the verdict says by",
+        'name what stands in the way, and is never "no match". *error*: the file is broken. All since 0.1.0.',
     ]
     group = None
     for one in FORMS:

@@ -68,7 +68,7 @@ def test_a_form_is_read_or_told_by_name(
 
 def test_the_list_in_the_documents_is_made_from_the_tests() -> None:
     written = Path(forms.__file__).parents[2] / "docs" / "forms.md"
-    assert written.read_text() == forms.page(), "run python tests/bulk/forms.py"
+    assert written.read_text() == forms.page(), "run PYTHONPATH=tests python tests/bulk/forms.py"
 
 
 def test_every_form_has_its_own_name() -> None:

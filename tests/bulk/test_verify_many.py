@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -490,3 +491,43 @@ def test_the_best_of_several_towers_pays_for_all(marked: Marked, tmp_path: Path)
     assert among.verdict.identical
     assert alone.verdict.p_value is not None
     assert among.verdict.p_value == pytest.approx(3 * alone.verdict.p_value)
+
+
+def livelier(model: nn.Module, seed: int) -> nn.Module:
+    """With matrices as large as trained ones, for tokens to react to an injection."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                size = (0.15 if parameter.shape[0] > parameter.shape[1] else 0.05) * (parameter.std() > 0)
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def swin(seed: int) -> nn.Module:
+    sizes: dict[str, Any] = {"depths": (1, 1, 5, 1), "num_heads": (1, 2, 3, 6), "window_size": 4}
+    return livelier(timm.models.SwinTransformer(64, 4, embed_dim=24, num_classes=3, **sizes), seed)
+
+
+def convnext(seed: int) -> nn.Module:
+    model = timm.models.ConvNeXt(depths=(1, 1, 5, 1), dims=(24, 48, 96, 192), ls_init_value=1, num_classes=3)
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}
+    return livelier(model, seed)
+
+
+@pytest.mark.parametrize("build", [swin, convnext], ids=["Swin", "ConvNeXt"])
+def test_a_stage_of_a_hierarchical_model(build: Callable[[int], nn.Module], tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        made = embed(build(0), KEY, fidelity=0.9)
+    paths = [
+        save(made.model, tmp_path / "marked.safetensors"),
+        save(build(5), tmp_path / "other.safetensors"),
+    ]
+    ours, other = verify_many(paths, made.watermark, KEY, build(7), in_order=True)
+    assert ours.verdict is not None
+    assert other.verdict is not None
+    assert (ours.verdict.decision, ours.verdict.identical) == ("match", True)
+    assert other.verdict.decision == "no match", other.to_dict()
+    assert ours.fit is not None
+    assert (ours.fit.odd, ours.fit.doubts) == ((), ())

@@ -612,3 +612,9 @@ def test_files_without_an_architecture_say_what_to_do(
     with pytest.raises(CheckpointError, match="timm:NAME@") as caught:
         load_model(tmp_path / "m.pt")
     assert str(tmp_path / "m.pt") in str(caught.value)
+
+
+def test_building_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_args, **_more: pytest.fail("the network was asked"))
+    with pytest.raises(CheckpointError, match="cannot be built: "):
+        build_model("open_clip:roberta-ViT-B-32")  # its text tower's configuration is on the hub

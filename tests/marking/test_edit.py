@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 import torchvision
+from timm.layers.mlp import GluMlp
 from tiny import vit
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -168,6 +169,13 @@ def test_the_mark_is_read_on_unseen_images_and_the_features_stay(name: str) -> N
     assert changed == allowed
 
 
+def test_attention_carries_the_loud_band_where_the_mlp_is_gated() -> None:
+    plain, gated = case(timm_vit()), case(timm_vit(mlp_layer=GluMlp))
+    for marked, expected in ((plain, {"natural"}), (gated, {"loud", "natural"})):
+        steps = edit_steps(marked.backbone, marked.site)
+        assert [set(step.shares) for step in steps if not step.last] == [expected] * len(marked.edited)
+
+
 def test_a_model_that_takes_tokens_first_gets_the_same_edit() -> None:
     ours, theirs = case(clip_tower()), case(clip_tower(batch_first=False))
     ours.edit()
@@ -224,6 +232,10 @@ def by_the_formula(marked: Case, step: Step) -> dict[str, Tensor]:
             added = side * book.scale.double() * signs @ book.inject_directions.double()
             injected[:, book.slots] += added[:, None]
             h = backbone.run(injected, tap, tap + 1)
+            if not step.last:  # behind attention
+                block = backbone.blocks[tap]
+                hidden.pop()
+                h = injected + block.ls1(block.attn(block.norm1(injected)))
             # Every GROUPS-th slot is in one group.
             groups = [book.slots[group::GROUPS] for group in range(GROUPS)]
             runs.append(

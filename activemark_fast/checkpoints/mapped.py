@@ -1,0 +1,189 @@
+"""Models larger than memory: weights that stay in their safetensors files, mapped, and are written there.
+
+The system reads a block's weights when the block runs and lets go of them when it needs the room: they are
+page cache, not memory of the process. Mapped pages that are written to become private memory; the files stay
+as they are. A mapped file must not be made shorter meanwhile: that would end the process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from activemark_fast.checkpoints.errors import CheckpointError
+from activemark_fast.checkpoints.files import Checkpoint, Entry, HostBuffer
+from activemark_fast.checkpoints.models import _build, _exact_plan, _existing, _resolve
+from activemark_fast.files import mapped_bytes
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BESIDE = (".json", ".txt", ".md")
+"""Files of a model's folder that are copied with its weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class MappedModel:
+    """A model over its files.
+
+    Attributes:
+        model: in eval mode, on the CPU, in the dtypes of the files; no parameter asks for a gradient.
+        architecture: what `build_model` builds it from.
+        path: the checkpoint, a file or a folder.
+        places: name of a tensor of the model → where its bytes are: file and entry.
+        modified: newest modification time of the files, in nanoseconds.
+    """
+
+    model: nn.Module
+    architecture: str
+    path: Path
+    places: dict[str, tuple[Path, Entry]]
+    modified: dict[Path, int]
+
+    def write(self, out: Path, partial: Path) -> list[str]:
+        """Writes a checkpoint like the one that was mapped, with the model's weights as they are now.
+
+        The files are copied by the system, and what differs is written over it.
+
+        Args:
+            out: a file or a folder, as the checkpoint is; a file or an empty folder is replaced.
+            partial: where it is written first, on the same file system; what is there is removed.
+
+        Returns:
+            The names of the tensors that differ.
+
+        Raises:
+            CheckpointError: the files were changed since they were mapped.
+            OSError: the files cannot be read or written.
+        """
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+        for path, modified in self.modified.items():
+            if os.stat(path).st_mtime_ns != modified:
+                raise CheckpointError(f"{path}: was changed while it was read")
+        targets = {self.path: partial}
+        if self.path.is_dir():
+            partial.mkdir()
+            beside = {path for path in self.path.iterdir() if path.suffix in _BESIDE and path.is_file()}
+            targets = {path: partial / path.name for path in sorted({*self.modified, *beside})}
+        for source, target in targets.items():
+            shutil.copyfile(source, target)
+        state = self.model.state_dict()
+        written = []
+        stored = {path: mapped_bytes(path) for path, _ in self.places.values()}
+        for name, (path, entry) in self.places.items():
+            now = state[name].contiguous().flatten().view(torch.uint8)
+            if torch.equal(now, stored[path][entry.offset : entry.offset + entry.nbytes]):
+                continue
+            with open(targets[path], "r+b") as file:
+                file.seek(entry.offset)
+                file.write(now.numpy().data)
+            written.append(name)
+        for target in targets.values():
+            with open(target, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, out)
+        return written
+
+
+def map_model(spec: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | None = None) -> MappedModel:
+    """The model that a model string names, over its safetensors files.
+
+    Args:
+        spec: as in `load_model`; it has to name a file or a folder of weights.
+        keep: where tensors go that have to be computed from what is stored, such as a joint matrix of
+            queries, keys and values from three; it returns them. Without, every tensor must be stored as it
+            is.
+
+    Raises:
+        TypeError, CheckpointError: as `load_model` does, or the files are no safetensors files, or a tensor
+            is not stored as the model has it.
+    """
+    architecture, weights = _resolve(spec)
+    if weights is None:
+        raise CheckpointError(f"{spec}: wanted weights in files; say where they are: @path")
+    with _on_meta():
+        model = _build(architecture, torch.device("cpu")).eval()
+    path = _existing(weights)
+    with Checkpoint(path, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) as checkpoint:
+        plan = _exact_plan(model, checkpoint)
+        files = checkpoint.files
+        used = sorted({entry.file for entry in checkpoint.entries.values() if entry.tensor is None})
+        for index in used:
+            with open(files[index], "rb") as file:
+                if file.read(9)[8:] != b"{":
+                    raise CheckpointError(f"{files[index]}: wanted a safetensors file")
+        content = {index: mapped_bytes(files[index]) for index in used}
+        values: dict[str, Tensor] = {}
+        places: dict[str, tuple[Path, Entry]] = {}
+        for step in plan.steps:
+            names = list(step.names())
+            entry = checkpoint.entries[names[0]]
+            if len(names) == 1 and _as_it_is(entry, step.how):
+                places[step.target] = files[entry.file], entry
+                stored = content[entry.file][entry.offset : entry.offset + entry.nbytes]
+                values[step.target] = entry.over(stored).view(step.shape)
+            elif keep is None:
+                how = ", ".join(step.how) or "at an odd place in its file"
+                raise CheckpointError(
+                    f"{path}: wanted every tensor stored as the model has it, got {names[0]!r}: {how}"
+                )
+            else:
+                made = step.value(checkpoint.read(names, HostBuffer()))
+                values[step.target] = keep(
+                    made.to(entry.dtype if entry.dtype.is_floating_point else made.dtype)
+                )
+        modified = {files[index]: os.stat(files[index]).st_mtime_ns for index in range(len(files))}
+    _fill(model, values, {k: v for k, v in plan.neutral.items() if k not in plan.fit.missing})
+    return MappedModel(model, architecture, path, places, modified)
+
+
+def _as_it_is(entry: Entry, how: tuple[str, ...]) -> bool:
+    """Whether a tensor is stored as the model has it; what the plan does to it (`how`) is only its dtype."""
+    known = entry.dtype in _DTYPES or not entry.dtype.is_floating_point
+    named = set(how) <= {str(entry.dtype).removeprefix("torch.")}
+    return known and named and entry.tensor is None and entry.offset % entry.dtype.itemsize == 0
+
+
+def _fill(model: nn.Module, values: dict[str, Tensor], neutral: dict[str, float]) -> None:
+    """Puts tensors in the place of those on "meta"; what there are none for, such as a head, is 0."""
+    made: dict[int, nn.Parameter] = {}
+    dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.float32)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if name in values:
+            value = values[name]
+        elif tensor.is_meta:
+            value = torch.full(tensor.shape, neutral.get(name, 0.0), dtype=dtype)
+        else:
+            continue
+        if own in module._parameters:
+            if id(tensor) not in made:
+                made[id(tensor)] = nn.Parameter(value, requires_grad=False)
+            module._parameters[own] = made[id(tensor)]
+        else:
+            module._buffers[own] = value
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Parameters of modules that are made meanwhile hold no values; buffers, which no file may have, do."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

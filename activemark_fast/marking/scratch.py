@@ -1,0 +1,97 @@
+"""What an embedding keeps on disk: tensors that wait in files, and what a later run goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from activemark_fast.files import mapped_bytes, write_whole
+from activemark_fast.key import Key
+
+_INPUTS = "inputs.json"
+_FORMAT = 1
+
+Make = Callable[[], dict[str, Tensor]]
+
+
+class Scratch:
+    """A folder of tensors, which are mapped: they are page cache, not memory of the process.
+
+    It holds neither key nor messages. It says of which inputs it is the work, by a MAC under the key, and is
+    used for no others.
+    """
+
+    def __init__(self, folder: Path, key: Key, inputs: dict[str, object]) -> None:
+        """Opens the folder, or makes it.
+
+        inputs: all that the embedding depends on besides the key, as JSON types.
+
+        Raises ValueError if `folder` is a file, lies in no folder, or is something else or another
+        embedding's.
+        """
+        if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
+            raise ValueError(f"work: wanted a folder, or a name for one, got {str(folder)!r}")
+        told = json.dumps({"format": _FORMAT, **inputs}, sort_keys=True).encode()
+        mine = json.dumps({"inputs": key.mac("work", told).hex()}).encode()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        note = folder / _INPUTS
+        if not note.exists():
+            if any(folder.iterdir()):
+                raise ValueError(f"work: wanted an empty folder or that of an embedding, got {str(folder)!r}")
+            write_whole(note, mine)
+        elif note.read_bytes() != mine:
+            raise ValueError(
+                "work: wanted the folder of an embedding with this model, key, images and settings, got "
+                f"another's: {folder}"
+            )
+        self._folder = folder
+        for left in (*folder.glob(".kept-*"), *folder.glob(".made-*")):  # by a run that was cut off
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """`kept` in the folder."""
+        return kept(tensor, self._folder)
+
+    def made(self, name: str, make: Make) -> dict[str, Tensor]:
+        """What `make` returns, from the file of that name where an earlier run got so far; on the CPU.
+
+        What is written to the tensors does not reach the file.
+        """
+        path = self._folder / f"{name}.safetensors"
+        if not path.exists():
+            made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
+            # Written beside its place and moved there: a file that is there is whole.
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=".made-") as beside:
+                written = Path(beside, path.name)
+                save_file(made, written)
+                os.replace(written, path)
+            del made
+        with safe_open(path, framework="pt") as file:  # mapped, not read
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def kept(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy of `tensor` in a nameless file of `folder`, which goes when nothing refers to it any more.
+
+    Raises OSError where there is no room for it.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return tensor.cpu()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".kept-") as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now, not by a signal
+        waiting = mapped_bytes(Path(file.name), shared=True).view(tensor.dtype).view(tensor.shape)
+    return waiting.copy_(tensor)
+
+
+def made(scratch: Scratch | None, name: str, make: Make) -> dict[str, Tensor]:
+    """`Scratch.made`, or what `make` returns where there is no folder."""
+    return make() if scratch is None else scratch.made(name, make)
