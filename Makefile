@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 .DEFAULT_GOAL := help
 # Installing builds the extension too and touches both stamps, so $(INSTALLED) must be looked at first.
 .NOTPARALLEL:
-.PHONY: help demo test lint sanitize bench gpu clean
+.PHONY: help demo test lint docs sanitize bench gpu clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ lint: $(INSTALLED)  ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror csrc/* $(shell find tests/ops/cuda_on_cpu -type f)
 	$(BIN)/mypy activemark_fast
+
+docs: $(INSTALLED) $(BUILT)  ## Build the site in build/site, and check its links.
+	$(PIP) install --constraint constraints.txt sphinx myst-parser furo
+	$(BIN)/python docs/build.py
 
 # The package is imported from build/sanitize before conftest.py puts the sources first on the path. The sanitizer
 # ends the process where memory is lacking.

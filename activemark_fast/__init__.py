@@ -4,12 +4,12 @@ from activemark_fast.bulk import SuspectResult, verify_many
 from activemark_fast.checkpoints import load_model, save_model
 from activemark_fast.commitment import Commitment
 from activemark_fast.descent import Descent, compare
-from activemark_fast.embed import Embedding, embed
+from activemark_fast.embedding import Embedding, embed
 from activemark_fast.key import Key
-from activemark_fast.profile import Profile, profile
+from activemark_fast.profiling import Profile, profile
 from activemark_fast.tracing import Register
 from activemark_fast.verdict import Verdict
-from activemark_fast.verify import verify
+from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark
 
 __version__ = "0.1.0"

@@ -28,10 +28,11 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import Autocast, site_activations
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess, synthetic_images
+from activemark_fast.synthetic import synthetic_images
 
-FEWEST_IMAGES = 16
+MIN_IMAGES = 16
 ROWS_PER_CHANNEL = 4
 """Tokens sampled for each channel of the stream: half fit the map, half tell how good it is."""
 EXPLAINED_WELL = 0.5
@@ -102,7 +103,7 @@ def sample_images(key: Key, site: Site, preprocess: Preprocess) -> Tensor:
 
 
 def _image_count(site: Site) -> int:
-    return max(FEWEST_IMAGES, math.ceil(ROWS_PER_CHANNEL * site.width / len(site.patch_tokens)))
+    return max(MIN_IMAGES, math.ceil(ROWS_PER_CHANNEL * site.width / len(site.patch_tokens)))
 
 
 def best_explained(original: Tensor, suspect: Tensor) -> float:

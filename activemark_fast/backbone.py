@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from activemark_fast.dress import hindrance, unwrapped
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.towers import (
     FEWEST_BLOCKS,
     LOOKED_FOR,
@@ -33,7 +34,6 @@ from activemark_fast.towers import (
     shape_of,
     whole,
 )
-from activemark_fast.triggers import Preprocess
 
 __all__ = ["Backbone", "Layer", "NotAViTError", "evaluating", "non_finite_tensor"]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cryptography import x509
 
 COMMITMENT_VERSION = 1
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 _FORMAT = "activemark commitment"
 _CONTEXT = b"activemark_fast/v1/commitment/"
 _HASHES = {  # by their ASN.1 object identifiers
@@ -342,9 +342,9 @@ def _recipients_claim(root: bytes) -> bytes:
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     with open(path, "rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise CommitmentError(f"{path}: wanted at most {MOST_BYTES} bytes, got more")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise CommitmentError(f"{path}: wanted at most {MAX_BYTES} bytes, got more")
     return data
 
 

@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from activemark_fast.key import Key
-from activemark_fast.triggers import IMAGE_SUFFIXES, Preprocess, synthetic_images
+from activemark_fast.normalisation import Preprocess
+from activemark_fast.synthetic import synthetic_images
+from activemark_fast.triggers import IMAGE_SUFFIXES
 
 TEST_EVERY = 5
 """In a folder without splits every fifth image of a class is a test image."""

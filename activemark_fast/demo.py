@@ -14,17 +14,18 @@ from activemark_fast.attacks import finetune, prune
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoints import architecture_of, load_model, save_model
 from activemark_fast.datasets import Labelled
-from activemark_fast.embed import PROFILED_IMAGES, embed
+from activemark_fast.embedding import embed
 from activemark_fast.key import Key
-from activemark_fast.marking.suffix import feature_cosine
-from activemark_fast.profile import profile
+from activemark_fast.marking.cosine import feature_cosine
+from activemark_fast.marking.subject import PROFILED_IMAGES
+from activemark_fast.profiling import profile
 from activemark_fast.progress import Progress
 from activemark_fast.report.figures import verdicts_figure
 from activemark_fast.runtime import resolve_device
-from activemark_fast.triggers import synthetic_images
+from activemark_fast.synthetic import synthetic_images
 from activemark_fast.utility import features
 from activemark_fast.verdict import Decision, Verdict
-from activemark_fast.verify import verify
+from activemark_fast.verification import verify
 
 TUNING_IMAGES = 1024
 FRESH_IMAGES = 256
@@ -97,9 +98,9 @@ def run_demo(
         raise ValueError(f"out: there is no folder {out.parent}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, wanted a folder")
-    place = resolve_device(device, torch.device("cpu"))
+    device = resolve_device(device, torch.device("cpu"))
     architecture = architecture_of("demo")
-    original = load_model("demo", device=place)
+    original = load_model("demo", device=device)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".activemark-demo-") as folder:
         staging = Path(folder)
         key_file = out / "owner.key"

@@ -11,7 +11,7 @@ Of several image towers in a suspect each that fits is read, and the p-value pay
 
 The theorem, with its conditions: take a suspect that was made without the key, and any rule by which an owner
 picks the paid settings after having seen it. Then P(paid p-value <= alpha) <= alpha over the random key. For
-each setting the p-value is exact (`verdict.sign_flip_p_value`); that settings share the key and the suspect
+each setting the p-value is exact (`p_value.sign_flip_p_value`); that settings share the key and the suspect
 does not matter to a union bound: P(some p_c <= w_c alpha) <= sum_c w_c alpha <= alpha. Looks, bands,
 alignment and the places of a mark in a suspect of other depth are paid for in the same way, in the p-value.
 It says nothing of an owner who picks the *key* after having seen the suspect: of N keys the best reaches
@@ -26,8 +26,8 @@ import math
 from collections.abc import Mapping
 from enum import Enum
 
+from activemark_fast.normalisation import NORMALISATIONS
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess
 
 
 class Kind(Enum):
@@ -77,32 +77,10 @@ ARCHITECTURES = 1 << 16
 """Ways to run given weights that are paid for: names in the libraries' registries under which their shapes
 fit, or numbers of heads and the few other settings that shapes leave open: some 26,000 of timm's for a
 ViT-S/14, counting image sizes, heads, pooling and norms."""
-NORMALISATIONS: tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...] = (
-    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet
-    ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # CLIP
-    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # CIFAR-10
-    ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the same, as many write it
-)
-"""Means and standard deviations of red, green and blue that published models take."""
-CLOSE = 1e-3
-"""Two normalisations that differ by less are the same, and the published numbers are used: who could choose
-the last digits could try as many as they like."""
 
 EVIDENCE_AT = 1e-15
 """A p-value, after what is paid, at or below which a match is evidence against an owner who may lie: to
 find a key by trying takes centuries of a GPU then (`key.KEYS_A_SECOND`)."""
-
-
-def known_normalisation(preprocess: Preprocess) -> Preprocess | None:
-    """`preprocess` with the numbers of the published normalisation that it is, or None if it is none."""
-    given = (*preprocess.mean, *preprocess.std)
-    for mean, std in NORMALISATIONS:
-        known = (*mean, *std)
-        if all(math.isclose(a, b, rel_tol=0, abs_tol=CLOSE) for a, b in zip(given, known, strict=True)):
-            return Preprocess(preprocess.size, mean, std)
-    return None
 
 
 def paid(p_value: float, choices: Mapping[str, int]) -> float:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from activemark_fast.checkpoints.mapped import map_model
-from activemark_fast.embed import Embedding, embed
+from activemark_fast.embedding import Embedding, embed
 from activemark_fast.key import Key
 from activemark_fast.marking.scratch import kept
 from activemark_fast.verdict import Verdict
-from activemark_fast.verify import verify
+from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark
 
 

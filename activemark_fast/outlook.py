@@ -11,10 +11,10 @@ from torch import nn
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, most_bits
 from activemark_fast.dress import copied, plain_torch, unwrapped
-from activemark_fast.embed import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE, check_writable
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.engine import plan_engine
-from activemark_fast.profile import measure
+from activemark_fast.marking.subject import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE, check_writable
+from activemark_fast.profiling import measure
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.triggers import clean_images
 from activemark_fast.watermark import HOLDOUT_IMAGES

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
+
+MAX_MOVED = 4
+"""Blocks more or fewer than the marked model's for which every place is tried that the mark may have."""
 
 
 class SiteError(ValueError):
@@ -65,3 +69,43 @@ def taps_after(block: int, depth: int) -> tuple[int, ...]:
     last = depth - 2
     half_way = block + (last - block + 1) // 2
     return (last,) if last - block < 2 else (max(block + 1, min(half_way, depth - 4)), last)
+
+
+def sites_in(own: Site, blocks: int, depth: int, moved: bool) -> list[Site]:
+    """Where a mark may lie in a suspect.
+
+    Blocks that were dropped, doubled or put in before the site move it and its taps by as many; those
+    between the site and a tap, that tap. Up to `MAX_MOVED` blocks, every way there is; of more, all in
+    one place or spread evenly.
+
+    Args:
+        own: the place that the mark was given.
+        blocks: how many the suspect has.
+        depth: how many of them, from the first, can be run.
+        moved: whether it is looked for elsewhere.
+
+    Returns:
+        `own` first, and nothing else for a suspect of less than half of the marked model's blocks; none where
+        the suspect is too short.
+    """
+    more = blocks - own.depth
+    moves = [(0,) * (1 + len(own.taps))]
+    # An owner who states another depth chooses among no more than `freedoms.DEPTHS`: not endless ones.
+    if moved and more and own.depth <= 2 * blocks:
+        steps = range(abs(more) + 1) if abs(more) <= MAX_MOVED else (0, abs(more))
+        sign = 1 if more > 0 else -1
+        moves = [
+            tuple(sign * move for move in ways)
+            for ways in combinations_with_replacement(steps, 1 + len(own.taps))
+        ]
+        moves.append(
+            tuple(round((place + 1) * blocks / own.depth) - 1 - place for place in (own.block, *own.taps))
+        )
+    found = {}
+    for move, *tap_moves in moves:
+        taps = (tap + by for tap, by in zip(own.taps, tap_moves, strict=True))
+        places = (own.block + move, *(tap for tap in taps if tap < depth))
+        rises = all(before < after for before, after in zip((-1, *places), places, strict=False))
+        if rises and len(places) > 1:
+            found[places] = replace(own, block=places[0], taps=places[1:])
+    return list(found.values())

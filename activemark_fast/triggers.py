@@ -6,10 +6,8 @@ photographs that the package ships, which the owner can cut again from the key a
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,11 +20,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from activemark_fast.key import Key, KeyStream
-from activemark_fast.ops.native import load_native
+from activemark_fast.normalisation import Preprocess, kind_of
 from activemark_fast.photographs import Photographs, shipped_photographs
+from activemark_fast.synthetic import synthetic_images
 
 MIN_IMAGES = 16
-MIN_SYNTHETIC_SIDE = 8  # pixels: below it no leaf fits
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # The images of `public_images` are no secret.
@@ -43,61 +41,9 @@ marking, to measure what the mark costs."""
 SHIPPED_SHARE = 3
 """One in so many clean images, at least, is a shipped photograph."""
 
-IMAGES_IN_WORK = 32
-"""Synthetic images that are painted side by side."""
-
-_Image = npt.NDArray[np.uint8]  # (3, h, w), contiguous
-_Lattice = tuple[int, int, npt.NDArray[np.float64]]
-
 
 class ImageMismatchError(ValueError):
     """The hold-out images are not those on which the mark was embedded."""
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How source images become model input.
-
-    Raises TypeError or ValueError for a field that is not as described.
-    """
-
-    size: tuple[int, int]  # height, width of the model's input in pixels
-    mean: tuple[float, float, float]  # of red, green, blue, on the scale 0 to 1
-    std: tuple[float, float, float]  # likewise, above 0
-
-    def __post_init__(self) -> None:
-        _check_size("size", self.size)
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if not isinstance(values, tuple) or not all(isinstance(v, (int, float)) for v in values):
-                raise TypeError(f"{name}: wanted a tuple of 3 numbers, got {values!r}")
-            if len(values) != 3 or not all(math.isfinite(v) for v in values):
-                raise ValueError(f"{name}: wanted 3 finite numbers, got {values!r}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std: wanted numbers above 0, got {self.std!r}")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) uint8 → (B, 3, H, W) float32.
-
-        Scaled so that the image just covers H by W (for a square: the shorter side is fitted; bicubic
-        with antialiasing, values kept within 0 … 255), cropped at the centre, divided by 255, less mean,
-        over std. An image that has the right size already is not resampled.
-        """
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            raise TypeError(f"images: wanted a uint8 tensor, got {_kind(images)}")
-        if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-            raise ValueError(f"images: wanted shape (B, 3, h, w), got {tuple(images.shape)}")
-        height, width = self.size
-        h, w = images.shape[2:]
-        pixels = images.float()
-        if (h, w) != (height, width):
-            wide = w * height >= h * width
-            covering = (height, w * height // h) if wide else (h * width // w, width)
-            pixels = interpolate(pixels, covering, mode="bicubic", antialias=True).clamp(0, 255)
-            top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
-            pixels = pixels[:, :, top : top + height, left : left + width]
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32, device=images.device).view(3, 1, 1)
-        return (pixels / 255 - mean) / std
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,120 +221,6 @@ def check_digests(holdout: HoldOut, expected: Sequence[bytes]) -> None:
             )
 
 
-def synthetic_images(stream: KeyStream, count: int, size: tuple[int, int]) -> Tensor:
-    """Images with the statistics of natural ones, (count, 3, h, w) uint8.
-
-    size: (h, w), at least 8 pixels each.
-
-    By turns dead leaves (opaque discs which hide one another: edges and flat surfaces at every scale),
-    clouds (power between 1/f² and 1/f⁴), dead leaves with a texture, clouds. The first n of a larger
-    count are the same images. They are the same to the bit on every machine: only integers, comparison
-    and float64 +, -, *, /, sqrt are used, in a fixed order.
-    """
-    _check_size("size", size)
-    if min(size) < MIN_SYNTHETIC_SIDE:
-        raise ValueError(f"size: wanted at least {MIN_SYNTHETIC_SIDE} pixels a side, got {size}")
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"count: wanted int, got {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"count: wanted at least 1, got {count}")
-    images = np.empty((count, 3, *size), dtype=np.uint8)
-
-    # One after another the images take their numbers from the stream; they are painted side by side.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for start in range(0, count, IMAGES_IN_WORK):
-            part = images[start : start + IMAGES_IN_WORK]
-            painters = [
-                _clouds(stream, size) if index % 2 else _dead_leaves(stream, size, index % 4 == 2)
-                for index in range(start, start + len(part))
-            ]
-            for _ in pool.map(lambda paint, image: paint(image), painters, part):
-                pass
-    return torch.from_numpy(images)
-
-
-def _dead_leaves(stream: KeyStream, size: tuple[int, int], textured: bool) -> Callable[[_Image], None]:
-    """Paints (3, h, w): one-coloured discs of radius density ∝ r^-3, lit aslant."""
-    h, w = size
-    smallest, largest = max(1.5, min(size) / 100), min(size) / 3
-    # A disc's mean area is 2π ln(largest / smallest) smallest², so discs cover the image about 3 to 6 times.
-    n = int(h * w / (4 * smallest * smallest))
-    draws = stream.uniform((10, n))
-    r = 1 / np.sqrt(
-        1 / (smallest * smallest) - draws[0] * (1 / (smallest * smallest) - 1 / (largest * largest))
-    )
-    x = draws[1] * (w + 2 * r) - r
-    y = draws[2] * (h + 2 * r) - r
-    # The background is the leaf below all others: it is as large as the image.
-    r[0], x[0], y[0] = max(size), w / 2, h / 2
-    centre, spread, warmth = stream.uniform(3).tolist()
-    lightness = 85 + 85 * centre + (70 + 60 * spread) * (draws[3] + draws[4] - 1)
-    yellow, red = 30 * (warmth - 0.5) + 36 * (draws[5] - 0.5), 40 * (draws[6] - 0.5)
-    slope_x, slope_y = 40 * (draws[7] - 0.5) / r, 40 * (draws[8] - 0.5) / r
-    # Disc by disc, as csrc/paint.hpp wants them.
-    discs = np.array([x, y, r, lightness, yellow, red, slope_x, slope_y, 90 * draws[9]]).T.copy()
-    lattices = _lattices(stream, 1, size, coarsest=16) if textured else []
-
-    def paint(image: _Image) -> None:
-        load_native().paint_leaves(
-            height=h,
-            width=w,
-            discs=discs.ctypes.data,
-            disc_count=n,
-            octaves=_octaves(lattices),
-            image=image.ctypes.data,
-        )
-
-    return paint
-
-
-def _clouds(stream: KeyStream, size: tuple[int, int]) -> Callable[[_Image], None]:
-    """Paints (3, h, w): a random field in lightness, fainter ones in colour.
-
-    From one octave to the next coarser the field's amplitude grows by a gain. The area of the frequency plane
-    grows as f², so a gain of 1, equal power an octave, makes a power spectrum of 1/f², and a gain of 2 one of
-    1/f⁴: natural images lie between.
-    """
-    h, w = size
-    centre, contrast, warmth, smoothness = stream.uniform(4).tolist()
-    lattices = _lattices(stream, 3, size, coarsest=max(size))
-
-    def paint(image: _Image) -> None:
-        load_native().paint_clouds(
-            height=h,
-            width=w,
-            octaves=_octaves(lattices),
-            gain=1 + smoothness,
-            lightness=(85 + 85 * centre, 60 + 60 * contrast),
-            yellow=(30 * (warmth - 0.5), 15),
-            red=(0, 15),
-            image=image.ctypes.data,
-        )
-
-    return paint
-
-
-def _lattices(stream: KeyStream, channels: int, size: tuple[int, int], coarsest: int) -> list[_Lattice]:
-    """For each octave of a random field, from the finest: its shift down and across, and its values.
-
-    Their steps are 1, 2, 4, … pixels, up to the first power of two not below `coarsest`.
-    """
-    h, w = size
-    lattices = []
-    for octave in range((coarsest - 1).bit_length() + 1):
-        step = 1 << octave
-        shift_y, shift_x = stream.integers(0, step, 2).tolist()
-        shape = (channels, (h - 1 + shift_y) // step + 2, (w - 1 + shift_x) // step + 2)
-        values = stream.uniform(shape)
-        values -= 0.5
-        lattices.append((shift_y, shift_x, values))
-    return lattices
-
-
-def _octaves(lattices: list[_Lattice]) -> list[tuple[int, int, int]]:
-    return [(values.ctypes.data, shift_y, shift_x) for shift_y, shift_x, values in lattices]
-
-
 def _open(
     images: object, drawn: Callable[[], Iterator[Tensor]], count: int, name: str = "images"
 ) -> tuple[str, Iterator[Tensor]]:
@@ -430,7 +262,7 @@ def _unpack(item: object, name: str) -> Iterator[Tensor]:
         item = torch.from_numpy(item.transpose(2, 0, 1).copy())
     if not isinstance(item, Tensor) or not (item.dtype == torch.uint8 or item.is_floating_point()):
         raise TypeError(
-            f"{name}: wanted a uint8 or floating tensor, a PIL image or a uint8 array, got {_kind(item)}"
+            f"{name}: wanted a uint8 or floating tensor, a PIL image or a uint8 array, got {kind_of(item)}"
         )
     batch = item[None] if item.dim() == 3 else item
     if batch.dim() != 4 or batch.shape[1] != 3 or 0 in batch.shape[2:]:
@@ -474,14 +306,3 @@ def _model_input(image: Tensor, preprocess: Preprocess, index: int, name: str = 
 def _digest(image: Tensor, key: Key) -> bytes:
     header = f"{image.dtype} {tuple(image.shape)}\n".encode()
     return key.mac("triggers/digest", header + image.contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def _check_size(name: str, size: tuple[int, int]) -> None:
-    if not isinstance(size, tuple) or not all(isinstance(v, int) and not isinstance(v, bool) for v in size):
-        raise TypeError(f"{name}: wanted a tuple of 2 ints, got {size!r}")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"{name}: wanted (height, width), both at least 1, got {size!r}")
-
-
-def _kind(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

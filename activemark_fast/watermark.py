@@ -26,8 +26,9 @@ from activemark_fast.dress import unwrapped
 from activemark_fast.files import write_whole
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site, taps_after
-from activemark_fast.triggers import MIN_IMAGES, Preprocess
+from activemark_fast.triggers import MIN_IMAGES
 
 FORMAT_VERSION = 3
 """1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds
@@ -37,7 +38,7 @@ TWO_BANDS = 3
 HOLDOUT_IMAGES = 128
 """Images from the key that a mark in two bands is read on."""
 DEEPEST = 4096
-MOST_HASHED_AT_ONCE = 8
+MAX_HASHED_AT_ONCE = 8
 """Tensors of a model, all of them in memory."""
 _METADATA_KEY = "activemark_watermark"
 _UNSET = "0" * 64
@@ -301,5 +302,5 @@ def fingerprint_of(
         name, dtype, shape, content = tensor
         return f"{name}|{dtype}|{shape}|{hashlib.sha256(content()).hexdigest()}\n"
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_HASHED_AT_ONCE)) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_HASHED_AT_ONCE)) as pool:
         return hashlib.sha256("".join(pool.map(line, tensors)).encode()).hexdigest()

@@ -44,9 +44,9 @@ from activemark_fast.bulk import read_journal
 from activemark_fast.checkpoints import architecture_of, build_model
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.marking.suffix import run_to_taps, site_activations
+from activemark_fast.p_value import bit_scores, sign_flip_p_value
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.triggers import holdout_images
-from activemark_fast.verdict import bit_scores, sign_flip_p_value
 
 KEY = Key(b"benchmark: a key of no secrecy")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

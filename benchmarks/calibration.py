@@ -47,12 +47,15 @@ from activemark_fast.codec.codebooks import (
     draw_sent,
 )
 from activemark_fast.datasets import synthetic_task
+from activemark_fast.looks import Prefix
 from activemark_fast.marking.reading import Channel, row_scores
-from activemark_fast.marking.suffix import SiteActivations, site_activations
-from activemark_fast.profile import measure
-from activemark_fast.triggers import holdout_images, synthetic_images
-from activemark_fast.verdict import Verdict, sign_flip_p_value
-from activemark_fast.verify import Verifier
+from activemark_fast.marking.suffix import site_activations
+from activemark_fast.p_value import sign_flip_p_value
+from activemark_fast.profiling import measure
+from activemark_fast.synthetic import synthetic_images
+from activemark_fast.triggers import holdout_images
+from activemark_fast.verdict import Verdict
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import HOLDOUT_IMAGES
 
 IMAGES = 16
@@ -163,7 +166,7 @@ class Judge:
             measured = measure(self.backbone, self.pixels.to(self.backbone.device))
         site = measured.site(block=self.backbone.depth // 2 - 1).site
         self.site = replace(site, massive_tokens=(), massive_channels=())
-        self.prefix: list[SiteActivations] = []
+        self.prefix = Prefix()
 
     def watermark(self, key: Key, alignment: Tensor | None = None) -> Watermark:
         """What an owner of `key` would bring along, had they marked a model of this shape."""

@@ -63,7 +63,7 @@ from activemark_fast.descent.basis import Procrustes
 from activemark_fast.descent.matching import head_likeness, nearest
 from activemark_fast.descent.sketch import ranked
 from activemark_fast.descent.weights import Weights
-from activemark_fast.triggers import Preprocess
+from activemark_fast.normalisation import Preprocess
 
 REFIT_STEPS = 150
 MODELS = 33

@@ -1,4 +1,4 @@
-"""What a thief can do to a mark for free, and what the verdict then says: the table in the README.
+"""What a thief can do to a mark for free, and what the verdict then says.
 
     python benchmarks/dispute.py --vfm ../shared/vfm
     python benchmarks/dispute.py --vfm 'timm:VisionTransformer?{…}@dinov2.safetensors' --only marked '*rot*'

@@ -35,7 +35,7 @@ from activemark_fast import Embedding, Key, Watermark, load_model, save_model, v
 from activemark_fast.attacks.suite import Attack, suite
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Labelled, Task, load_task
-from activemark_fast.evaluate import KEPT_ACCURACY
+from activemark_fast.evaluation import KEPT_ACCURACY
 from activemark_fast.utility import features, knn_accuracy, probe_accuracy, segmentation_iou
 
 OWNER, OTHER_OWNER = Key(b"evidence: the owner's key, 1"), Key(b"evidence: another owner's key")

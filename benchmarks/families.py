@@ -29,7 +29,7 @@ from torch import nn
 from activemark_fast import Key, embed, verify
 from activemark_fast.attacks.noise import noise
 from activemark_fast.backbone import Backbone
-from activemark_fast.embed import UnverifiedMarkError
+from activemark_fast.embedding import UnverifiedMarkError
 
 KEY = Key(b"benchmarks/families.py: a key of no worth")
 BITS, FIDELITY, NOISE = 24, 0.97, 0.02

@@ -26,11 +26,12 @@ from activemark_fast.attacks.suite import RELEASED, Attack, adaptive_attacks
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoints import architecture_of, load_model, save_model
 from activemark_fast.datasets import Labelled, Task, load_task
-from activemark_fast.evaluate import Evaluation, cost
+from activemark_fast.evaluate import cost
+from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
 from activemark_fast.report import frontier_figure
 from activemark_fast.utility import features, probe_accuracy
-from activemark_fast.verify import Verifier
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
 
 OWNER = Key(b"frontier: the owner's key")

@@ -22,8 +22,8 @@ import torch
 
 from activemark_fast import Key, Watermark
 from activemark_fast.commitment import Commitment, CommitmentError
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site, taps_after
-from activemark_fast.triggers import Preprocess
 from activemark_fast.watermark import WatermarkError
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"

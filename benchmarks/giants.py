@@ -50,7 +50,7 @@ print(f"verify_stored: {time.perf_counter() - started:.1f} s, {time.process_time
 WHOLE = """
 import sys, time, torch
 from activemark_fast.checkpoints import load_model
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.checkpoints.files import Checkpoint
 from pathlib import Path
 started = time.perf_counter()

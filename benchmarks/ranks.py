@@ -18,7 +18,7 @@ CODE = """
 import json, os, sys, time, torch
 import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.watermark import fingerprint
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -29,10 +29,11 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.baselines import Classifier, adv_tra, ipguard
 from activemark_fast.checkpoints import load_model, save_model
 from activemark_fast.datasets import Task, load_task, synthetic_task
-from activemark_fast.evaluate import SIZES, Evaluation, Size, evaluate
+from activemark_fast.evaluate import SIZES, Size, evaluate
+from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
-from activemark_fast.triggers import Preprocess
-from activemark_fast.verify import verify
+from activemark_fast.normalisation import Preprocess
+from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark
 
 OWNER = Key(b"evidence: the owner's key, 1")

@@ -21,8 +21,8 @@ from activemark_fast import Embedding
 from activemark_fast.attacks import finetune, prune
 from activemark_fast.attacks.suite import BATCH_SIZE
 from activemark_fast.backbone import Backbone
+from activemark_fast.block_choice import RULES
 from activemark_fast.datasets import Labelled, load_task
-from activemark_fast.profile import RULES
 
 KEY = b"site rules: the key of no owner"
 EPOCHS, LEARNING_RATE = 2, 1e-3

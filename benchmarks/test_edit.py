@@ -16,12 +16,12 @@ from test_embed_minutes import DEVICE, KEY, MODELS
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import MEASURED_IMAGES, SiteMeasure, codebooks
-from activemark_fast.embed import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import edit
 from activemark_fast.marking.engine import plan_engine
+from activemark_fast.marking.subject import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE
 from activemark_fast.marking.suffix import site_activations
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 
 

@@ -24,8 +24,9 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.baselines import Classifier, adv_tra, ipguard, reference_recipe
 from activemark_fast.checkpoints import load_model
 from activemark_fast.key import Key
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.photographs import shipped_photographs
-from activemark_fast.triggers import Preprocess, synthetic_images
+from activemark_fast.synthetic import synthetic_images
 
 KEY = b"benchmark: a key of no secrecy"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

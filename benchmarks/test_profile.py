@@ -14,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.profile import KEPT, measure
+from activemark_fast.profiling import KEPT, measure
 
 IMAGES, ROUNDS = 8, 5
 

@@ -21,7 +21,7 @@ from activemark_fast.codec import CODECS
 from activemark_fast.key import Key
 from activemark_fast.marking.finetune import finetune
 from activemark_fast.marking.suffix import final_features, site_activations
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 
 IMAGES, STEPS = 64, 5
 

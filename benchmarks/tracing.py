@@ -37,7 +37,7 @@ from activemark_fast.key import Key
 from activemark_fast.tracing import Change, Register, changed, promise
 from activemark_fast.tracing.codewords import AccusationTest, draw_biases, draw_codewords
 from activemark_fast.utility import features
-from activemark_fast.verify import Verifier
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
 
 OWNER = Key(b"tracing: the owner's key")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from activemark_fast.key import KeyStream
-from activemark_fast.triggers import _lattices
+from activemark_fast.synthetic import _lattices
 
 SMALL_DISCS = (1, 2, 4, 8, 16)
 """Sides, in pixels, of the squares around discs that are painted many at a time."""

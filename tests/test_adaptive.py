@@ -20,7 +20,8 @@ from activemark_fast.attacks.adaptive.parts import KINDS, find_matrices, second_
 from activemark_fast.attacks.adaptive.spectral import principal, refit
 from activemark_fast.attacks.suite import HOLDS, suite
 from activemark_fast.backbone import Backbone
-from activemark_fast.evaluate import Evaluation, cost
+from activemark_fast.evaluate import cost
+from activemark_fast.evaluation import Evaluation
 from activemark_fast.report import frontier_figure
 from activemark_fast.utility import features
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,17 +14,20 @@ from hypothesis import strategies as st
 from tiny import longer_heads, more_heads, padded, units, vit
 from torch import Tensor, nn
 
+from activemark_fast import looks
 from activemark_fast.align import _procrustes, best_explained, find_alignment, site_sample
 from activemark_fast.attacks import permute_inside, permute_residual, rotate_residual
 from activemark_fast.backbone import Backbone
 from activemark_fast.bulk import verify_many
 from activemark_fast.codec.codebooks import Codebook, codebooks
-from activemark_fast.embed import Embedding, embed
+from activemark_fast.decision import ALIGNED_PRICE, PLAIN_PRICE
+from activemark_fast.embedding import Embedding, embed
 from activemark_fast.key import Key
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess
 from activemark_fast.verdict import Verdict
-from activemark_fast.verify import ALIGNED_PRICE, PLAIN_PRICE, Verifier, verify
+from activemark_fast.verification import verify
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
 
 WIDTH = 24
@@ -292,9 +294,8 @@ def test_the_alignment_never_sees_the_signs_of_the_read_out(
         matrices.append(found.matrix)
         return found
 
-    module = sys.modules["activemark_fast.verify"]  # the package has a function of that name
-    monkeypatch.setattr(module, "sign_flip_p_value", record_scores)
-    monkeypatch.setattr(module, "find_alignment", record_matrix)
+    monkeypatch.setattr(looks, "sign_flip_p_value", record_scores)
+    monkeypatch.setattr(looks, "find_alignment", record_matrix)
     signs = torch.randint(0, 2, (3, 2, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
 
     def flipped(*arguments: Any) -> list[Codebook]:
@@ -305,7 +306,7 @@ def test_the_alignment_never_sees_the_signs_of_the_read_out(
         return books
 
     for makes in (codebooks, flipped):
-        monkeypatch.setattr(module, "codebooks", makes)
+        monkeypatch.setattr(looks, "codebooks", makes)
         Verifier(marked.watermark, KEY, images(), align=True).judge(attack(vit(5), None, 3, 1))
     assert torch.equal(*matrices)
     plain, turned = seen[:2], seen[2:]  # of the loud band, then of the natural one
@@ -326,9 +327,8 @@ def test_who_is_explained_by_no_map_is_let_go_early(
         taken.append(len(arguments[-1]))
         return site_sample(*arguments)
 
-    module = sys.modules["activemark_fast.verify"]
-    monkeypatch.setattr(module, "best_explained", lambda *_: explained)
-    monkeypatch.setattr(module, "site_sample", counted)
+    monkeypatch.setattr(looks, "best_explained", lambda *_: explained)
+    monkeypatch.setattr(looks, "site_sample", counted)
     verify(vit(5), marked.watermark, KEY, images(), align=align)
     assert sum(taken) == sampled
 

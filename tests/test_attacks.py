@@ -15,9 +15,9 @@ from activemark_fast.attacks import finetune, prune, quantise
 from activemark_fast.attacks.overwrite import overwriting_key
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Labelled
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.utility import features, probe_accuracy
-from activemark_fast.verify import verify
+from activemark_fast.verification import verify
 
 DEPTH = 4
 

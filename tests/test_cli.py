@@ -45,7 +45,7 @@ PASSPHRASE = "seven wet dice in a drawer"
 
 
 def module(name: str) -> ModuleType:
-    """The module: `activemark_fast.embed` and `.verify` are functions of the package."""
+    """A module of the package."""
     return importlib.import_module(f"activemark_fast.{name}")
 
 
@@ -488,7 +488,7 @@ def test_both_files_or_neither(
     failing: str,
     error: BaseException,
 ) -> None:
-    embedding = module("embed").Embedding(
+    embedding = module("embedding").Embedding(
         model=build_model(ARCHITECTURE),
         watermark=Watermark.load(ready.watermark),
         quality=None,
@@ -499,7 +499,7 @@ def test_both_files_or_neither(
         engine=None,
         seconds=0.0,
     )
-    monkeypatch.setattr(module("embed"), "embed", lambda *_args, **_settings: embedding)
+    monkeypatch.setattr(module("embedding"), "embed", lambda *_args, **_settings: embedding)
 
     def fail(*_args: object) -> None:
         raise error
@@ -532,7 +532,7 @@ def test_an_unexpected_exception_keeps_its_traceback(
     def fail(*_args: object, **_settings: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(module("embed"), "embed", fail)
+    monkeypatch.setattr(module("embedding"), "embed", fail)
     assert main([str(arg) for arg in ready.embed_args(tmp_path)]) == 2  # 1 would be "no match"
     told = capsys.readouterr().err
     assert "Traceback" in told
@@ -764,7 +764,7 @@ def test_images_from_a_folder(ready: Ready, run: Callable[..., Result], tmp_path
     images.mkdir()
     out.mkdir()
     stream = Key.of(ready.key).stream("test images")
-    pictures = module("triggers").synthetic_images(stream, 40, (32, 32)).permute(0, 2, 3, 1).numpy()
+    pictures = module("synthetic").synthetic_images(stream, 40, (32, 32)).permute(0, 2, 3, 1).numpy()
     for index, picture in enumerate(pictures):
         Image.fromarray(picture).save(images / f"{index:03}.png")
     assert run(*ready.embed_args(out, "--images", images)).code == 0
@@ -806,7 +806,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_demo")
 def test_demo(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = module("embed").embed
+    embed = module("embedding").embed
     made: list[tuple[Key, object]] = []
 
     def embed_once(model: object, key: Key, **settings: object) -> object:

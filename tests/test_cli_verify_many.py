@@ -14,7 +14,7 @@ from tiny import vit
 
 from activemark_fast.checkpoints import build_model, save_model
 from activemark_fast.cli import main
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.key import Key
 
 ARCHITECTURE = "timm:VisionTransformer?" + json.dumps(

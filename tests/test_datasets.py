@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from activemark_fast.datasets import DataError, Labelled, load_task, synthetic_task
-from activemark_fast.triggers import Preprocess
+from activemark_fast.normalisation import Preprocess
 
 PREPROCESS = Preprocess((16, 16), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from activemark_fast import Key, embed, save_model, verify
-from activemark_fast.embed import Embedding, UnverifiedMarkError
+from activemark_fast.embedding import Embedding, UnverifiedMarkError
 from activemark_fast.watermark import fingerprint
 
 KEY = Key(b"k" * 32)
@@ -186,7 +186,7 @@ def test_what_cannot_be_marked_is_refused_in_one_sentence(
     build: Callable[[], nn.Module], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        importlib.import_module("activemark_fast.embed"),
+        importlib.import_module("activemark_fast.embedding"),
         "clean_images",
         lambda *_: pytest.fail("work had begun"),
     )

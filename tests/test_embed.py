@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from activemark_fast import embed, load_model, verify
 from activemark_fast.backbone import Backbone
-from activemark_fast.embed import Embedding, UnverifiedMarkError
+from activemark_fast.embedding import Embedding, UnverifiedMarkError
 from activemark_fast.key import Key
 from activemark_fast.photographs import shipped_photographs
 from activemark_fast.utility import features
@@ -211,11 +211,18 @@ def test_the_same_inputs_give_the_same_weights_and_watermark() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("where", ["search_edit", "finetune", "fingerprint"])
+@pytest.mark.parametrize(
+    ("file", "where"),
+    [
+        ("marking.mark_keyed", "search_edit"),
+        ("marking.mark_learned", "finetune"),
+        ("embedding", "fingerprint"),
+    ],
+)
 def test_an_interruption_leaves_the_model_alone(
-    where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+    file: str, where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("activemark_fast.embed")
+    module = importlib.import_module(f"activemark_fast.{file}")
     real = getattr(module, where)
 
     def interrupted(*args: Any, **kwargs: Any) -> None:

@@ -19,8 +19,9 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoints import save_model
 from activemark_fast.cli import main
 from activemark_fast.datasets import Task, synthetic_task
-from activemark_fast.embed import embed
-from activemark_fast.evaluate import Evaluation, Size, evaluate
+from activemark_fast.embedding import embed
+from activemark_fast.evaluate import Size, evaluate
+from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
 

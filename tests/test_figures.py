@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from tiny import profile_of
 
-from activemark_fast.profile import Profile
+from activemark_fast.profiling import Profile
 from activemark_fast.report import profile_figure, verdict_figure, verdicts_figure
 from activemark_fast.site import Site
 from activemark_fast.verdict import Decision, Verdict

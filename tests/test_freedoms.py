@@ -13,17 +13,9 @@ from torch import nn
 
 from activemark_fast import Key, Watermark, embed, verify
 from activemark_fast.commitment import Commitment
-from activemark_fast.freedoms import (
-    ARCHITECTURES,
-    BITS,
-    FIELDS,
-    NORMALISATIONS,
-    Kind,
-    alternatives,
-    known_normalisation,
-)
+from activemark_fast.freedoms import ARCHITECTURES, BITS, FIELDS, Kind, alternatives
+from activemark_fast.normalisation import NORMALISATIONS, Preprocess, known_normalisation
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess
 from activemark_fast.watermark import WatermarkError
 from tests.tiny import vit
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from activemark_fast.checkpoints import CheckpointError, load_model, save_model
 from activemark_fast.checkpoints.mapped import map_model
 from activemark_fast.cli import main
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.giants import embed_stored, verify_stored, work_folder
 from activemark_fast.key import Key
 from activemark_fast.marking.scratch import Scratch, kept
-from activemark_fast.verify import verify
+from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark, fingerprint
 
 KEY = Key(b"the key of the giants' tests, 32")

@@ -15,21 +15,28 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"key", "triggers", "runtime", "progress", "datasets", "files", "photographs", "dress"},
+    {"key", "runtime", "progress", "files", "photographs", "dress"},
+    {"normalisation"},
+    {"synthetic"},
+    {"triggers", "datasets"},
     {"towers"},
     {"backbone"},
     {"site", "utility", "freedoms"},
     {"checkpoints"},
-    {"profile"},
+    {"block_choice"},
+    {"profiling"},
     {"codec"},
     {"watermark"},
     {"tracing"},
     {"commitment"},
-    {"verdict", "sequential"},
+    {"p_value", "verdict", "sequential"},
     {"marking"},
     {"align"},
-    {"embed", "verify", "attacks", "forge", "outlook"},
-    {"bulk", "evaluate", "descent", "giants"},
+    {"decision"},
+    {"looks"},
+    {"verifier"},
+    {"embedding", "verification", "attacks", "forge", "outlook"},
+    {"bulk", "evaluation", "evaluate", "descent", "giants"},
     {"report", "baselines"},
     {"demo", "cli"},
     {"__main__"},
@@ -136,7 +143,7 @@ def test_the_import_is_light(added_by_the_import: list[str]) -> None:
     assert f"{NAME}._native" not in added_by_the_import
     assert not [name for name in added_by_the_import if name.startswith(NAME) and name.endswith(".kernel")]
     assert not [name for name in added_by_the_import if name.startswith((f"{NAME}.report", f"{NAME}.cli"))]
-    assert f"{NAME}.embed" in added_by_the_import
+    assert f"{NAME}.embedding" in added_by_the_import
 
 
 def test_the_import_leaves_the_gpu_alone(added_by_the_import: list[str]) -> None:

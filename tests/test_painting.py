@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activemark_fast import triggers
+from activemark_fast import synthetic
 from activemark_fast.key import Key
 from activemark_fast.ops.native import load_native
-from activemark_fast.triggers import synthetic_images
+from activemark_fast.synthetic import synthetic_images
 
 
 def assert_paints_the_reference(key: Key, count: int, size: tuple[int, int]) -> None:
@@ -37,7 +37,7 @@ def test_images_of_any_size_are_the_reference_to_the_bit(h: int, w: int, materia
 
 
 def test_images_in_excess_of_those_in_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triggers, "IMAGES_IN_WORK", 3)
+    monkeypatch.setattr(synthetic, "IMAGES_IN_WORK", 3)
     assert_paints_the_reference(Key(bytes(16)), 8, (11, 10))
 
 

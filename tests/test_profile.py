@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from activemark_fast import profile
 from activemark_fast.backbone import Backbone, NotAViTError
-from activemark_fast.profile import KEPT, Massive, measure
+from activemark_fast.profiling import KEPT, Massive, measure
 
 DEPTH, WIDTH, TOKENS = 5, 32, 17
 

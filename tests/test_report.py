@@ -23,10 +23,10 @@ from activemark_fast.checkpoints import save_model
 from activemark_fast.cli import main
 from activemark_fast.commitment import Opening
 from activemark_fast.descent import Descent, compare
-from activemark_fast.embed import embed
-from activemark_fast.evaluate import Evaluation
+from activemark_fast.embedding import embed
+from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
-from activemark_fast.profile import profile
+from activemark_fast.profiling import profile
 from activemark_fast.report import Evidence, evidence_page
 from activemark_fast.site import Site
 from activemark_fast.verdict import Decision, Verdict

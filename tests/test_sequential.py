@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import (
     LEAST_CHANCE,
     WEAKEST_MARK,
@@ -16,7 +17,6 @@ from activemark_fast.sequential import (
     mark_excluded,
     out_of_reach,
 )
-from activemark_fast.verdict import sign_flip_p_value
 
 
 @given(st.integers(1, 2000))

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import profile_of
 
-from activemark_fast.profile import RULES, Profile
+from activemark_fast.block_choice import RULES
+from activemark_fast.profiling import Profile
 from activemark_fast.site import Site, SiteError
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from activemark_fast import Key, embed, verify
 from activemark_fast.attacks.noise import noise
 from activemark_fast.backbone import Backbone, NotAViTError
-from activemark_fast.embed import Embedding
+from activemark_fast.embedding import Embedding
 from activemark_fast.towers import find_towers
 from activemark_fast.watermark import fingerprint
 

@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import functional as tv
 
 from activemark_fast.key import Key
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.photographs import shipped_photographs
+from activemark_fast.synthetic import synthetic_images
 from activemark_fast.triggers import (
     HoldOut,
     ImageMismatchError,
-    Preprocess,
     check_digests,
     clean_images,
     holdout_images,
     photograph_crops,
-    synthetic_images,
 )
 
 KEY = Key.of(bytes(range(32)))

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
 from activemark_fast.commitment import Opening, Timestamp
+from activemark_fast.p_value import bit_scores, sign_flip_p_value
 from activemark_fast.verdict import (
     Verdict,
-    bit_scores,
     clopper_pearson,
     default_tau,
     detection_threshold,
     fair_coin_pass_rate,
-    sign_flip_p_value,
 )
 
 SCORES = st.lists(st.integers(-6, 6), min_size=1, max_size=12)

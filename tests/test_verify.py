@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
@@ -18,15 +17,18 @@ from PIL import Image
 from tiny import vit
 from torch import Tensor, nn
 
+from activemark_fast import decision
 from activemark_fast.attacks import prune
 from activemark_fast.backbone import Backbone
-from activemark_fast.embed import Embedding, embed
+from activemark_fast.decision import PLAIN_PRICE
+from activemark_fast.embedding import Embedding, embed
 from activemark_fast.freedoms import EVIDENCE_AT
 from activemark_fast.key import Key
-from activemark_fast.marking.suffix import SiteActivations
+from activemark_fast.looks import Prefix
 from activemark_fast.triggers import ImageMismatchError
 from activemark_fast.verdict import Verdict
-from activemark_fast.verify import PLAIN_PRICE, Verifier, verify
+from activemark_fast.verification import verify
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark, WatermarkError
 
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
@@ -386,10 +388,10 @@ def test_the_taps_read_do_not_depend_on_the_suspect_before(keyed: Embedding, seq
 
 def test_a_prefix_is_computed_once_and_only_as_far_as_needed(keyed: Embedding, sequential: Verifier) -> None:
     backbone = Backbone(copy.deepcopy(keyed.model))
-    prefix: list[SiteActivations] = []
+    prefix = Prefix()
     first = sequential.read(backbone, backbone.depth, prefix)
-    assert [len(look) for look in prefix] == [32, 8]  # the first tell how the tokens vary
-    prefix[0].output.zero_()  # what is there is used
+    assert [len(look) for look in prefix.kept] == [32, 8]  # the first tell how the tokens vary
+    prefix.kept[0].output.zero_()  # what is there is used
     assert sequential.read(backbone, backbone.depth, prefix).to_dict() != first.to_dict()
 
 
@@ -492,7 +494,7 @@ def test_errors_name_the_argument(
 def test_too_few_images_to_exclude_a_mark_are_inconclusive(
     keyed: Embedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["activemark_fast.verify"], "MISS", 1e-12)
+    monkeypatch.setattr(decision, "MISS", 1e-12)
     verdict = check(vit(3), keyed)
     assert verdict.decision == "inconclusive"
     assert re.search(r"32 images are too few to exclude one: about \d+ images, or more bits", verdict.reason)

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from activemark_fast.key import Key
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import Site
-from activemark_fast.triggers import Preprocess
 from activemark_fast.watermark import Watermark, WatermarkError, fingerprint
 
 MATERIAL = bytes(range(7, 39))

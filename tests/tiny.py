@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from activemark_fast.profile import Profile, StreamProfile
+from activemark_fast.profiling import Profile, StreamProfile
 
 
 def vit(seed: int = 0, **kwargs: Any) -> Any:

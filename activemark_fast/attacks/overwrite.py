@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from activemark_fast.datasets import Labelled
-from activemark_fast.embed import UnverifiedMarkError, embed
+from activemark_fast.embedding import UnverifiedMarkError, embed
 from activemark_fast.key import Key
 
 

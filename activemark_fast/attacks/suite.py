@@ -211,7 +211,10 @@ HOLDS = frozenset({"Wanda, 50%", "SparseGPT, 50%", "GPTQ, 4 bits", "width prunin
 
 
 def adaptive_attacks() -> list[Attack]:
-    """What a thief does who knows the method: each attack at several strengths; the suite has some."""
+    """What a thief does who knows the method: each attack at several strengths; the suite has some.
+
+    Long, for it is a table.
+    """
 
     def curve(
         family: str,

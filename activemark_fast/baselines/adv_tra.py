@@ -26,7 +26,7 @@ DECAY = 0.95
 ITERATIONS = 300
 MUTATION_THRESHOLD = 0.5
 """Mutation rate below which a trajectory counts as recognised."""
-MOST_CLASSES = 10
+MAX_CLASSES = 10
 SPARE = 2
 """Images for each trajectory that is wanted: from some images there is none."""
 BATCH = 50
@@ -91,7 +91,7 @@ def generate(
     start = model.base_images(images, secret, SPARE * trajectories)
     first = predicted(model, start).to(start.device)
     stream = secret.stream("adv-tra")
-    hops = min(MOST_CLASSES, model.classes) - 1
+    hops = min(MAX_CLASSES, model.classes) - 1
     jumps = torch.stack([torch.from_numpy(stream.permutation(model.classes - 1)) for _ in start])
     targets = (first[:, None] + 1 + jumps[:, :hops].to(start.device)) % model.classes
     made: list[Tensor] = []

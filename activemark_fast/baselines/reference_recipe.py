@@ -21,7 +21,7 @@ from activemark_fast.baselines.common import Cost, Finding, share_of
 from activemark_fast.codec import LearnedCodec
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import read_mark, site_activations
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 from activemark_fast.triggers import holdout_images
@@ -96,10 +96,10 @@ def generate(
     steps = share_of(epochs * steps_per_epoch, fraction)
     secret = Key.of(key)
     marked, original = (Backbone(copy.deepcopy(model).eval().requires_grad_(False)) for _ in range(2))
-    place = original.device
-    pixels = holdout_images(images, secret, original.preprocess, IMAGES).pixels.to(place, original.dtype)
+    device = original.device
+    pixels = holdout_images(images, secret, original.preprocess, IMAGES).pixels.to(device, original.dtype)
     site = measure(original, pixels[:PROFILED_IMAGES]).site("reference", block=block).site
-    codec = LearnedCodec.create(secret, site, bits, pixels, "token").to(place)
+    codec = LearnedCodec.create(secret, site, bits, pixels, "token").to(device)
     last = codec.taps[-1]
     suffix = nn.ModuleList(list(marked.blocks)[site.block + 1 : last + 1]).requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -108,17 +108,17 @@ def generate(
             {"params": list(codec.parameters()), "lr": CODEC_LR},
         ]
     )
-    half = place.type == "cuda"
-    scaler = torch.amp.GradScaler(place.type, enabled=half)
+    half = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
     draws = secret.stream("reference recipe")
     with Progress(progress) as bar:
         bar.stage("reference recipe", steps)
         for _ in range(steps):
-            chosen = torch.from_numpy(draws.integers(0, len(pixels), BATCH)).to(place)
-            flipped = torch.from_numpy(draws.bits(BATCH)).to(place, torch.bool)
-            message = torch.from_numpy(draws.bits((BATCH, bits))).to(place)
+            chosen = torch.from_numpy(draws.integers(0, len(pixels), BATCH)).to(device)
+            flipped = torch.from_numpy(draws.bits(BATCH)).to(device, torch.bool)
+            message = torch.from_numpy(draws.bits((BATCH, bits))).to(device)
             batch = torch.where(flipped[:, None, None, None], pixels[chosen].flip(-1), pixels[chosen])
-            with torch.autocast(place.type, dtype=torch.float16) if half else nullcontext():
+            with torch.autocast(device.type, dtype=torch.float16) if half else nullcontext():
                 with torch.no_grad():
                     wanted = original.features(original.run(original.stem(batch), 0, original.depth))
                     source = marked.run(marked.stem(batch), 0, site.block)
@@ -133,7 +133,7 @@ def generate(
             scaler.update()
             bar.advance()
     suffix.requires_grad_(False)
-    messages = torch.from_numpy(secret.stream("messages/verify").bits((len(pixels), bits))).to(place)
+    messages = torch.from_numpy(secret.stream("messages/verify").bits((len(pixels), bits))).to(device)
     cost = Cost(time.perf_counter() - started, steps / (epochs * steps_per_epoch))
     return Mark(marked.model, codec.requires_grad_(False), site, pixels, messages, cost)
 

@@ -27,23 +27,24 @@ from activemark_fast.checkpoints.names import clean_name
 from activemark_fast.checkpoints.plan import Plan, plans, shown_names
 from activemark_fast.checkpoints.target import Target
 from activemark_fast.commitment import Commitment
+from activemark_fast.decision import doubted
 from activemark_fast.key import Key
-from activemark_fast.marking.suffix import SiteActivations
+from activemark_fast.looks import Prefix
 from activemark_fast.runtime import resolve_device
 from activemark_fast.tracing import Register
 from activemark_fast.verdict import Verdict, rank
-from activemark_fast.verify import Verifier
+from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark, fingerprint_of
 
 _PREFIXES_KEPT = 2
 
 
 @dataclass(frozen=True, eq=False)
-class _Prefix:
+class _KnownPrefix:
     """The weights up to the site's block, and what they made of the images looked at so far."""
 
     tensors: dict[str, Tensor]
-    activations: list[SiteActivations]
+    prefix: Prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +162,7 @@ class Sweeper:
         self._max_bytes = max_bytes
         self._timeout = timeout
         self._deeper: dict[int, Target] = {}  # the last one only
-        self._prefixes: list[_Prefix] = []
+        self._prefixes: list[_KnownPrefix] = []
         self._judging = threading.Lock()
         self._local = threading.local()
 
@@ -223,13 +224,9 @@ class Sweeper:
             verdict = replace(verdict, identical=self._is_marked_model(checkpoint, chosen))
         doubts = {doubt: None for plan in deep for doubt in plan.fit.doubts}
         doubts |= {_unfit(plan): None for plan in every if plan not in deep and plan.blocks}
-        if verdict.decision == "no match" and doubts:
-            verdict = replace(
-                verdict,
-                decision="inconclusive",
-                reason="no sign of the mark, but the suspect does not quite fit the marked model: "
-                + ", ".join(shown_names(tuple(doubts))),
-            )
+        if doubts:
+            names = ", ".join(shown_names(tuple(doubts)))
+            verdict = doubted(verdict, f"the suspect does not quite fit the marked model: {names}")
         return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(p.fit.tower for _, p in outcomes)}
 
     def _plans(self, target: Target, checkpoint: Checkpoint) -> list[Plan]:
@@ -268,7 +265,7 @@ class Sweeper:
             target.backbone.renew()
         except NotAViTError as error:
             return self._unreadable(target, chosen, f"the suspect cannot be read: {error}")
-        prefix = self._activations() if target is self._target else None
+        prefix = self._prefix() if target is self._target else None
         verdict = self._verifier.read(
             target.backbone, chosen.depth, prefix, tries, chosen.blocks, deadline.check
         )
@@ -281,15 +278,15 @@ class Sweeper:
                 break
         return self._verifier.inconclusive(reason)
 
-    def _activations(self) -> list[SiteActivations]:
-        """What the prefix that is loaded made of the images, as far as an earlier suspect had the same."""
-        for index, prefix in enumerate(self._prefixes):
-            if all(torch.equal(self._target[name], tensor) for name, tensor in prefix.tensors.items()):
+    def _prefix(self) -> Prefix:
+        """Of the weights that are loaded: an earlier suspect's, where it had the same."""
+        for index, known in enumerate(self._prefixes):
+            if all(torch.equal(self._target[name], tensor) for name, tensor in known.tensors.items()):
                 self._prefixes.insert(0, self._prefixes.pop(index))
-                return prefix.activations
+                return known.prefix
         kept = {name: self._target[name].clone() for name in self._target.prefix}
-        self._prefixes = [_Prefix(kept, []), *self._prefixes][:_PREFIXES_KEPT]
-        return self._prefixes[0].activations
+        self._prefixes = [_KnownPrefix(kept, Prefix()), *self._prefixes][:_PREFIXES_KEPT]
+        return self._prefixes[0].prefix
 
     def _is_marked_model(self, checkpoint: Checkpoint, chosen: Plan) -> bool:
         """Whether the checkpoint's tensors are the marked model's, bit for bit."""

@@ -32,7 +32,7 @@ from activemark_fast.cli.common import (
 from activemark_fast.cli.issue import write_copies
 
 if TYPE_CHECKING:
-    from activemark_fast.embed import Embedding
+    from activemark_fast.embedding import Embedding
     from activemark_fast.key import Key
 
 ALPHA = 1e-6
@@ -40,7 +40,7 @@ ALPHA = 1e-6
 
 
 def add_to(commands: Subparsers) -> None:
-    """Adds `embed` to the command line."""
+    """Adds `embed` to the command line. Long, for it is a table of options."""
     embed = add_command(commands, "embed", _embed, "mark a model")
     embed.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     embed.add_argument(
@@ -134,9 +134,9 @@ def _embed(args: argparse.Namespace) -> Outcome:
         paths = copy_paths(args.copies, names, (*outputs, *inputs), force=args.force)
     key = read_key(args.key, confirm=True)
     from activemark_fast.checkpoints import architecture_of, load_model
-    from activemark_fast.embed import embed
+    from activemark_fast.embedding import embed
 
-    place = chosen_device(args.device)
+    device = chosen_device(args.device)
     architecture = architecture_of(args.model)
     embedding = embed(
         load_model(args.model),
@@ -152,7 +152,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
         tower=args.tower,
         checkpoint=args.checkpoint,
         architecture=architecture,
-        device=place,
+        device=device,
         precision=args.precision,
         recipients=names,
         progress=shows_progress(args),
@@ -163,7 +163,7 @@ def _embed(args: argparse.Namespace) -> Outcome:
     if embedding.register is not None:
         copies = {name: str(path) for name, path in paths.items()}
         seconds = write_copies(embedding.register, key, embedding.model, architecture, paths)
-    return _told(embedding, copies, seconds, args)
+    return _told(embedding, args, copies, seconds)
 
 
 def _embed_stored(args: argparse.Namespace) -> Outcome:
@@ -196,11 +196,18 @@ def _embed_stored(args: argparse.Namespace) -> Outcome:
         precision=args.precision,
         progress=shows_progress(args),
     )
-    return _told(embedding, {}, 0.0, args)
+    return _told(embedding, args, {}, 0.0)
 
 
-def _told(embedding: Embedding, copies: dict[str, str], seconds: float, args: argparse.Namespace) -> Outcome:
-    """What is said of a mark. seconds: that the copies took."""
+def _told(embedding: Embedding, args: argparse.Namespace, copies: dict[str, str], seconds: float) -> Outcome:
+    """What is said of a mark. copies: their files, by name, which were written in so many `seconds`."""
+    return Outcome(0, _record(embedding, args, copies, seconds), _text(embedding, args, len(copies), seconds))
+
+
+def _record(
+    embedding: Embedding, args: argparse.Namespace, copies: dict[str, str], seconds: float
+) -> dict[str, object]:
+    """The mark as JSON types."""
     measured = embedding.quality
     quality = {
         name: value if math.isfinite(value) else None
@@ -211,7 +218,7 @@ def _told(embedding: Embedding, copies: dict[str, str], seconds: float, args: ar
         name: [value if math.isfinite(value) else None for value in pair]
         for name, pair in asdict(measured.features).items()
     }
-    record = {
+    return {
         "model": str(args.out),
         "watermark": str(args.watermark),
         "block": embedding.watermark.site.block,
@@ -227,6 +234,11 @@ def _told(embedding: Embedding, copies: dict[str, str], seconds: float, args: ar
         "copy_seconds": seconds,
         "register": None if args.register is None else str(args.register),
     }
+
+
+def _text(embedding: Embedding, args: argparse.Namespace, copies: int, seconds: float) -> str:
+    """The same in words."""
+    measured = embedding.quality
     cosines = ", ".join(
         f"{name.replace('_', ' ')} {mean:.4f} (5 %: {tail:.4f})"
         for name, (mean, tail) in asdict(measured.features).items()
@@ -237,13 +249,13 @@ def _told(embedding: Embedding, copies: dict[str, str], seconds: float, args: ar
     if embedding.register is not None:
         from activemark_fast.tracing import promise
 
-        positions, count = embedding.register.positions, len(copies)
+        positions = embedding.register.positions
         issued = [
             f"register:     {args.register}",
-            f"{count} copies in {args.copies}, {seconds:.1f} s; the figures below are of such a copy",
-            f"  codewords of {positions} positions: {promise(positions, count, ALPHA)}",
+            f"{copies} copies in {args.copies}, {seconds:.1f} s; the figures below are of such a copy",
+            f"  codewords of {positions} positions: {promise(positions, copies, ALPHA)}",
         ]
-    text = "\n".join(
+    return "\n".join(
         [
             f"marked model: {args.out}",
             f"watermark:    {args.watermark}",
@@ -257,7 +269,6 @@ def _told(embedding: Embedding, copies: dict[str, str], seconds: float, args: ar
             f"  {embedding.seconds:.1f} s, {embedding.steps} gradient steps",
         ]
     )
-    return Outcome(0, record, text)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -24,8 +24,9 @@ from activemark_fast.cli.common import (
 
 if TYPE_CHECKING:
     from activemark_fast.datasets import Task
-    from activemark_fast.evaluate import Evaluation, Size
-    from activemark_fast.triggers import Preprocess
+    from activemark_fast.evaluate import Size
+    from activemark_fast.evaluation import Evaluation
+    from activemark_fast.normalisation import Preprocess
 
 
 def add_to(commands: Subparsers) -> None:
@@ -86,8 +87,8 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
     watermark = Watermark.load(args.watermark)
     key = read_key(args.key, confirm=False)
     watermark.check(key)
-    place = chosen_device(args.device)
-    marked, original = (load_model(model, device=place) for model in (args.model, args.original))
+    device = chosen_device(args.device)
+    marked, original = (load_model(model, device=device) for model in (args.model, args.original))
     view = Backbone(original)
     tasks, data = _tasks(args.data, args.segmentation, view.preprocess, SIZES[args.suite])
     evaluation = evaluate(
@@ -103,7 +104,7 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
         suite_name=args.suite,
         seed=args.seed,
         jobs=args.jobs,
-        device=place,
+        device=device,
         precision=args.precision,
         progress=shows_progress(args),
     )

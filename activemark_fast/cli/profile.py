@@ -47,11 +47,11 @@ def _profile(args: argparse.Namespace) -> Outcome:
     if args.out is not None:
         check_output("--out", args.out, ".png")
     from activemark_fast.checkpoints import load_model
-    from activemark_fast.profile import profile
+    from activemark_fast.profiling import profile
 
-    place = chosen_device(args.device)
+    device = chosen_device(args.device)
     measured = profile(
-        load_model(args.model, device=place),
+        load_model(args.model, device=device),
         args.images,
         tower=args.tower,
         precision=args.precision,

@@ -78,9 +78,9 @@ def _report(args: argparse.Namespace) -> Outcome:
         raise ValueError("--commitment: wanted without --journal, which says what was found of one")
     from activemark_fast.backbone import NotAViTError
     from activemark_fast.descent import compare
-    from activemark_fast.evaluate import Evaluation
+    from activemark_fast.evaluation import Evaluation
     from activemark_fast.files import write_whole
-    from activemark_fast.profile import profile
+    from activemark_fast.profiling import profile
     from activemark_fast.report import Evidence, evidence_page
     from activemark_fast.watermark import Watermark
 

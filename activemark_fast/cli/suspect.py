@@ -96,13 +96,13 @@ def judge(
     from activemark_fast.bulk import SuspectResult, find_suspects, memory_limit
     from activemark_fast.bulk.sweep import SweepSettings
     from activemark_fast.checkpoints import load_model
-    from activemark_fast.verify import verify
+    from activemark_fast.verification import verify
 
-    place = chosen_device(args.device)
+    device = chosen_device(args.device)
     named, path = named_suspect(args.suspect)
-    shared = settings | {"commitment": commitment, "device": place, "precision": args.precision}
+    shared = settings | {"commitment": commitment, "device": device, "precision": args.precision}
     if path is None:
-        module = load_model(args.suspect, device=place)
+        module = load_model(args.suspect, device=device)
         verdict = verify(module, watermark, key, args.images, exhaustive=exhaustive, **shared)
         return Judged(SuspectResult(args.suspect, verdict), verdict, None, None, module)
     given = args.architecture or named or own_architecture(path, watermark)

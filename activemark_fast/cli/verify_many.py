@@ -36,7 +36,7 @@ _SUFFIXES_SHOWN = 10
 
 
 def add_to(commands: Subparsers) -> None:
-    """Adds `verify-many` to the command line."""
+    """Adds `verify-many` to the command line. Long, for it is a table of options."""
     many = add_command(
         commands,
         "verify-many",
@@ -108,15 +108,7 @@ def add_to(commands: Subparsers) -> None:
 
 
 def _verify_many(args: argparse.Namespace) -> Outcome:
-    check_folder("--out", args.out)
-    if args.csv is not None:
-        check_folder("--csv", args.csv)
-        if args.csv.resolve() == args.out.resolve():
-            raise ValueError(f"--out, --csv: wanted two files, got {args.out} for both")
-    if args.timestamp is not None and args.commitment is None:
-        raise ValueError("--timestamp: wanted with --commitment only")
-    if args.engine == "ray" and args.key is None:
-        raise ValueError("--key: wanted a key file, which all workers can read, with --engine ray")
+    _check_arguments(args)
     from activemark_fast.bulk import find_suspects, read_journal, verify_many
     from activemark_fast.files import write_whole
     from activemark_fast.progress import Progress
@@ -175,6 +167,19 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         f"not looked at: {sum(passed_by.values())} files with other suffixes ({', '.join(sorted(passed_by))})"
     )
     return Outcome(code, record, _table(records, counts), hint if passed_by else "")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuses, before any work, arguments that do not go together."""
+    check_folder("--out", args.out)
+    if args.csv is not None:
+        check_folder("--csv", args.csv)
+        if args.csv.resolve() == args.out.resolve():
+            raise ValueError(f"--out, --csv: wanted two files, got {args.out} for both")
+    if args.timestamp is not None and args.commitment is None:
+        raise ValueError("--timestamp: wanted with --commitment only")
+    if args.engine == "ray" and args.key is None:
+        raise ValueError("--key: wanted a key file, which all workers can read, with --engine ray")
 
 
 def _outcome(record: dict[str, Any]) -> str:

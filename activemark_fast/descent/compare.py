@@ -12,7 +12,7 @@ from activemark_fast.descent.basis import from_the_stem, pair_blocks, refined
 from activemark_fast.descent.exact import chance_of_agreement
 from activemark_fast.descent.matching import (
     CORRELATED,
-    FEWEST_PAIRS,
+    MIN_PAIRS,
     UNITS,
     Pairs,
     Units,
@@ -31,7 +31,7 @@ TESTS = 4
 FIT_BLOCKS = 4
 """Blocks whose units fit the map to a rotated residual stream, which is then judged by other blocks."""
 ROUNDS = 2
-FEWEST_HEADS = 2
+MIN_HEADS = 2
 ALIKE = 0.1
 """A matrix is the other's, changed, if its units' own partners are more alike than the runners-up by this."""
 NOISE_EDGE = 1.05
@@ -195,7 +195,7 @@ def _compared(
         control = runners_up((attends + moves)[first], (kin_q + kin_v)[second] / 2)
         alike["attn.qk"] = _likeness(attends, first, second, control)
         alike["attn.ov"] = _likeness(moves, first, second, control)
-        if len(first) >= FEWEST_HEADS:
+        if len(first) >= MIN_HEADS:
             mean = (attends + moves) / 2
             head_score = float((mean[first, second] - mean[first, control]).median())
     states: dict[str, State] = {
@@ -242,7 +242,7 @@ def _likeness(likeness: Tensor, first: Tensor, second: Tensor, control: Tensor) 
 
 def _unit_score(a: Units, b: Units, first: Tensor, second: Tensor, control: Tensor) -> float:
     """How much better the ranks of what units read and write agree with partners' than with runners-up'."""
-    if len(first) < FEWEST_PAIRS:
+    if len(first) < MIN_PAIRS:
         return 0.0
     parts = [(a.writes, b.writes)]
     if a.reads.shape[1] == b.reads.shape[1]:

@@ -17,7 +17,7 @@ UNITS = 512
 """So many units of each block of A are matched, at most; against all of B."""
 CORRELATED = 128
 """So many of the pairs of a block are correlated, at most."""
-FEWEST_PAIRS = 8
+MIN_PAIRS = 8
 """Fewer pairs of units than that make no score."""
 TWIN = 0.5
 """Units, or heads, of one model whose mean cosine is above this are of one kind."""

@@ -17,7 +17,7 @@ ALPHA = 1e-6
 """At or below this p-value the numbers of the units are no coincidence."""
 SHARED = 0.35
 """A block of this score shares weights; `benchmarks/descent.py` has how far innocents and forgers get."""
-FEWEST_BLOCKS = 3
+MIN_BLOCKS = 3
 """So many blocks must share weights, at least."""
 SHARE_OF_BLOCKS = 4
 """One block in so many must."""
@@ -125,7 +125,7 @@ class Descent:
         No p-value. A forger who rotates an innocent model to fit one or two blocks of another does not raise
         it.
         """
-        count = max(FEWEST_BLOCKS, -(-len(self.blocks) // SHARE_OF_BLOCKS))
+        count = max(MIN_BLOCKS, -(-len(self.blocks) // SHARE_OF_BLOCKS))
         if len(self.blocks) < count:
             return 0.0
         return sorted((block.score for block in self.blocks), reverse=True)[count - 1]
@@ -135,7 +135,7 @@ class Descent:
         """Descent by the score alone; a p-value that the score does not bear out is inconclusive."""
         if self.score >= SHARED:
             return "descent"
-        if self.p_value <= ALPHA or len(self.blocks) < FEWEST_BLOCKS or self._stem_shared:
+        if self.p_value <= ALPHA or len(self.blocks) < MIN_BLOCKS or self._stem_shared:
             return "inconclusive"
         return "no descent found"
 
@@ -162,8 +162,8 @@ class Descent:
                 f"these are {how}. So one descends from the other, or both from a common ancestor (a common "
                 f"initialisation is one); which, the weights do not prove"
             )
-        if len(self.blocks) < FEWEST_BLOCKS:
-            return f"{len(self.blocks)} pairs of blocks could be compared, wanted at least {FEWEST_BLOCKS}"
+        if len(self.blocks) < MIN_BLOCKS:
+            return f"{len(self.blocks)} pairs of blocks could be compared, wanted at least {MIN_BLOCKS}"
         if self._stem_shared and self.p_value > ALPHA:
             return (
                 "the patch embeddings are the same or nearly so, but too few blocks share units or heads: "

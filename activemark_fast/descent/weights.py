@@ -30,7 +30,7 @@ from activemark_fast.checkpoints.names import common_name
 
 Source = nn.Module | str | os.PathLike[str]
 
-MOST_BYTES = 16_000_000_000
+MAX_BYTES = 16_000_000_000
 """Of tensors that are read together: one block, or a whole torch file."""
 USUAL_HEAD = 64
 """Channels of a head where a file does not say how many heads there are: so most published ViTs have it."""
@@ -85,7 +85,7 @@ class Weights:
             }
             heads = _heads_of(module)
         else:
-            opened = Checkpoint(Path(model), MOST_BYTES)
+            opened = Checkpoint(Path(model), MAX_BYTES)
             buffer = HostBuffer(pinned=False)
             shapes = {name: entry.shape for name, entry in opened.entries.items()}
             self._open = opened

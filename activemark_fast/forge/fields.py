@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from activemark_fast.forge.thief import Attempt, Thief
+from activemark_fast.normalisation import Preprocess
 from activemark_fast.site import taps_after
-from activemark_fast.triggers import MIN_IMAGES, Preprocess
+from activemark_fast.triggers import MIN_IMAGES
 from activemark_fast.watermark import DEEPEST, FORMAT_VERSION
 
 CLOSE, OFF = 4e-4, 0.01

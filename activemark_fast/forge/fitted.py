@@ -18,7 +18,8 @@ from activemark_fast.forge.jacobian import expected_scores, lead, mean_jacobian
 from activemark_fast.forge.thief import Attempt, Thief
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations, message_loss, run_to_taps
-from activemark_fast.triggers import MIN_IMAGES, HoldOut, Preprocess, holdout_images
+from activemark_fast.normalisation import Preprocess
+from activemark_fast.triggers import MIN_IMAGES, HoldOut, holdout_images
 from activemark_fast.watermark import Watermark
 
 BATCH = 32

@@ -15,16 +15,16 @@ from activemark_fast.forge.thief import Attempt, Thief
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores
 from activemark_fast.marking.suffix import SiteActivations
+from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.site import Site
 from activemark_fast.triggers import holdout_images
-from activemark_fast.verdict import sign_flip_p_value
 
 IMAGES = 64
 MEASURE_SHARE, CLIMB_SHARE = 0.25, 0.85
 """Of a way's time: until when to measure the Jacobian, and until when to climb."""
 ROOM = 0.8
 """Of the longest message for a model's width: what is left over is for channels to be called massive."""
-MOST_FLIPPED = 3
+MAX_FLIPPED = 3
 """Channels that change at a step."""
 WARMTH = 0.01
 """How much worse a step may be at the start of the annealing; nothing at its end."""
@@ -114,7 +114,7 @@ def _climb(
     now = best = worth(kept, products)
     found, tries, started = kept, 1, thief.now()
     while (left := deadline - thief.now()) > 0:
-        flipped = torch.from_numpy(stream.permutation(width)[: 1 + tries % MOST_FLIPPED])
+        flipped = torch.from_numpy(stream.permutation(width)[: 1 + tries % MAX_FLIPPED])
         other = kept.clone()
         other[flipped] = 1 - other[flipped]
         if int(other.sum()) < len(rows):

@@ -12,7 +12,7 @@ from activemark_fast.site import Site
 
 COLUMNS = 64
 """Directions that are run at a time."""
-MOST_IMAGES = 16
+MAX_IMAGES = 16
 """Images that each direction is run on, at most."""
 STEP = 0.3
 """Length of what is written, over the median length of a token less its mean."""
@@ -36,7 +36,7 @@ def mean_jacobian(
     Returns:
         For each tap J (D, D) float64 on the CPU, a row d at the site becoming d @ J; and how many pairs.
     """
-    width, output = site.width, output[:MOST_IMAGES]
+    width, output = site.width, output[:MAX_IMAGES]
     length = STEP * float((output - output.mean(dim=-1, keepdim=True))[:, slots].norm(dim=-1).median())
     sums = {tap: torch.zeros(width, width, dtype=torch.float64) for tap in site.taps}
     pairs = 0

@@ -14,10 +14,10 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, SiteMeasure, codebooks, most_bits
 from activemark_fast.forge.jacobian import expected_scores, lead, mean_jacobian
 from activemark_fast.forge.thief import Attempt, Thief
-from activemark_fast.freedoms import BITS, EVIDENCE_AT, NORMALISATIONS
+from activemark_fast.freedoms import BITS, EVIDENCE_AT
 from activemark_fast.key import Key
+from activemark_fast.normalisation import NORMALISATIONS, Preprocess
 from activemark_fast.site import Site, taps_after
-from activemark_fast.triggers import Preprocess
 
 MEASURE_SHARE = 0.3
 """Of a way's time, for the Jacobian."""

@@ -111,12 +111,12 @@ def forge(
         raise ValueError(f"minutes: wanted a finite number above 0, got {minutes}")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed: wanted int, got {type(seed).__name__}")
-    place = resolve_device(device, Backbone(suspect).device)
+    device = resolve_device(device, Backbone(suspect).device)
     attempts: list[Attempt] = []
     with Progress(progress) as bar:
         bar.stage("profile", 1)
         started = Thief.now()
-        thief = Thief.of(suspect, seed, place, precision, bar)
+        thief = Thief.of(suspect, seed, device, precision, bar)
         chosen = WAYS if ways is None else ways
         shares = [way.share for way in chosen]
         for index, way in enumerate(chosen):

@@ -23,18 +23,19 @@ from activemark_fast.codec.codebooks import (
     draw_sent,
     most_bits,
 )
-from activemark_fast.freedoms import BITS, known_normalisation
+from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores
 from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activations
+from activemark_fast.normalisation import Preprocess, known_normalisation
+from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.photographs import shipped_photographs
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
-from activemark_fast.triggers import ImageMismatchError, Preprocess, photograph_crops
-from activemark_fast.verdict import sign_flip_p_value
-from activemark_fast.verify import verify
+from activemark_fast.triggers import ImageMismatchError, photograph_crops
+from activemark_fast.verification import verify
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, WatermarkError, fingerprint
 
 USUAL_BITS = 32

@@ -6,15 +6,16 @@ that add to the residual stream, one after the other, each closing its share of 
 bands into the last one of each block's MLP, the natural band also into attention's output. A model may do
 without its late MLPs, but then not without its attention. Where an MLP is gated, the loud band is written
 into attention too: what a product of two layers answers to an injection averages out over tokens.
+
+Long, for the streams, the moments gathered from them and the solves are one computation.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Literal
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 from activemark_fast.backbone import Backbone, Layer
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
 from activemark_fast.dress import fixed_weight
-from activemark_fast.marking.engine import GROUPS, Engine, halving
-from activemark_fast.marking.quality import Fidelity
+from activemark_fast.marking.engine import GROUPS, Engine
 from activemark_fast.marking.ranks import Ranks
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
@@ -35,16 +35,6 @@ from activemark_fast.towers import Stop
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
 COLUMN_PARTS = 4
-LOOKS = 4
-"""Most strengths of a band whose fidelity is measured."""
-UNUSED = 0.1
-"""How much of the loss of fidelity that is allowed may be left."""
-LARGEST_FACTOR = 4.0
-"""A band is made at most so many times as strong as it was solved for."""
-LOUD_SHARE = 0.6
-"""Most of the allowed loss of fidelity that the loud band may use; the natural one takes the rest."""
-LOUD_MARGIN = 2.5
-"""A loud band that is read more clearly than this is made weaker, and leaves more to the natural one."""
 
 
 @dataclass(frozen=True)
@@ -141,145 +131,6 @@ def writable_weights(backbone: Backbone, site: Site) -> list[nn.Parameter]:
     return [weight for weight in weights if weight is not None and weight.shape[0] == backbone.width]
 
 
-def traced_steps(backbone: Backbone, site: Site) -> list[Step]:
-    """The layers that carry the traced rows: the last of each MLP, in equal shares for each tap.
-
-    Raises:
-        ValueError: as `edit_steps`.
-    """
-    steps = [step for step in edit_steps(backbone, site) if step.last]
-    taps = Counter(step.tap for step in steps)
-    return [replace(step, shares={TRACED.name: 1 / taps[step.tap]}) for step in steps]
-
-
-@torch.no_grad()
-def search_edit(
-    backbone: Backbone,
-    books: Sequence[Codebook],
-    site: Site,
-    output: Tensor,
-    sent: Sequence[Tensor],
-    fidelity: Callable[[], Fidelity],
-    margin: Callable[[], float],
-    wanted: float,
-    engine: Engine,
-    bar: Progress,
-) -> list[dict[str, float | str]]:
-    """Edits `backbone` in place, as strongly as the fidelity asked for allows.
-
-    One edit is solved for, band by band. The loud band's change of the weights is then scaled until its share
-    of the allowed loss of fidelity is used up, or less where its reading is clearer than `LOUD_MARGIN`; the
-    natural one's until all of the loss is. Where even the weakest strength that was looked at costs too much,
-    the band is left out: fidelity wins.
-
-    Args:
-        backbone: the model to mark.
-        books: on the backbone's device.
-        site: where the mark goes.
-        output: (n, N, D), clean output of the site's block.
-        sent: for each codebook (its images, M) of 0 and 1; see `edit`.
-        fidelity: measures the edited model.
-        margin: how clearly the loud band is read from it (`Quality.margin`).
-        wanted: fidelity asked for (`Fidelity.loss`).
-        engine: how to compute.
-        bar: shows the steps.
-
-    Returns:
-        Every strength tried, and what was measured.
-    """
-    steps = edit_steps(backbone, site)
-    matrices = [step.matrix for step in steps]
-    originals = [engine.keep(matrix.clone()) for matrix in matrices]
-
-    def solved(batch: int) -> Changes:
-        for matrix, weight in zip(matrices, originals, strict=True):
-            matrix.copy_(engine.fetch(weight))  # an earlier try may have run out of memory half way
-        bar.stage("edit", len(steps))
-        return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
-
-    changes = halving(solved, engine.batch)
-    factors = {band.name: 0.0 for band in BANDS}
-    history: list[dict[str, float | str]] = []
-
-    def apply() -> None:
-        for matrix, weight, change in zip(matrices, originals, changes, strict=True):
-            parts = (factors[band] * engine.fetch(part) for band, part in change.items())
-            edited = engine.fetch(weight).float() + sum(parts)
-            matrix.copy_(edited)
-
-    lost = 0.0
-    for band, share in ((LOUD, LOUD_SHARE), (NATURAL, 1.0)):
-
-        def made(factor: float, name: str = band.name) -> None:
-            factors[name] = factor
-            apply()
-
-        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
-        room = share * (1 - wanted) - lost
-        factors[band.name], cost = best_strength(made, fidelity, band.name, lost, room, history, bar)
-        lost += cost
-        apply()
-        if band == LOUD and (read := margin()) > LOUD_MARGIN:
-            factors[band.name] *= LOUD_MARGIN / read
-            lost *= (LOUD_MARGIN / read) ** 2
-            apply()
-    return history
-
-
-def best_strength(
-    apply: Callable[[float], None],
-    fidelity: Callable[[], Fidelity],
-    band: str,
-    lost: float,
-    room: float,
-    history: list[dict[str, float | str]],
-    bar: Progress,
-) -> tuple[float, float]:
-    """The strongest factor that costs no more fidelity than there is room for.
-
-    Args:
-        apply: makes the model's change so many times as strong as it was solved for.
-        fidelity: measures the model.
-        band: what is changed.
-        lost: loss of fidelity without the change.
-        room: how much more may be lost.
-        history: every factor tried is added, with what was measured.
-        bar: shows the looks.
-
-    Returns:
-        The factor and what it loses over `lost`; (0, 0) where even the weakest one tried costs too much.
-    """
-    tried: dict[float, float] = {}  # loss over `lost`, of each factor that was looked at
-    factor = 1.0
-    while True:
-        apply(factor)
-        reached = fidelity()
-        history.append({"stage": f"edit: {band}", "factor": factor, **asdict(reached)})
-        bar.advance(fidelity=reached.mean)
-        tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
-        following = _next_factor(tried, room)
-        enough = (1 - UNUSED) * room <= tried[factor] <= room
-        if enough or following in tried or len(tried) == LOOKS:
-            break
-        factor = following
-    best = max((tried_factor for tried_factor, cost in tried.items() if cost <= room), default=0.0)
-    return best, tried.get(best, 0.0)
-
-
-def _next_factor(tried: dict[float, float], room: float) -> float:
-    """A factor that should lose a bit less than there is room for. The loss grows with about its square.
-
-    tried: the loss of each factor so far; the last two tell which power.
-    """
-    (factor, lost), *before = reversed(tried.items())
-    power = 2.0
-    if before and 0 < lost < math.inf and 0 < before[0][1] < math.inf:
-        other, less = before[0]
-        power = min(max(math.log(lost / less) / math.log(factor / other), 1.0), 4.0)
-    change = (1 - UNUSED / 2) * room / max(lost, 1e-9)
-    return min(factor * max(change, 1e-3) ** (1 / power), LARGEST_FACTOR)
-
-
 @torch.no_grad()
 def edit(
     backbone: Backbone,
@@ -348,7 +199,7 @@ def edit(
             there = engine.fetch(k)
             for solution, read in added:
                 stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
-            moved[f"stream {index}"] = streams[index].values = engine.keep(stream)
+            moved[f"stream {index}"] = streams[index].values = engine.offload(stream)
             hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
         return {**change, "failed": torch.stack(infos).any(), **moved}
 
@@ -425,7 +276,7 @@ class _Stream:
     """The residual stream of some images.
 
     Attributes:
-        values: (3, b, N, D): clean, with what is sent, with its opposite; where `engine.keep` puts it. On
+        values: (3, b, N, D): clean, with what is sent, with its opposite; where `engine.offload` puts it. On
             "meta" where another process runs them.
         book: index of the codebook.
         signs: (b, M) of +1 and -1, what is sent.
@@ -448,7 +299,7 @@ def _streams(
             signs = 2 * part.float() - 1
             if len(streams) % engine.ranks.count == engine.ranks.rank:
                 both = book.inject(clean, clean, part).view(2, *clean.shape)
-                values = engine.keep(torch.cat([clean[None], both]))
+                values = engine.offload(torch.cat([clean[None], both]))
             else:
                 values = clean.new_empty(3, *clean.shape, device="meta")
             streams.append(_Stream(values, index, signs))
@@ -477,6 +328,8 @@ def _moments(
 
     Of a step before the last, the block runs as far as its layer, and Δh is taken from behind it.
     Of several processes each runs some of the streams, and adds up some columns of the matrices.
+
+    Long, for the run of a stream and the sums over all share their matrices.
 
     Returns:
         The moments; of the last step, its layer's inputs (3, b, N, H) for each of the streams run here.
@@ -519,8 +372,8 @@ def _moments(
             change = _half_difference(k, book.slots, pool) / length
             answer = (_half_difference(after, book.slots, pool) @ book.read_directions[tap].T) / length
             if step.last:
-                stream.values = engine.keep(after.to(values.dtype))
-                hidden[streams.index(stream)] = engine.keep(k)
+                stream.values = engine.offload(after.to(values.dtype))
+                hidden[streams.index(stream)] = engine.offload(k)
             return [k[0].flatten(0, 1)[::stride], change, answer]
 
         tasks = [partial(run, index) for index in range(len(running))]

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.marking.memory import free_bytes
 from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.scratch import Make, Scratch, made
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
 
-T = TypeVar("T")
-
 CPU_WORKING_SET = 16 << 20
 """Bytes of hidden activations that a block makes at a time on a CPU."""
 GPU_WORKING_SHARE = 0.25
 """The same on a GPU, as a share of the memory that is free."""
-MOST_IMAGES, FEWEST_IMAGES = 128, 4
+MAX_IMAGES, MIN_IMAGES = 128, 4
 GROUPS = 8
 """The slots are averaged in this many groups before they enter the solve: a reading averages them all."""
 GPU_RESERVE = 0.9
@@ -55,7 +52,7 @@ class Engine:
     scratch: Scratch | None = None
     ranks: Ranks = ALONE
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def offload(self, tensor: Tensor) -> Tensor:
         """`tensor`, where it can wait."""
         if self.scratch is not None:
             return self.scratch.keep(tensor)
@@ -65,7 +62,7 @@ class Engine:
         return waiting.copy_(tensor)
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """What `keep` returned, where it can be computed with."""
+        """What `offload` returned, where it can be computed with."""
         return tensor.to(self.device, non_blocking=True)
 
     def made(self, name: str, make: Make) -> dict[str, Tensor]:
@@ -118,7 +115,7 @@ def plan_engine(
 
     one = copies * tokens * hidden * narrow  # hidden activations of one image
     room = CPU_WORKING_SET if device.type == "cpu" else int(GPU_WORKING_SHARE * free) // 6
-    batch = ranks.least(max(FEWEST_IMAGES, min(room // one, MOST_IMAGES, -(-fitted // books))))
+    batch = ranks.least(max(MIN_IMAGES, min(room // one, MAX_IMAGES, -(-fitted // books))))
     stream = copies * tokens * width * wide
     model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
     # Of both bands and the original weights, of the MLPs; likewise of attention, which one band changes.
@@ -152,30 +149,3 @@ def plan_engine(
         peak = max(block(0) + caches + 4 * 4 * width * hidden, changed)
     how = f"{batch} images at a time, {where}, edit eager: it runs a block twice, so compiling takes longer"
     return Engine(device, autocast, batch, on_host, peak, how, scratch, ranks)
-
-
-def halving(run: Callable[[int], T], batch: int) -> T:
-    """What `run(batch)` returns; after each time the device had no room, half the batch is tried."""
-    while True:
-        try:
-            return run(batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        # Only here is what the failed try held let go of.
-        batch //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of the device that can be had."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":") for line in file)
-        return int(facts["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -67,6 +67,8 @@ def finetune(
         resumed: where an interrupted training was; `stream` is from its beginning, as then.
         save: called after `reached`, with the steps taken and all tensors the training needs to go on.
 
+    Long, for draws, loss and step share the optimiser and the tensors it steps on.
+
     Returns:
         The number of steps taken; how they were run, and why so.
     """

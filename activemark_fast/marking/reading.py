@@ -13,7 +13,7 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
 from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.suffix import Autocast, SiteActivations, read_mark
-from activemark_fast.verdict import bit_scores
+from activemark_fast.p_value import bit_scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from activemark_fast.marking.engine import halving
+from activemark_fast.marking.memory import halving
 
 COMPILE = ("auto", "eager", "regional", "graph")
 WARM_UP, TRIAL = 3, 10

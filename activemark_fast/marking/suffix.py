@@ -125,8 +125,3 @@ def final_features(
             tokens = backbone.run(output.to(backbone.device), block + 1, backbone.depth)
             parts.append(backbone.features(tokens).float())
     return torch.cat(parts)
-
-
-def feature_cosine(features: Tensor, original: Tensor) -> float:
-    """Mean cosine of two (n, F, D) feature sets: the lower of class token and mean patch."""
-    return float(torch.cosine_similarity(features, original, dim=-1).mean(dim=0).min())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import TRACED, Codebook, SiteMeasure, balanced_bits, codebooks, draw_sent
 from activemark_fast.key import Key
-from activemark_fast.marking.edit import LOOKS, best_strength, solve_rows, traced_steps
-from activemark_fast.marking.engine import Engine, halving
-from activemark_fast.marking.quality import Fidelity
+from activemark_fast.marking.cosine import Fidelity
+from activemark_fast.marking.edit import Step, edit_steps, solve_rows
+from activemark_fast.marking.engine import Engine
+from activemark_fast.marking.memory import halving
 from activemark_fast.marking.reading import Channel
+from activemark_fast.marking.strength import LOOKS, best_strength
 from activemark_fast.marking.suffix import Autocast, SiteActivations
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
@@ -24,6 +27,17 @@ SHARE = 0.2
 """Share of the allowed loss of fidelity that goes to the traced rows of a copy, where there are any."""
 IMAGES = 32
 """Images, made from the key, that traced rows are read on. 64 read twice told a pruned copy hardly better."""
+
+
+def traced_steps(backbone: Backbone, site: Site) -> list[Step]:
+    """The layers that carry the traced rows: the last of each MLP, in equal shares for each tap.
+
+    Raises:
+        ValueError: as `edit_steps`.
+    """
+    steps = [step for step in edit_steps(backbone, site) if step.last]
+    taps = Counter(step.tap for step in steps)
+    return [replace(step, shares={TRACED.name: 1 / taps[step.tap]}) for step in steps]
 
 
 def traced_channels(

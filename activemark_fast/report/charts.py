@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from markupsafe import Markup
 
-from activemark_fast.profile import Profile
+from activemark_fast.profiling import Profile
 from activemark_fast.site import Site
 
 WIDTH, HEIGHT = 420, 250

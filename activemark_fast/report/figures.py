@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from activemark_fast.profile import Profile
+from activemark_fast.profiling import Profile
 from activemark_fast.report.profile import draw_profile
 from activemark_fast.report.style import BLUE, GREY, VERMILION
 from activemark_fast.site import Site

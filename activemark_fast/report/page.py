@@ -14,9 +14,9 @@ import numpy as np
 from activemark_fast import __version__
 from activemark_fast.commitment import Opening
 from activemark_fast.descent import ASSUMPTION, MATRICES, SHARED, Descent
-from activemark_fast.evaluate import Evaluation, Row
+from activemark_fast.evaluation import Evaluation, Row
 from activemark_fast.freedoms import EVIDENCE_AT
-from activemark_fast.profile import Profile
+from activemark_fast.profiling import Profile
 from activemark_fast.report.charts import error_histogram, profile_chart
 from activemark_fast.site import Site
 from activemark_fast.verdict import Verdict, fair_coin_pass_rate

@@ -11,18 +11,19 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from activemark_fast.profile import MASSIVE_RATIO, TOP, Profile
+from activemark_fast.block_choice import MASSIVE_RATIO, TOP
+from activemark_fast.profiling import Profile
 from activemark_fast.report.style import BLUE, GREY, PURPLE
 from activemark_fast.site import Placement, Site
 
-_MOST_PLACES = 16
+_MAX_PLACES = 16
 _LARGEST_DOT = 130.0  # points²
 _TICKS = (50, 100, 200, 500, 1000, 2000, 5000, 10_000, 100_000, 1_000_000)  # times the median
 
 
 def profile_figure(profile: Profile, placement: Placement) -> Figure:
     """The curves of the paper's figure 2 with the site in them, and a map of the massive activations."""
-    shown = min(len(_places(profile)), _MOST_PLACES)
+    shown = min(len(_places(profile)), _MAX_PLACES)
     figure = Figure(figsize=(15, max(5.0, 2.6 + 0.3 * shown)), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_profile(left, profile, placement.site)
@@ -73,15 +74,15 @@ def _places(profile: Profile) -> list[tuple[int, int]]:
 def _draw_map(axes: Axes, profile: Profile, site: Site) -> None:
     places = _places(profile)
     title = "Where massive activations sit"
-    if len(places) > _MOST_PLACES:
-        title += f" (the {_MOST_PLACES} most frequent of {len(places)} places)"
+    if len(places) > _MAX_PLACES:
+        title += f" (the {_MAX_PLACES} most frequent of {len(places)} places)"
     axes.set_title(title, loc="left")
     if not places:
         axes.axis("off")
         text = f"no value is {MASSIVE_RATIO:g} times the median of its block"
         axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
         return
-    rows = {place: row for row, place in enumerate(places[:_MOST_PLACES])}
+    rows = {place: row for row, place in enumerate(places[:_MAX_PLACES])}
     dots = [
         (
             block,

@@ -19,7 +19,7 @@ from activemark_fast.key import Key
 from activemark_fast.tracing.register import Register
 
 PROOF_VERSION = 1
-MOST_BYTES = 100_000
+MAX_BYTES = 100_000
 _FORMAT = "activemark recipient"
 _FIELDS = frozenset({"format", "version", "name", "salt", "index", "size", "path"})
 _CONTEXT = b"activemark_fast/v1/recipients/"
@@ -103,7 +103,7 @@ class RecipientProof:
             ProofError: it is something else, damaged, or of a newer format.
         """
         with Path(path).open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
         try:
             record = json.loads(data)
             if record["format"] == _FORMAT and record["version"] != PROOF_VERSION:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import vit
 from torch import Tensor, nn
 
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.key import Key
 from activemark_fast.watermark import Watermark
 
@@ -32,8 +32,9 @@ class Marked:
         return self.watermark, KEY, vit(seed=77), self.images
 
 
-def mark() -> Marked:
-    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def mark(count: int = 64) -> Marked:
+    """count: hold-out images."""
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         made = embed(vit(), KEY, images, fidelity=0.95)

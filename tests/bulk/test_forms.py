@@ -7,10 +7,16 @@ from typing import Any
 import forms
 import pytest
 from forms import FORMS, Form
-from small import Marked
+from small import Marked, mark
 from tiny import vit
 
 from activemark_fast.bulk import SuspectResult, verify_many
+
+
+@pytest.fixture(scope="module")
+def marked() -> Marked:
+    """Of few images, since there are many forms, all of which are read to the end."""
+    return mark(32)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import re
-import sys
 import threading
 import time
 import warnings
@@ -23,10 +22,11 @@ from small import KEY, Marked, save
 from tiny import vit
 from torch import nn
 
+from activemark_fast import looks
 from activemark_fast.bulk import JournalError, SuspectResult, find_suspects, read_journal, verify_many
 from activemark_fast.bulk import sweep as sweeping
-from activemark_fast.embed import embed
-from activemark_fast.verify import verify
+from activemark_fast.embedding import embed
+from activemark_fast.verification import verify
 from activemark_fast.watermark import WatermarkError
 
 
@@ -232,22 +232,21 @@ def test_equal_prefixes_are_computed_once(
     paths = [save(model, tmp_path / f"{index}.safetensors") for index, model in enumerate(models)]
     apart = [sweep(path, marked)[0].verdict for path in paths]
     computed = []
-    module = sys.modules["activemark_fast.verify"]
-    real = module.site_activations
+    real = looks.site_activations
 
     def counting(*args: Any) -> Any:
         computed.append(args)
         return real(*args)
 
-    monkeypatch.setattr(module, "site_activations", counting)
+    monkeypatch.setattr(looks, "site_activations", counting)
     together = sweep(paths, marked)
     for result, alone in zip(together, apart, strict=True):
         assert result.verdict is not None
         assert alone is not None
         assert result.verdict.to_dict() == alone.to_dict()
-    looks = [{8: 1, 16: 2, 32: 3, 64: 4}[alone.images] for alone in apart if alone is not None]
+    needed = [{8: 1, 16: 2, 32: 3, 64: 4}[alone.images] for alone in apart if alone is not None]
     measures = 3  # of each prefix, how its tokens vary
-    assert len(computed) == measures + looks[0] + looks[1] + max(0, looks[2] - looks[0]) + looks[4]
+    assert len(computed) == measures + needed[0] + needed[1] + max(0, needed[2] - needed[0]) + needed[4]
 
 
 def test_a_folder_as_transformers_saves_it_with_an_adapter(marked: Marked, tmp_path: Path) -> None:

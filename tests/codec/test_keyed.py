@@ -13,8 +13,8 @@ from torch import Tensor
 from activemark_fast.codec import CODECS, KeyedCodec
 from activemark_fast.codec.keyed import MAX_SLOTS, STRENGTH, keyed_directions, keyed_slots
 from activemark_fast.key import Key, KeyStream
+from activemark_fast.p_value import bit_scores, sign_flip_p_value
 from activemark_fast.site import Site
-from activemark_fast.verdict import bit_scores, sign_flip_p_value
 
 KEY, OTHER = Key(b"k" * 32), Key(b"o" * 32)
 SITE = Site(

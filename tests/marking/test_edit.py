@@ -19,31 +19,20 @@ from torch.nn.utils import parametrizations
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, LOUD, Codebook, SiteMeasure, balanced_bits, codebooks
 from activemark_fast.key import Key
-from activemark_fast.marking.edit import (
-    CLEAN_ROWS,
-    DIALS,
-    GROUPS,
+from activemark_fast.marking.cosine import Fidelity, FidelityCheck, feature_cosine
+from activemark_fast.marking.edit import CLEAN_ROWS, DIALS, GROUPS, Changes, Step, edit, edit_steps
+from activemark_fast.marking.engine import Engine
+from activemark_fast.marking.reading import Channel
+from activemark_fast.marking.strength import (
     LARGEST_FACTOR,
     LOUD_MARGIN,
     LOUD_SHARE,
     UNUSED,
-    Changes,
-    Step,
     _next_factor,
-    edit,
-    edit_steps,
     search_edit,
 )
-from activemark_fast.marking.engine import Engine
-from activemark_fast.marking.quality import Fidelity, FidelityCheck
-from activemark_fast.marking.reading import Channel
-from activemark_fast.marking.suffix import (
-    SiteActivations,
-    feature_cosine,
-    final_features,
-    site_activations,
-)
-from activemark_fast.profile import measure
+from activemark_fast.marking.suffix import SiteActivations, final_features, site_activations
+from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 

@@ -15,9 +15,10 @@ from tiny import vit
 from activemark_fast import embed
 from activemark_fast.backbone import Backbone
 from activemark_fast.marking import engine as module
-from activemark_fast.marking.engine import Engine, free_bytes, halving, plan_engine
+from activemark_fast.marking.engine import Engine, plan_engine
+from activemark_fast.marking.memory import free_bytes, halving
 from activemark_fast.photographs import shipped_photographs
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_a_batch_has_a_bounded_working_set(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "CPU_WORKING_SET", 3 * 17 * 512 * 4 * 10)
     assert planned().batch == 10
     monkeypatch.setattr(module, "CPU_WORKING_SET", 1)
-    assert planned().batch == module.FEWEST_IMAGES
+    assert planned().batch == module.MIN_IMAGES
 
 
 def test_memory_is_stated_before_and_kept_to(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +151,6 @@ def test_peak_memory_on_a_gpu() -> None:
 def test_what_is_kept_comes_back() -> None:
     kept = Engine(CPU, nullcontext, 1, False, 0, "")
     tensor = torch.randn(3)
-    assert kept.fetch(kept.keep(tensor)) is tensor
+    assert kept.fetch(kept.offload(tensor)) is tensor
     with pytest.raises(dataclasses.FrozenInstanceError):
         kept.batch = 2  # type: ignore[misc]

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import CODECS, Codec
 from activemark_fast.key import Key
+from activemark_fast.marking.cosine import feature_cosine
 from activemark_fast.marking.finetune import CHECK_EVERY, finetune
-from activemark_fast.marking.suffix import feature_cosine, final_features, read_mark, site_activations
+from activemark_fast.marking.suffix import final_features, read_mark, site_activations
 from activemark_fast.ops.decode import Decoded
-from activemark_fast.profile import measure
+from activemark_fast.profiling import measure
 
 KEY = Key(b"k" * 32)
 DEPTH, BITS = 6, 8

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import vit
 
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.marking.ranks import ALONE
 from activemark_fast.watermark import fingerprint
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from datetime import timedelta
 from tiny import vit
-from activemark_fast.embed import embed
+from activemark_fast.embedding import embed
 from activemark_fast.marking.ranks import Ranks
 from activemark_fast.watermark import fingerprint
 torch.set_num_threads(1)

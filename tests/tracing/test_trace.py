@@ -17,7 +17,7 @@ from activemark_fast import Key, Verdict, embed, verify, verify_many
 from activemark_fast.attacks.cut import cut
 from activemark_fast.attacks.merge import average
 from activemark_fast.attacks.symmetry import permute_residual
-from activemark_fast.embed import Embedding
+from activemark_fast.embedding import Embedding
 from activemark_fast.report import trace_figure
 from activemark_fast.tracing import Register, RegisterError, Trace
 from activemark_fast.watermark import fingerprint

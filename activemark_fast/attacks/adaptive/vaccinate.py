@@ -53,6 +53,8 @@ def vaccinate(
     count in. The other term is the distance of clean features to `model`'s own
     (1 - cosine, of every token after the final norm). AdamW on the matrices, cosine decay to 0.
 
+    Long, for draws, loss and step share the optimiser and the models it steps on.
+
     Args:
         model: a plain ViT.
         data: clean images.

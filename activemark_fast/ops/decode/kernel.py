@@ -1,4 +1,7 @@
-"""Triton kernels of the decoding, and their launchers."""
+"""Triton kernels of the decoding, and their launchers.
+
+Long, for forward and backward of one op have their parts in common.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def has_cuda() -> bool:
 
 def most_top_cuda() -> int:
     """The largest k of `magnitudes_cuda`."""
-    return int(load_native().MOST_TOP_CUDA)
+    return int(load_native().MAX_TOP_CUDA)
 
 
 def magnitudes_cuda(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, evaluating
+from activemark_fast.block_choice import MASSIVE_RATIO, RULES, TOP, block_for
 from activemark_fast.dress import plain_torch
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
 from activemark_fast.progress import Progress
@@ -20,18 +21,12 @@ from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement, Site, SiteError, taps_after
 from activemark_fast.triggers import public_images
 
-MOST_IMAGES = 256
+MAX_IMAGES = 256
 MADE_IMAGES = 32
 """How many images are made where none are given."""
 BATCH = 32
 KEPT = 16
 """How many of an image's largest magnitudes are kept, unless more are asked for."""
-TOP = 5
-"""How many of them a rule looks at (paper, section 3.2)."""
-SHARP_RISE = 3.0
-"""A block whose mean top magnitude is this many times its predecessor's makes activations massive."""
-MASSIVE_RATIO = 50.0
-"""A magnitude this many times the median of its block is massive."""
 
 
 class Massive(NamedTuple):
@@ -210,7 +205,7 @@ class Profile:
         alone = [RULES[rule](*image) for image in zip(heights.T, ratios.T, strict=True)]
         agreeing = sum(answer == emergence for answer in alone)
         if block is None:
-            block, why = self._block_for(rule, emergence)
+            block, why = block_for(rule, emergence, self._ratios_of_means())
             reason = f"{why}; {agreeing} of {self.images} images agree)"
         else:
             reason = f"block {block}, as asked for"
@@ -262,29 +257,6 @@ class Profile:
     def _ratios_of_means(self) -> np.ndarray:
         return np.array([self.stem.ratio[0], *self.ratio[:, 0]])
 
-    def _block_for(self, rule: str, emergence: int | None) -> tuple[int, str]:
-        """The block to mark and why, up to an open bracket."""
-        ratios = self._ratios_of_means()
-        middle, late = max(self.depth // 2 - 1, 0), max(self.depth - 4, 0)
-        if emergence is not None:
-            found = f"massive activations emerge after block {emergence}"
-            times = f"({ratios[emergence + 1]:.0f} times the median"
-        else:
-            times = f"(at most {ratios[1:].max():.0f} times the median"
-            if not (ratios[1:] >= MASSIVE_RATIO).any():
-                found = "the model has no massive activations"
-            elif ratios[0] >= MASSIVE_RATIO:
-                found = "massive activations are there before block 0"
-            else:
-                found = "massive activations emerge without a sharp rise"
-        if emergence is not None and emergence > late:
-            return middle, f"block {middle}, the middle: {found}, too late {times}"
-        if rule == "late":
-            return late, f"block {late}, the last with room for two taps: {found} {times}"
-        if emergence is None:
-            return middle, f"block {middle}, the middle: {found} {times}"
-        return emergence, f"block {emergence}, where massive activations emerge {times}"
-
     def _massive_text(self, stream: StreamProfile) -> str:
         shown = [f"{self.token_name(m.token)}, channel {m.channel} ({m.images})" for m in stream.massive[:3]]
         more = len(stream.massive) - len(shown)
@@ -334,11 +306,11 @@ def profile(
     most = backbone.num_tokens * backbone.width
     if not TOP <= k <= most:
         raise ValueError(f"k: wanted {TOP} to {most}, the number of values of an image, got {k}")
-    place = resolve_device(device, backbone.device)
-    autocast = resolve_autocast(precision, place)
-    pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MOST_IMAGES)
-    if place != backbone.device:
-        moved = copy.deepcopy(backbone.encoder).to(place)
+    device = resolve_device(device, backbone.device)
+    autocast = resolve_autocast(precision, device)
+    pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MAX_IMAGES)
+    if device != backbone.device:
+        moved = copy.deepcopy(backbone.encoder).to(device)
         backbone = Backbone(moved, image_size=backbone.image_size, tower="")
     with evaluating(backbone.encoder), autocast(), Progress(progress) as bar:
         bar.stage("profile", len(pixels))
@@ -394,23 +366,3 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def _json(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _first_sharp_rise(heights: np.ndarray, ratios: np.ndarray) -> int | None:
-    rises = (heights[1:] >= SHARP_RISE * heights[:-1]) & (ratios[1:] >= MASSIVE_RATIO)
-    return int(rises.argmax()) if rises.any() else None
-
-
-def _largest_jump(heights: np.ndarray, ratios: np.ndarray) -> int | None:
-    jumps = np.diff(heights)
-    if not (ratios[1:] >= MASSIVE_RATIO).any() or not (jumps > 0).any():
-        return None
-    return int(np.nanargmax(jumps))
-
-
-# (depth + 1,) mean of the top magnitudes and (depth + 1,) largest over median, the stem's first → the block.
-RULES: dict[str, Callable[[np.ndarray, np.ndarray], int | None]] = {
-    "paper": _first_sharp_rise,
-    "reference": _largest_jump,
-    "late": _first_sharp_rise,
-}

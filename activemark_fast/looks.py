@@ -1,0 +1,315 @@
+"""Reads a suspect: the mark at one place, in looks at more and more images, until the verdict is settled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activemark_fast.align import (
+    EXPLAINED_WELL,
+    Alignment,
+    best_explained,
+    find_alignment,
+    sample_images,
+    site_sample,
+)
+from activemark_fast.backbone import Backbone, evaluating
+from activemark_fast.codec import Codec, KeyedCodec
+from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
+from activemark_fast.decision import Policy, Reading, agreement
+from activemark_fast.key import Key
+from activemark_fast.marking.ranks import ALONE, Ranks
+from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
+from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activations
+from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
+from activemark_fast.marking.traced import row_answers, traced_channels
+from activemark_fast.normalisation import Preprocess
+from activemark_fast.p_value import sign_flip_p_value
+from activemark_fast.sequential import WEAKEST_NATURAL, look_ends, mark_excluded
+from activemark_fast.site import Site
+from activemark_fast.tracing import Register, Trace, trace_answers
+from activemark_fast.triggers import holdout_images
+from activemark_fast.watermark import Watermark
+
+FIRST_SAMPLED = 4
+"""Images on which no map must explain the suspect for it to be let go without a look at the others."""
+
+
+class UnreadableError(Exception):
+    """The suspect cannot be read; the message says why."""
+
+
+class Prefix:
+    """Activations of the images of each look at the site: run when they are first asked for, then kept.
+
+    It serves all suspects whose weights up to the site's block are equal.
+    """
+
+    MEASURED = -1
+    """In place of a look: the images that tell how tokens vary."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, SiteActivations] = {}
+
+    @property
+    def kept(self) -> list[SiteActivations]:
+        """What was run so far, in the order in which it was."""
+        return list(self._kept.values())
+
+    def at(self, look: int, run: Callable[[], SiteActivations]) -> SiteActivations:
+        """The activations of `look`, which `run` makes."""
+        if look not in self._kept:
+            self._kept[look] = run()
+        return self._kept[look]
+
+
+class Reader:
+    """Reads one mark from suspects of the marked model's shape.
+
+    Args:
+        watermark: of the mark; checked.
+        secret: its key.
+        codec: of a mark of one band, on `device`; None for a mark in two bands, whose directions depend on
+            how the suspect's own tokens vary, and are made for each suspect.
+        pixels: (n, 3, H, W), the hold-out images.
+        preprocess: how images made from the key become model input.
+        power: as `Verifier` takes it; None for a codec without p-value.
+        traced: whether recipients are to be told apart, too.
+        device: where suspects are.
+        autocast: mixed precision of the forward passes.
+        ranks: processes that read the same suspects together.
+    """
+
+    def __init__(
+        self,
+        watermark: Watermark,
+        secret: Key,
+        codec: Codec | None,
+        pixels: Tensor,
+        preprocess: Preprocess,
+        power: float | None,
+        traced: bool,
+        device: torch.device,
+        autocast: Autocast,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._watermark, self._secret, self._codec = watermark, secret, codec
+        self._preprocess, self._device, self._autocast = preprocess, device, autocast
+        self._ranks = ranks
+        count, bits = len(pixels), watermark.bits
+        if codec is None:
+            self._stretched = secret.stretched()
+            sent = draw_sent(self._stretched, "verify", count, bits)
+        else:
+            sent = [torch.from_numpy(secret.stream("messages/verify").bits((count, 1, bits)))]
+        if power is None:
+            order, self.ends = torch.arange(count), [count]
+        else:  # as an owner's folder is sorted, its first images need not be like the others
+            order, self.ends = torch.from_numpy(secret.stream("looks").permutation(count)), look_ends(count)
+        self._pixels = pixels[order].to(device)
+        self._measured_pixels = pixels[:MEASURED_IMAGES].to(device)
+        self._sent = [part[order].to(device) for part in sent]
+        if traced:
+            made = holdout_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
+            self._traced_pixels = made.to(device)
+
+    def read(
+        self,
+        site: Site,
+        backbone: Backbone,
+        prefix: Prefix,
+        policy: Policy,
+        tries: int,
+        check: Callable[[], None],
+    ) -> Reading:
+        """What the suspect shows at `site`, whose taps can all be run: as it is, and aligned where it helps.
+
+        Args:
+            site: where the mark may lie.
+            backbone: a view of the suspect, on the reader's device.
+            prefix: of its weights up to the site's block.
+            policy: says when the looks end, and whether to align.
+            tries: of how many readings of one suspect the best is reported.
+            check: called now and then; what it raises ends the reading.
+
+        Raises:
+            UnreadableError: it puts out what is not finite, or constant; or it has another width, and no map
+                between the two explains it.
+        """
+        measured = None
+        if self._codec is None:
+            run = partial(self._at_site, site, backbone, self._measured_pixels)
+            seen = prefix.at(Prefix.MEASURED, run)
+            measured = SiteMeasure.of(seen.output, site.prefix_tokens)
+            if not measured.usable:
+                raise UnreadableError("the suspect puts out NaN or infinite activations")
+
+        def reading(alignment: Alignment | None) -> Reading | None:
+            bands = self._bands(site, measured, alignment)
+            weights = policy.weights(alignment is not None, len(bands), tries)
+            return self._looks(site, backbone, bands, prefix, policy, weights, alignment, check)
+
+        readings = []
+        widened = backbone.width != site.width
+        if policy.align is not True and not widened:
+            plain = reading(None)
+            if plain is None:
+                raise UnreadableError("the suspect puts out NaN or infinite activations")
+            readings.append(plain)
+        if not readings or (policy.align is None and not policy.matches(readings[0].p_value)):
+            alignment = self._alignment(site, backbone, policy.align is True)
+            if alignment is not None and policy.exact:
+                aligned = reading(alignment)
+                readings += [] if aligned is None else [aligned]
+        if not readings:
+            if widened:
+                width = other_width(backbone, site)
+                raise UnreadableError(f"{width}, and no map between the two explains it")
+            raise UnreadableError("the suspect's activations are constant or not finite")
+        return min(readings, key=lambda reading: reading.p_value)
+
+    def trace(
+        self, register: Register, site: Site, backbone: Backbone, alignment: Alignment | None, alpha: float
+    ) -> Trace:
+        """What the suspect tells of the recipients, read at `site` after undoing `alignment`."""
+        channels = traced_channels(
+            self._stretched, site, self._watermark.bits, register.measured, self._device
+        )
+        if alignment is not None:
+            matrix, scale = alignment.matrix.to(self._device), alignment.scale
+            channels = [
+                Channel(channel.codec.aligned(matrix, scale), channel.sent)
+                for channel in channels
+                if isinstance(channel.codec, KeyedCodec)
+            ]
+        read = self._at_site(site, backbone, self._traced_pixels)
+        answers = np.full(register.reference.shape, np.nan)
+        with evaluating(backbone.model):
+            told = row_answers(backbone, channels, read, site.block, self._autocast)
+        answers[: len(site.taps)] = told.numpy()
+        return trace_answers(register, self._secret, answers, alpha)
+
+    def _at_site(self, site: Site, backbone: Backbone, pixels: Tensor) -> SiteActivations:
+        with evaluating(backbone.model):
+            return site_activations(backbone, pixels, site.block, self._autocast)
+
+    def _bands(
+        self, site: Site, measured: SiteMeasure | None, alignment: Alignment | None
+    ) -> list[list[Channel]]:
+        """What reads a suspect at `site`, after undoing `alignment`: the channels of each band.
+
+        measured: on the suspect, for two bands.
+        """
+        if measured is None:
+            assert self._codec is not None
+            codecs: list[Codec] = [copy.copy(self._codec)]
+            counts = [1]
+        else:
+            back = measured if alignment is None else measured.turned_back(alignment.matrix)
+            codecs = list(codebooks(self._stretched, site, self._watermark.bits, back))
+            counts = [band.books for band in BANDS]
+        channels = []
+        for codec, sent in zip(codecs, self._sent, strict=True):
+            codec = codec.to(self._device)
+            if alignment is not None and isinstance(codec, KeyedCodec):
+                scale = alignment.scale if measured is None else 1.0  # measured on the suspect already
+                codec = codec.aligned(alignment.matrix.to(self._device), scale)
+            codec.taps = site.taps
+            channels.append(Channel(codec, sent))
+        ends = np.cumsum(counts)
+        return [channels[end - count : end] for count, end in zip(counts, ends, strict=True)]
+
+    @cached_property
+    def _sample_images(self) -> Tensor:
+        """Made when the first suspect has to be aligned, and then kept."""
+        images = sample_images(self._secret, self._watermark.site, self._preprocess)
+        return images.to(self._device)
+
+    @cached_property
+    def _original_sample(self) -> Tensor | None:
+        """What the watermark keeps of the original to align with, where it is computed with."""
+        stored = self._watermark.alignment
+        return None if stored is None else stored.to(self._device).float()
+
+    def _alignment(self, site: Site, backbone: Backbone, wanted: bool) -> Alignment | None:
+        """How the suspect's residual stream lies to the original's; None if it is not worth a reading.
+
+        wanted: any such map is worth one.
+        """
+        stored = self._original_sample
+        if stored is None:
+            return None
+
+        def sampled(images: Tensor) -> Tensor:
+            with evaluating(backbone.model):
+                return site_sample(backbone, self._secret, site, self._preprocess, self._autocast, images)
+
+        images = self._sample_images
+        few = sampled(images[:FIRST_SAMPLED])
+        if not wanted and not best_explained(stored[: len(few)], few) >= EXPLAINED_WELL:
+            return None
+        sample = torch.cat([few, sampled(images[FIRST_SAMPLED:])])
+        alignment = find_alignment(stored, sample)
+        return alignment if alignment is not None and (wanted or alignment.worthwhile) else None
+
+    def _looks(
+        self,
+        site: Site,
+        backbone: Backbone,
+        bands: Sequence[Sequence[Channel]],
+        prefix: Prefix,
+        policy: Policy,
+        weights: Sequence[float],
+        alignment: Alignment | None,
+        check: Callable[[], None],
+    ) -> Reading | None:
+        """Looks at more and more images until the verdict is settled; None where the suspect overflows.
+
+        weights: of each look (`Policy.weights`).
+        """
+        parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in bands]
+        p_value = 1.0
+        for look, (start, end) in enumerate(zip((0, *self.ends), self.ends, strict=False)):
+            pixels = self._pixels[start:end]
+            activations = prefix.at(look, partial(self._at_site, site, backbone, pixels))
+            with evaluating(backbone.model):
+                for band, kept in zip(bands, parts, strict=True):
+                    for channel, seen in zip(band, kept, strict=True):
+                        check()
+                        seen.append(
+                            channel.agreement(
+                                backbone, activations, start, site.block, self._autocast, self._ranks
+                            )
+                        )
+                        if not bool(torch.isfinite(seen[-1]).all()):
+                            return None
+            agreements = [[torch.cat(seen, dim=1) for seen in kept] for kept in parts]
+            errors = wrong_bits(agreements[0][0]).cpu().numpy()  # (taps, n)
+            p_values: tuple[float, ...] = ()
+            excluded = False
+            if policy.exact:
+                p_values = tuple(sign_flip_p_value(row_scores(kept)) for kept in agreements)
+                p_value = min(p_value, weights[look] * min(p_values))
+                miss = policy.miss(look)
+                excluded = mark_excluded(agreement(errors, self._watermark.bits), miss) and all(
+                    mark_excluded(_single(kept), miss, WEAKEST_NATURAL) for kept in agreements[1:]
+                )
+                if policy.settled(p_value, excluded):
+                    break
+        return Reading(p_value, p_values, errors, excluded, alignment)
+
+
+def other_width(backbone: Backbone, site: Site) -> str:
+    """That the suspect is wider or narrower than the marked model."""
+    return f"the suspect has width {backbone.width}, the marked model {site.width}"
+
+
+def _single(agreements: Sequence[Tensor]) -> np.ndarray:
+    """Of a band's (taps, n, reads, M): (n, taps), the mean of +1 for a right bit and -1 for a wrong one."""
+    right = torch.stack([torch.sign(part).double().mean(dim=(2, 3)) for part in agreements])
+    return np.asarray(right.mean(dim=0).T.cpu())

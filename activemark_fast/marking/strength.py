@@ -1,0 +1,158 @@
+"""How strong an edit is: as strong as the fidelity asked for allows, found by scaling the one change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, Codebook
+from activemark_fast.marking.cosine import Fidelity
+from activemark_fast.marking.edit import Changes, edit, edit_steps
+from activemark_fast.marking.engine import Engine
+from activemark_fast.marking.memory import halving
+from activemark_fast.progress import Progress
+from activemark_fast.site import Site
+
+LOOKS = 4
+"""Most strengths of a band whose fidelity is measured."""
+UNUSED = 0.1
+"""How much of the loss of fidelity that is allowed may be left."""
+LARGEST_FACTOR = 4.0
+"""A band is made at most so many times as strong as it was solved for."""
+LOUD_SHARE = 0.6
+"""Most of the allowed loss of fidelity that the loud band may use; the natural one takes the rest."""
+LOUD_MARGIN = 2.5
+"""A loud band that is read more clearly than this is made weaker, and leaves more to the natural one."""
+
+
+@torch.no_grad()
+def search_edit(
+    backbone: Backbone,
+    books: Sequence[Codebook],
+    site: Site,
+    output: Tensor,
+    sent: Sequence[Tensor],
+    fidelity: Callable[[], Fidelity],
+    margin: Callable[[], float],
+    wanted: float,
+    engine: Engine,
+    bar: Progress,
+) -> list[dict[str, float | str]]:
+    """Edits `backbone` in place, as strongly as the fidelity asked for allows.
+
+    One edit is solved for, band by band. The loud band's change of the weights is then scaled until its share
+    of the allowed loss of fidelity is used up, or less where its reading is clearer than `LOUD_MARGIN`; the
+    natural one's until all of the loss is. Where even the weakest strength that was looked at costs too much,
+    the band is left out: fidelity wins.
+
+    Args:
+        backbone: the model to mark.
+        books: on the backbone's device.
+        site: where the mark goes.
+        output: (n, N, D), clean output of the site's block.
+        sent: for each codebook (its images, M) of 0 and 1; see `edit`.
+        fidelity: measures the edited model.
+        margin: how clearly the loud band is read from it (`Quality.margin`).
+        wanted: fidelity asked for (`Fidelity.loss`).
+        engine: how to compute.
+        bar: shows the steps.
+
+    Returns:
+        Every strength tried, and what was measured.
+    """
+    steps = edit_steps(backbone, site)
+    matrices = [step.matrix for step in steps]
+    originals = [engine.offload(matrix.clone()) for matrix in matrices]
+
+    def solved(batch: int) -> Changes:
+        for matrix, weight in zip(matrices, originals, strict=True):
+            matrix.copy_(engine.fetch(weight))  # an earlier try may have run out of memory half way
+        bar.stage("edit", len(steps))
+        return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
+
+    changes = halving(solved, engine.batch)
+    factors = {band.name: 0.0 for band in BANDS}
+    history: list[dict[str, float | str]] = []
+
+    def apply() -> None:
+        for matrix, weight, change in zip(matrices, originals, changes, strict=True):
+            parts = (factors[band] * engine.fetch(part) for band, part in change.items())
+            edited = engine.fetch(weight).float() + sum(parts)
+            matrix.copy_(edited)
+
+    lost = 0.0
+    for band, share in ((LOUD, LOUD_SHARE), (NATURAL, 1.0)):
+
+        def made(factor: float, name: str = band.name) -> None:
+            factors[name] = factor
+            apply()
+
+        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
+        room = share * (1 - wanted) - lost
+        factors[band.name], cost = best_strength(made, fidelity, band.name, lost, room, history, bar)
+        lost += cost
+        apply()
+        if band == LOUD and (read := margin()) > LOUD_MARGIN:
+            factors[band.name] *= LOUD_MARGIN / read
+            lost *= (LOUD_MARGIN / read) ** 2
+            apply()
+    return history
+
+
+def best_strength(
+    apply: Callable[[float], None],
+    fidelity: Callable[[], Fidelity],
+    band: str,
+    lost: float,
+    room: float,
+    history: list[dict[str, float | str]],
+    bar: Progress,
+) -> tuple[float, float]:
+    """The strongest factor that costs no more fidelity than there is room for.
+
+    Args:
+        apply: makes the model's change so many times as strong as it was solved for.
+        fidelity: measures the model.
+        band: what is changed.
+        lost: loss of fidelity without the change.
+        room: how much more may be lost.
+        history: every factor tried is added, with what was measured.
+        bar: shows the looks.
+
+    Returns:
+        The factor and what it loses over `lost`; (0, 0) where even the weakest one tried costs too much.
+    """
+    tried: dict[float, float] = {}  # loss over `lost`, of each factor that was looked at
+    factor = 1.0
+    while True:
+        apply(factor)
+        reached = fidelity()
+        history.append({"stage": f"edit: {band}", "factor": factor, **asdict(reached)})
+        bar.advance(fidelity=reached.mean)
+        tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
+        following = _next_factor(tried, room)
+        enough = (1 - UNUSED) * room <= tried[factor] <= room
+        if enough or following in tried or len(tried) == LOOKS:
+            break
+        factor = following
+    best = max((tried_factor for tried_factor, cost in tried.items() if cost <= room), default=0.0)
+    return best, tried.get(best, 0.0)
+
+
+def _next_factor(tried: dict[float, float], room: float) -> float:
+    """A factor that should lose a bit less than there is room for. The loss grows with about its square.
+
+    tried: the loss of each factor so far; the last two tell which power.
+    """
+    (factor, lost), *before = reversed(tried.items())
+    power = 2.0
+    if before and 0 < lost < math.inf and 0 < before[0][1] < math.inf:
+        other, less = before[0]
+        power = min(max(math.log(lost / less) / math.log(factor / other), 1.0), 4.0)
+    change = (1 - UNUSED / 2) * room / max(lost, 1e-9)
+    return min(factor * max(change, 1e-3) ** (1 / power), LARGEST_FACTOR)

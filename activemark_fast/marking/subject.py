@@ -1,0 +1,187 @@
+"""The model that is being marked: a copy, and what is known of it before a weight changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure
+from activemark_fast.dress import copied, fixed_weight
+from activemark_fast.marking.cosine import FidelityCheck
+from activemark_fast.marking.edit import writable_weights
+from activemark_fast.marking.engine import Engine, plan_engine
+from activemark_fast.marking.memory import halving
+from activemark_fast.marking.quality import Quality
+from activemark_fast.marking.ranks import Ranks
+from activemark_fast.marking.scratch import Scratch, made
+from activemark_fast.marking.settings import Settings
+from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, site_activations
+from activemark_fast.profiling import measure
+from activemark_fast.progress import Progress
+from activemark_fast.runtime import resolve_autocast
+from activemark_fast.site import Placement
+from activemark_fast.tracing import Register
+from activemark_fast.triggers import CleanImages
+
+PROFILED_IMAGES = 32
+FITTED_IMAGES, HELD_IMAGES = 192, 64
+"""Clean images that a mark is solved on, and that its cost is measured on, at most."""
+CHECKED_IMAGES = 16
+"""Hold-out images that the mark is read on before it is released."""
+MESSAGES_PER_IMAGE = 2
+"""An image runs with a message and with its opposite."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What `prepare` found.
+
+    Attributes:
+        backbone: a view of the copy that is marked.
+        placement: where the mark goes, and why.
+        fitted: activations of the clean images that the mark is solved on.
+        carriers: of the first hold-out images, which the mark is read on before it is released.
+        measured: how tokens vary at the site, on hold-out images.
+        fidelity: compares the copy with what it was.
+        autocast: mixed precision of the forward passes.
+        engine: how an edit is computed.
+    """
+
+    backbone: Backbone
+    placement: Placement
+    fitted: SiteActivations
+    carriers: SiteActivations
+    measured: SiteMeasure
+    fidelity: FidelityCheck
+    autocast: Autocast
+    engine: Engine
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """What marking a subject told; the mark itself is in the subject's weights.
+
+    Attributes:
+        quality: how the mark and the model do on images that were kept from marking.
+        history: of the tries of an edit, or of the checks of a training.
+        engine: how it was computed.
+        steps: gradient steps taken.
+        state: of the codec, for the watermark.
+        register: of the copies' recipients; None without any.
+    """
+
+    quality: Quality
+    history: list[dict[str, float | str]]
+    engine: Engine
+    steps: int
+    state: dict[str, Tensor]
+    register: Register | None
+
+
+def check_writable(backbone: Backbone) -> None:
+    """Refuses a model with a block that a mark could not be written to."""
+    for block in range(1, backbone.depth - 1):
+        fixed = fixed_weight(backbone.carrier(block))
+        if fixed is not None:
+            raise ValueError(f"model: the weight of the last linear layer of block {block} {fixed}")
+        backbone.mlp_gain(block)
+
+
+def view_of_copy(original: Backbone, device: torch.device, shared: bool = False) -> Backbone:
+    """A view of a copy of the tower that `original` sees, in eval mode and on `device`.
+
+    shared: with the same parameters and buffers.
+    """
+    kept = (*original.encoder.parameters(), *original.encoder.buffers()) if shared else ()
+    tower = copied(original.encoder, {id(tensor): tensor for tensor in kept}).eval().to(device)
+    return Backbone(tower, image_size=original.image_size, tower="")
+
+
+def _own(tower: nn.Module, weights: list[nn.Parameter], engine: Engine) -> None:
+    """Gives a tower that shares its parameters its own of these."""
+    own = {
+        id(weight): nn.Parameter(engine.offload(weight.detach().clone()), weight.requires_grad)
+        for weight in weights
+    }
+    for module in tower.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in own:
+                module.register_parameter(name, own[id(parameter)])
+
+
+def prepare(
+    original: Backbone,
+    settings: Settings,
+    holdout: Tensor,
+    natural: CleanImages,
+    device: torch.device,
+    shared: bool,
+    scratch: Scratch | None,
+    ranks: Ranks,
+    bar: Progress,
+) -> Subject:
+    """Copies the model, profiles the copy, finds the site and runs all images up to it.
+
+    Args:
+        original: a view of the model, which is left alone.
+        settings: what was asked for.
+        holdout: (n, 3, H, W), the hold-out images.
+        natural: clean images.
+        device: where the copy goes.
+        shared: the copy has its own of those parameters only that an edit may change.
+        scratch: where activations wait on disk.
+        ranks: the processes that run them together.
+        bar: shows the progress.
+
+    Raises:
+        ValueError: the model's activations are constant or not finite.
+        SiteError: it has no room for a mark.
+    """
+    backbone = view_of_copy(original, device, shared)
+    autocast = resolve_autocast(settings.precision, device)
+    bar.stage("profile", 1)
+    with autocast():
+        placement = measure(backbone, natural.fitted[:PROFILED_IMAGES]).site(block=settings.block)
+    site = placement.site
+    bar.stage("prefix", 3)
+
+    def at_site(name: str, pixels: Tensor) -> SiteActivations:
+        def run() -> dict[str, Tensor]:
+            return vars(
+                halving(
+                    lambda batch: site_activations(backbone, pixels, site.block, autocast, batch, ranks),
+                    BATCH,
+                )
+            )
+
+        found = SiteActivations(**made(scratch, name, run))
+        bar.advance()
+        return found
+
+    carriers = at_site("carriers", holdout[:MEASURED_IMAGES])
+    measured = SiteMeasure.of(carriers.output, site.prefix_tokens)
+    fidelity = FidelityCheck(backbone, at_site("held", natural.held).output, site.block, autocast, ranks)
+    if not measured.usable:
+        raise ValueError("model: wanted finite activations that vary, got constant or non-finite ones")
+    fitted = at_site("fitted", natural.fitted)
+    engine = plan_engine(
+        backbone,
+        site,
+        settings.precision,
+        sum(part.nbytes for part in (holdout, natural.fitted, natural.held)),
+        len(fitted),
+        len(natural.held),
+        MEASURED_IMAGES,
+        sum(band.books for band in BANDS),
+        MESSAGES_PER_IMAGE,
+        scratch,
+        ranks,
+    )
+    if shared:
+        _own(backbone.model, writable_weights(backbone, site), engine)
+    return Subject(
+        backbone, placement, fitted, carriers[:CHECKED_IMAGES], measured, fidelity, autocast, engine
+    )
