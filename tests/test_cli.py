@@ -37,7 +37,7 @@ from activemark_fast.watermark import Watermark
 ARCHITECTURE = "timm:VisionTransformer?" + json.dumps(
     {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4, "num_classes": 0}
 )
-OTHER_ARCHITECTURE = ARCHITECTURE.replace("96", "64")
+OTHER_ARCHITECTURE = ARCHITECTURE.replace("96", "48")
 # At this fidelity the edit alone marks the small model well, whatever the key.
 SETTINGS = ["--bits", 16, "--fidelity", 0.98, "--max-steps", 0]
 COMMAND = [sys.executable, "-m", "activemark_fast"]
@@ -658,7 +658,7 @@ def test_plain_checkpoints_take_the_watermarks_architecture(
     assert run(*ready.verify_args(suspect, "--architecture", ARCHITECTURE)).code == 0
     other = run(*ready.verify_args(suspect, "--architecture", OTHER_ARCHITECTURE))
     assert other.code == 2
-    assert "model: it has width 64, the marked model 96" in other.err
+    assert "model: it has width 48, the marked model 96" in other.err
     assert run(*ready.verify_args(f"{ARCHITECTURE}@{suspect}")).code == 0
 
 
@@ -696,7 +696,7 @@ def test_inconclusive_suspects(ready: Ready, run: Callable[..., Result], tmp_pat
     save_model(build_model(OTHER_ARCHITECTURE), other, OTHER_ARCHITECTURE)
     for suspect, reason in (
         (broken, "blocks.3.mlp.fc2.weight"),
-        (other, "(float32 (64, 3, 8, 8), wanted (96, 3, 8, 8))"),
+        (other, "(float32 (48, 3, 8, 8), wanted (96, 3, 8, 8))"),
     ):
         result = run(*ready.verify_args(suspect, "--plot", tmp_path / "unread.png", "--quiet"))
         assert result.code == 3
