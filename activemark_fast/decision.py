@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -96,11 +97,22 @@ class Policy:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""
         return paid(p_value, self.alternatives) <= self.alpha
 
-    def settled(self, p_value: float, excluded: bool) -> bool:
-        """Whether no further look is needed."""
-        if self.power == 1:
-            return paid(p_value, self.alternatives) <= min(self.alpha, EVIDENCE_AT)
+    def unpaid(self, weight: float) -> float:
+        """The p-value, with nothing paid, that makes a match at a look of this weight."""
+        return self.alpha / math.prod(self.alternatives.values()) / weight
+
+    def settled(self, p_value: float, excluded: bool, hopeless: bool) -> bool:
+        """Whether no further look is needed.
+
+        Args:
+            p_value: so far, as of a `Reading`.
+            excluded: likewise.
+            hopeless: whether a match is out of reach of all images (`sequential.out_of_reach`).
+        """
         given_up = p_value > NO_MATCH_ABOVE and excluded
+        if self.power == 1:
+            evidence = paid(p_value, self.alternatives) <= min(self.alpha, EVIDENCE_AT)
+            return evidence or (given_up and hopeless)
         return self.power is not None and (given_up or self.matches(p_value))
 
 

@@ -30,7 +30,7 @@ from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.p_value import sign_flip_p_value
-from activemark_fast.sequential import WEAKEST_NATURAL, look_ends, mark_excluded
+from activemark_fast.sequential import WEAKEST_NATURAL, look_ends, mark_excluded, out_of_reach
 from activemark_fast.site import Site
 from activemark_fast.tracing import Register, Trace, trace_answers
 from activemark_fast.triggers import holdout_images
@@ -299,7 +299,9 @@ class Reader:
                 excluded = mark_excluded(agreement(errors, self._watermark.bits), miss) and all(
                     mark_excluded(_single(kept), miss, WEAKEST_NATURAL) for kept in agreements[1:]
                 )
-                if policy.settled(p_value, excluded):
+                wanted = policy.unpaid(weights[-1])
+                hopeless = out_of_reach(min(p_values), end, self.ends[-1], wanted)
+                if policy.settled(p_value, excluded, hopeless):
                     break
         return Reading(p_value, p_values, errors, excluded, alignment)
 

@@ -35,8 +35,8 @@ def verify(
     """Reads the mark from `suspect` and says whether it is there.
 
     Images are read in growing steps, in a secret random order, until a match is evidence even against a lying
-    owner (`freedoms.EVIDENCE_AT`); what is not is read to the end. The p-value stays exact
-    (`sequential.look_penalties`).
+    owner (`freedoms.EVIDENCE_AT`), or next to out of reach of all that are left (`sequential.out_of_reach`).
+    The p-value stays exact (`sequential.look_penalties`).
 
     The suspect runs no further than the last tap, in eval mode, and is left as it was. What is wrong with a
     suspect (another architecture, too few blocks, non-finite weights or outputs) makes the verdict

@@ -320,7 +320,7 @@ def test_dead_suspects_are_no_match(suspect: Callable[[], nn.Module], keyed: Emb
     assert verdict.detection_rate == 0
     if suspect is all_constant:
         assert verdict.p_value == 1
-        assert verdict.bit_errors.tolist() == [32] * COUNT
+        assert set(verdict.bit_errors.tolist()) == {32}
 
 
 @pytest.mark.parametrize("kind", ["marked", "innocent", "too short"])
