@@ -456,15 +456,18 @@ def _add_gram(matrix: Tensor, rows: Tensor, weight: float, ranks: Ranks) -> None
 
 
 def _solve(moments: _Moments, band: str, books: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Reads the lower triangles of the moments.
+    """Reads the lower triangles of the moments, and lets go of the band's.
 
     Returns:
         (H, rows) float64, and what LAPACK tells: 0 where the matrix was positive definite.
     """
     dials = DIALS[band]
-    changed = moments.changed[band]
+    changed = moments.changed.pop(band)
     balance = changed.diagonal().mean() / moments.clean.diagonal().mean()
-    wide = (changed + dials.protection * balance * moments.clean).double()
+    matrix = (dials.protection * balance * moments.clean).add_(changed)
+    del changed
+    wide = matrix.double()
+    del matrix
     wide.diagonal().add_(dials.ridge * wide.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(wide)
     del wide  # what follows copies the factor
