@@ -97,7 +97,8 @@ class _Visit:
         shape: of the stream that it took.
         keeps: whether it returned one of the same shape.
         follows: whether it took what the block before it in the list had just returned.
-        packed: how many values it returned as a tuple; 0 where not as a tuple.
+        packed: what it returned in a tuple beside the stream, None for what holds tensors; None where it
+            returned no tuple.
         begun: how many calls of layers had been noted before it.
         ended: and after it.
     """
@@ -109,7 +110,7 @@ class _Visit:
     follows: bool
     begun: int
     keeps: bool = False
-    packed: int = 0
+    packed: tuple[Any, ...] | None = None
     ended: int = 0
 
 
@@ -286,7 +287,8 @@ class Backbone:
         """
         self._check_tokens(tokens)
         if not self._goes_on:
-            return self.norm(tokens)
+            rows = tokens.flatten(0, 1) if isinstance(self.norm, nn.BatchNorm1d) else tokens
+            return self.norm(rows).view_as(tokens)
 
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
             raise Stop(output)
@@ -564,12 +566,12 @@ class Backbone:
     def _bypassing(self, stream: Tensor | None) -> Iterator[None]:
         """Blocks return what they are given for a while, the last one `stream` if there is one."""
 
-        def passing(block: nn.Module, packed: int) -> Callable[..., Any]:
+        def passing(block: nn.Module, packed: tuple[Any, ...] | None) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 value = _Call.of(args, kwargs)[0]
                 if stream is not None and block is self.blocks[-1]:
                     value = stream
-                return (value, *[None] * (packed - 1)) if packed else value
+                return value if packed is None else (value, *packed)
 
             return forward
 
@@ -670,7 +672,8 @@ class Backbone:
                 visit = next(v for v in reversed(visits) if v.path == path and v.index == index)
                 value = _hidden(output)
                 visit.keeps = isinstance(value, Tensor) and value.shape == visit.shape and value.ndim >= 2
-                visit.packed = len(output) if isinstance(output, tuple) else 0
+                if isinstance(output, tuple):
+                    visit.packed = tuple(None if any(True for _ in _tensors(v)) else v for v in output[1:])
                 visit.ended = len(layers)
                 if visit.keeps:
                     returned[path] = (index, value)
@@ -689,7 +692,7 @@ class Backbone:
             if (
                 isinstance(module, nn.Linear | nn.MultiheadAttention)
                 or _is_pointwise(module)
-                or "norm" in type(module).__name__.lower()
+                or _is_norm(module)
             ):
                 handles.append(module.register_forward_pre_hook(note))
         with _removing(handles):
@@ -774,6 +777,12 @@ def _why_no_run(visits: Sequence[_Visit]) -> str:
 
 def _is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By its name; a norm and a linear layer in one module is none."""
+    mixed = any(isinstance(child, nn.Linear | nn.Conv2d) for child in module.children())
+    return "norm" in type(module).__name__.lower() and not mixed
 
 
 def _norm_width(norm: nn.Module) -> int:
