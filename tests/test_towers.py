@@ -344,5 +344,5 @@ def test_what_cannot_be_marked_is_refused_in_one_sentence(build: Callable[[], nn
 
 def test_a_text_tower_is_no_image_tower() -> None:
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(hidden_size=32, num_attention_heads=2))
-    with pytest.raises(NotAViTError, match="does not take images"):
+    with pytest.raises(NotAViTError, match="takes token ids, and images only beside them"):
         find_towers(text, (32, 32))
