@@ -18,10 +18,10 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from gpu import commit
 from models import made_by
 from small_models import BACKBONES, FAMILIES, VLM_TOWERS
 from torch import nn
@@ -51,7 +51,7 @@ class Row:
     after_noise: str = ""
     innocent: str = ""
     seconds: float = 0.0
-    commit: str = ""
+    day: str = ""
 
     @property
     def marked(self) -> bool:
@@ -143,7 +143,7 @@ def main() -> None:
             known[family] = run(family)
         except Exception as error:  # told in the table, which goes on
             known[family] = Row(family, failed=f"{type(error).__name__}: {told(error)}")
-        known[family] = replace(known[family], commit=commit())
+        known[family] = replace(known[family], day=str(datetime.now(timezone.utc).date()))
         print(f"{family} | {known[family].cells}", file=sys.stderr, flush=True)
         with arguments.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(known[family])) + "\n")
@@ -163,7 +163,7 @@ def page(rows: list[Row]) -> str:
     marked = sum(row.marked for row in rows)
     found = sum(row.marked and row.after_noise == "match" for row in rows)
     accused = sum(row.innocent == "match" for row in rows)
-    commits = ", ".join(sorted({row.commit for row in rows}))
+    days = ", ".join(sorted({row.day for row in rows}))
     used = {**BACKBONES, **VLM_TOWERS}
     most = sum(family in known and known[family].marked for family in used.values())
     lines = "\n".join(f"| {row.family} | {row.cells}" for row in rows)
@@ -194,7 +194,7 @@ Each family is built by its library at small settings, with random weights of th
 | marked ones also found after noise of {NOISE} on all matrices of their blocks | {found} |
 
 Marks are of {BITS} bits at a fidelity of {FIDELITY}. s is the time of `embed`, in seconds, on a machine that
-did other work beside it. Rows are kept from run to run; these are of {commits}.
+did other work beside it. Rows are kept from run to run; these are of {days}.
 
 ## The most used
 
