@@ -46,6 +46,7 @@ sanitize: $(INSTALLED)  ## Run the tests of the C++ code, built with sanitizers.
 
 bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks (PYTEST_ARGS=--quick: 10 minutes).
 	$(BIN)/python -m pytest benchmarks --benchmark-only --plot build/embed_minutes.svg $(PYTEST_ARGS)
+	rm -f build/families.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --out build/models.md
 
 gpu:  ## On a GPU: build, test and measure, with python3's own packages and no network (PYTHON=... for another).
