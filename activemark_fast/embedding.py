@@ -164,7 +164,8 @@ def embed(
             names): `Embedding.register` then makes the copies, and `verify` tells with it whose copy a
             suspect was made from. A fifth of the fidelity that may be lost goes to that. Keyed codec only.
         work: folder where activations and changes wait on disk, not in memory. It stays, and if it is there,
-            an edit that was cut off goes on from it, to the result it would have had. Keyed codec only.
+            an edit that was cut off goes on from it, to the result it would have had. Whoever reads it learns
+            where the mark lies: delete it afterwards. Keyed codec only.
         group: processes of torch.distributed that mark the model together, each of which calls this with the
             same arguments and gets the same mark, bit for bit that of one process on such a machine. Images
             are split among them. Keyed codec only, without `work`.

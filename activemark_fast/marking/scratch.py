@@ -25,8 +25,9 @@ Make = Callable[[], dict[str, Tensor]]
 class Scratch:
     """A folder of tensors, which are mapped: they are page cache, not memory of the process.
 
-    It holds neither key nor messages. It says of which inputs it is the work, by a MAC under the key, and is
-    used for no others.
+    It holds no key, but activations that a message was written into: whoever reads it learns where the mark
+    lies, so nobody else may. It says of which inputs it is the work, by a MAC under the key, and is used for
+    no others.
     """
 
     def __init__(self, folder: Path, key: Key, inputs: dict[str, object]) -> None:
