@@ -354,10 +354,7 @@ def _suspects(record: dict[str, Any]) -> Iterator[str]:
             f"Of {len(useful)} settings that keep {KEPT_ACCURACY:.0%} of the best probe ({best:.3f}), p is "
             f"at most 1e-9 in {held}, and R at least {rate:.3f}.\n"
         )
-    yield (
-        "All images are read of what is as released; of others, until a match is evidence even against a "
-        "lying owner, or to the end.\n"
-    )
+    yield ("All images are read of what is as released; of others as many as `verify` reads.\n")
     yield "| suspect | verdict | images | R | wrong bits | p | paid | loud band | natural band | probe |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for name, row in rows.items():
