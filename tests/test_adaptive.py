@@ -409,7 +409,7 @@ def test_the_adaptive_suite_tells_its_costs_and_claims_what_it_says() -> None:
         assert attack.images is not None
     by_name = {attack.name: attack for attack in attacks}
     assert cost(by_name["Wanda, 50%"], 1000) == {"images": 256, "steps": 0}
-    assert cost(by_name["replaced MLPs, 300 steps"], 500) == {"images": 500, "steps": 300}
+    assert cost(by_name["replaced MLPs, 100 steps"], 500) == {"images": 500, "steps": 100}
     assert cost(suite("quick", 12)[1], 512) == {"images": None, "steps": None}
 
 

@@ -288,9 +288,9 @@ def test_the_command(
     adaptive = tmp_path / "adaptive"
     assert run("--json", "--suite", "adaptive", "--out", adaptive, key_file="other.key") == 0
     record = json.loads(capsys.readouterr().out)
-    assert [point["attack"] for point in record["frontier"]] == ["as released", "loudest of fc2, 32"]
+    assert [point["attack"] for point in record["frontier"]] == ["as released", "loudest of fc2, 64"]
     assert record["frontier"][0]["lost"] == 0
-    rows = [row for row in record["rows"] if row["attack"] == "loudest of fc2, 32"]
+    rows = [row for row in record["rows"] if row["attack"] == "loudest of fc2, 64"]
     assert {(row["images"], row["steps"]) for row in rows} == {(64, 0)}
     assert all(0 < row["attack_seconds"] < row["seconds"] for row in rows)
     assert sorted(path.name for path in adaptive.iterdir()) == ["frontier.png", "results.csv", "results.json"]
@@ -298,4 +298,4 @@ def test_the_command(
     out = capsys.readouterr().out
     assert "attacks that cost at most 2 of 100 points of the probe: a match after" in out
     assert re.search(r"`compare` still shows the descent after [12];", out)
-    assert re.search(r"loudest of fc2, 32 .* descent 0\.\d\d ", out)
+    assert re.search(r"loudest of fc2, 64 .* descent 0\.\d\d ", out)
