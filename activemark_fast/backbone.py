@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from activemark_fast.dress import hindrance, unwrapped
+from activemark_fast.dress import copied, hindrance, unwrapped
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.towers import (
     FEWEST_BLOCKS,
@@ -193,6 +193,15 @@ class Backbone:
             f"Backbone({self.family}, depth={self.depth}, width={self.width}, num_tokens={self.num_tokens}, "
             f"prefix_tokens={self.prefix_tokens}, image_size={self.image_size})"
         )
+
+    def of_copy(self, device: torch.device, shared: bool = False) -> Backbone:
+        """A view of a copy of the tower, in eval mode and on `device`.
+
+        shared: with the same parameters and buffers.
+        """
+        kept = (*self.encoder.parameters(), *self.encoder.buffers()) if shared else ()
+        tower = copied(self.encoder, {id(tensor): tensor for tensor in kept}).eval().to(device)
+        return Backbone(tower, image_size=self.image_size, tower="")
 
     def renew(self) -> None:
         """Looks again at what may change with the model's weights; call it after loading others in place.

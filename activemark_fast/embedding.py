@@ -35,7 +35,6 @@ from activemark_fast.marking.subject import (
     Subject,
     check_writable,
     prepare,
-    view_of_copy,
 )
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_device
@@ -216,7 +215,7 @@ def embed(
             alignment = _sample(subject, original, secret)
             marked = mark_keyed(subject, secret, settings, bar)
         else:
-            reference = view_of_copy(original, device)
+            reference = original.of_copy(device)
             marked = mark_learned(subject, reference, secret, settings, saved, resumed, bar)
     encoder = _undressed(subject, original)
     with _released(model, original, encoder, inplace) as released:

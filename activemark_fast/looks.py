@@ -273,7 +273,7 @@ class Reader:
         weights: of each look (`Policy.weights`).
         """
         parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in bands]
-        p_value = 1.0
+        p_value, wanted = 1.0, policy.unpaid(weights[-1])
         for look, (start, end) in enumerate(zip((0, *self.ends), self.ends, strict=False)):
             pixels = self._pixels[start:end]
             activations = prefix.at(look, partial(self._at_site, site, backbone, pixels))
@@ -299,7 +299,6 @@ class Reader:
                 excluded = mark_excluded(agreement(errors, self._watermark.bits), miss) and all(
                     mark_excluded(_single(kept), miss, WEAKEST_NATURAL) for kept in agreements[1:]
                 )
-                wanted = policy.unpaid(weights[-1])
                 hopeless = out_of_reach(min(p_values), end, self.ends[-1], wanted)
                 if policy.settled(p_value, excluded, hopeless):
                     break

@@ -10,7 +10,7 @@ from torch import nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, most_bits
-from activemark_fast.dress import copied, plain_torch, unwrapped
+from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.engine import plan_engine
 from activemark_fast.marking.subject import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE, check_writable
@@ -91,7 +91,7 @@ def outlook(
     place = resolve_device(device, view.device)
     autocast = resolve_autocast(precision, place)
     photographs = clean_images(None, view.preprocess, LOOKED_AT, 1).fitted
-    moved = Backbone(copied(view.encoder).eval().to(place), image_size=view.image_size, tower="")
+    moved = view.of_copy(place)
     started = time.perf_counter()
     with autocast():
         placement = measure(moved, photographs).site()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -310,8 +309,7 @@ def profile(
     autocast = resolve_autocast(precision, device)
     pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MAX_IMAGES)
     if device != backbone.device:
-        moved = copy.deepcopy(backbone.encoder).to(device)
-        backbone = Backbone(moved, image_size=backbone.image_size, tower="")
+        backbone = backbone.of_copy(device)
     with evaluating(backbone.encoder), autocast(), Progress(progress) as bar:
         bar.stage("profile", len(pixels))
         return measure(backbone, pixels, k, bar.advance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -162,7 +161,7 @@ class Verifier:
         """The view, or one of a copy of its tower on the verifier's device."""
         if all(tensor.device == self.device for tensor in view.encoder.parameters()):
             return view
-        return Backbone(copy.deepcopy(view.encoder).to(self.device), image_size=view.image_size, tower="")
+        return view.of_copy(self.device)
 
     @plain_torch()
     @torch.no_grad()

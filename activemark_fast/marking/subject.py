@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure
-from activemark_fast.dress import copied, fixed_weight
+from activemark_fast.dress import fixed_weight
 from activemark_fast.marking.cosine import FidelityCheck
 from activemark_fast.marking.edit import writable_weights
 from activemark_fast.marking.engine import Engine, plan_engine
@@ -90,16 +90,6 @@ def check_writable(backbone: Backbone) -> None:
         backbone.mlp_gain(block)
 
 
-def view_of_copy(original: Backbone, device: torch.device, shared: bool = False) -> Backbone:
-    """A view of a copy of the tower that `original` sees, in eval mode and on `device`.
-
-    shared: with the same parameters and buffers.
-    """
-    kept = (*original.encoder.parameters(), *original.encoder.buffers()) if shared else ()
-    tower = copied(original.encoder, {id(tensor): tensor for tensor in kept}).eval().to(device)
-    return Backbone(tower, image_size=original.image_size, tower="")
-
-
 def _own(tower: nn.Module, weights: list[nn.Parameter], engine: Engine) -> None:
     """Gives a tower that shares its parameters its own of these."""
     own = {
@@ -140,7 +130,7 @@ def prepare(
         ValueError: the model's activations are constant or not finite.
         SiteError: it has no room for a mark.
     """
-    backbone = view_of_copy(original, device, shared)
+    backbone = original.of_copy(device, shared)
     autocast = resolve_autocast(settings.precision, device)
     bar.stage("profile", 1)
     with autocast():
