@@ -141,7 +141,7 @@ PYBIND11_MODULE(_native, module) {
 
 #ifdef ACTIVEMARK_CUDA
     module.attr("cuda") = true;
-    module.attr("MOST_TOP_CUDA") = kMostTopCuda;
+    module.attr("MAX_TOP_CUDA") = kMaxTopCuda;
     module.def("scratch_size_cuda", &scratch_size_cuda, py::kw_only(), py::arg("images"),
                py::arg("values_per_image"));
     module.def(

@@ -8,7 +8,7 @@ namespace activemark {
 enum class Status {
     ok,
     bad_size,      // a count or a stride is negative, k is not in 1 ... values_per_image, threads < 1, or on
-                   // CUDA k > kMostTopCuda
+                   // CUDA k > kMaxTopCuda
     unsupported,   // this processor lacks the instructions asked for
     launch_failed  // CUDA refused the launch
 };
@@ -55,7 +55,7 @@ Status magnitudes_cpu(const Activations& activations, std::int64_t k, const Magn
                       std::int8_t* scratch, int threads, Instructions instructions) noexcept;
 
 // The most values that the CUDA kernel keeps of an image.
-constexpr std::int64_t kMostTopCuda = 32;
+constexpr std::int64_t kMaxTopCuda = 32;
 
 // How many bytes of device memory `magnitudes_cuda` wants on the current device; -1 if CUDA cannot be asked.
 std::int64_t scratch_size_cuda(std::int64_t images, std::int64_t values_per_image) noexcept;

@@ -96,8 +96,8 @@ struct Shared {
     std::int32_t threshold;
     unsigned candidates;
     Ranked candidate[kThreads];
-    Ranked top[kMostTopCuda];
-    unsigned keys[kWarps + kMostTopCuda];
+    Ranked top[kMaxTopCuda];
+    unsigned keys[kWarps + kMaxTopCuda];
     double sums[kWarps];
     unsigned of_warps[kWarps];
     int found;
@@ -589,13 +589,13 @@ std::int64_t scratch_size_cuda(std::int64_t images, std::int64_t values_per_imag
     if (images < 1) return 0;
     const std::int64_t parts = parts_per_image(images, values_per_image);
     if (parts < 0) return -1;
-    return images * (parts * static_cast<std::int64_t>(sizeof(Part) + kMostTopCuda * sizeof(Ranked)) +
+    return images * (parts * static_cast<std::int64_t>(sizeof(Part) + kMaxTopCuda * sizeof(Ranked)) +
                      static_cast<std::int64_t>(sizeof(unsigned)));
 }
 
 Status magnitudes_cuda(const Activations& activations, std::int64_t k, const Magnitudes& out, void* scratch,
                        void* stream) noexcept {
-    if (activations.images < 0 || activations.image_stride < 0 || k < 1 || k > kMostTopCuda ||
+    if (activations.images < 0 || activations.image_stride < 0 || k < 1 || k > kMaxTopCuda ||
         k > activations.values_per_image || activations.values_per_image > kLargestPosition)
         return Status::bad_size;
     if (activations.images == 0) return Status::ok;
@@ -604,7 +604,7 @@ Status magnitudes_cuda(const Activations& activations, std::int64_t k, const Mag
     const std::int64_t all = activations.images * parts;
     auto* all_parts = static_cast<Part*>(scratch);
     auto* tops = reinterpret_cast<Ranked*>(all_parts + all);
-    auto* finished = reinterpret_cast<unsigned*>(tops + all * kMostTopCuda);
+    auto* finished = reinterpret_cast<unsigned*>(tops + all * kMaxTopCuda);
     const auto on = static_cast<cudaStream_t>(stream);
     const std::size_t bytes = static_cast<std::size_t>(activations.images) * sizeof(unsigned);
     if (cudaMemsetAsync(finished, 0, bytes, on) != cudaSuccess) return Status::launch_failed;
