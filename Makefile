@@ -42,7 +42,7 @@ docs: $(INSTALLED) $(BUILT)  ## Build the site in build/site, and check its link
 sanitize: $(INSTALLED)  ## Run the tests of the C++ code, built with sanitizers.
 	ACTIVEMARK_SANITIZE=ON ACTIVEMARK_CUDA=off $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(BIN)/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider \
+		ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider \
 		-p activemark_fast -k "not cuda_kernel and not lack_of_memory" $(CURDIR)/tests/ops/test_magnitude.py $(CURDIR)/tests/test_painting.py
 
 bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks (PYTEST_ARGS=--quick: 10 minutes).
