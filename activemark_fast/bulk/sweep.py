@@ -21,10 +21,12 @@ from activemark_fast.backbone import NotAViTError
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect
 from activemark_fast.checkpoints import build_model
+from activemark_fast.checkpoints.entries import HostBuffer
 from activemark_fast.checkpoints.errors import NotAModelError, UnreadFormError
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
+from activemark_fast.checkpoints.fit import shown_names
 from activemark_fast.checkpoints.names import clean_name
-from activemark_fast.checkpoints.plan import Plan, plans, shown_names
+from activemark_fast.checkpoints.plan import Plan, plans
 from activemark_fast.checkpoints.target import Target
 from activemark_fast.commitment import Commitment
 from activemark_fast.decision import doubted

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.checkpoints.names import PATCH
+from activemark_fast.checkpoints.wanted import Group
 
 WIDEST = 2
 """A stream may be up to so many times as wide as the marked one, or less than that as narrow; an attention,
 up to so many times as wide."""
-Group = dict[str, tuple[str, tuple[int, ...]]]
-"""Common name → (own name, shape)."""
 _READERS = {"norm1": ("attn.qkv", "attn.q", "attn.k", "attn.v"), "norm2": ("mlp.fc1", "mlp.gate", "mlp.up")}
 """What reads the stream, by the layer norm before it."""
 _READS = tuple(reader for readers in _READERS.values() for reader in readers)
