@@ -35,6 +35,8 @@ def read_archive(file: Opened) -> Contents:
     if sum(record.file_size for record in stored) > file.size:
         raise CheckpointError("holds more than its size")
     packed = {record.filename for record in every} - {record.filename for record in stored}
+    if not every:
+        raise CheckpointError("is a zip archive without a pickle")
     if any(name.endswith((".npy", ".pkl")) or "/data/" in name for name in packed):
         raise UnreadFormError("holds compressed records: unpack and save it again")
     records = {record.filename: record for record in every}
@@ -42,7 +44,9 @@ def read_archive(file: Opened) -> Contents:
         return Contents({n.removesuffix(".npy"): _array(file, n, record) for n, record in records.items()})
     main = min((name for name in records if name.endswith("data.pkl")), default=None)
     if main is None:
-        raise CheckpointError("is a zip archive without a pickle")
+        if any(name.endswith("model_weights_config.json") for name in records):
+            raise UnreadFormError("is an archive of torch.export: save the state dict of its module")
+        raise UnreadFormError("is a zip archive of other files: unpack it first")
     return _torch_archive(file, records, main)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing_extensions import Self
 from activemark_fast.checkpoints.archives import read_archive
 from activemark_fast.checkpoints.entries import Contents, Entry, HostBuffer, Opened
 from activemark_fast.checkpoints.errors import CheckpointError, NotAModelError, UnreadFormError
-from activemark_fast.checkpoints.folders import ADAPTER, beside, weight_files
+from activemark_fast.checkpoints.folders import ADAPTER, beside, other_models, weight_files
 from activemark_fast.checkpoints.msgpack import read_flax
 from activemark_fast.checkpoints.onnx import read_onnx
 from activemark_fast.checkpoints.safetensors import read_safetensors
@@ -65,7 +65,8 @@ class Checkpoint:
             `UnreadFormError` for a form that is not read, `NotAModelError` for what is no model.
     """
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int, files: Sequence[Path] = ()) -> None:
+        """path: a file or a folder. files: those of the weights; without, they are found."""
         self.path = path
         self.max_bytes = max_bytes
         self.entries: dict[str, Entry] = {}
@@ -75,7 +76,7 @@ class Checkpoint:
         self.files: list[Opened] = []
         self._stack = ExitStack()
         try:
-            for file in self._weights():
+            for file in files or self._weights():
                 with _naming(file):
                     found = self._contents(self._open(file))
                 self.entries |= found.entries
@@ -141,6 +142,18 @@ class Checkpoint:
             if opened.was_changed():
                 raise CheckpointError(f"{opened.path}: was changed while it was read")
         return tensors
+
+    def others(self) -> list[Checkpoint]:
+        """Further models in the folder, open as long as this one; what cannot be opened is in `unread`."""
+        found = []
+        used = {opened.path.name for opened in self.files}
+        for name, files in other_models(self.path, used).items() if self.path.is_dir() else ():
+            try:
+                other = Checkpoint(self.path / name, self.max_bytes, files)
+                found.append(self._stack.enter_context(other))
+            except (CheckpointError, OSError) as error:
+                self.unread[name] = str(error)
+        return found
 
     def read_bytes(self, name: str) -> bytes:
         """The bytes of one tensor, C-ordered, little-endian; see `read`."""

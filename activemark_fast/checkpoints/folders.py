@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,39 @@ _WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "pytorch_model_fsdp.bin",
     "flax_model.msgpack",
+)
+SUFFIXES = frozenset(
+    {".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".msgpack", ".onnx", ".h5", ".gguf"}
+)
+BESIDE_MODELS = re.compile(
+    r"(?:training_args|optimizer|optimizer_\d+|scheduler|scaler|rng_state(?:_\d+)?|random_states_\d+|"
+    r"optim_states|.*_optim_states)\.(?:pt|pth|bin|safetensors|msgpack)"
+)
+"""What trainers write beside a model."""
+_MODEL_FOLDER = re.compile(
+    r"(?:config|open_clip_config|adapter_config|model\.safetensors\.index|pytorch_model\.bin\.index)\.json|"
+    r"\.metadata|_CHECKPOINT_METADATA|manifest\.ocdbt|saved_model\.pb|.+\.data-\d{5}-of-\d{5}"
+)
+"""A folder with one of these is one model, as transformers, open_clip, PEFT, torch, Orbax, TensorFlow do."""
+# What folders in forms that are not read have in them → what they are, and what to do.
+_OTHER_FORMS = (
+    (
+        r".+\.distcp",
+        "a distributed checkpoint of torch: convert it with "
+        "torch.distributed.checkpoint.format_utils.dcp_to_torch_save",
+    ),
+    (
+        r".+_(?:model|optim)_states\.pt",
+        "a DeepSpeed ZeRO checkpoint: gather it with its zero_to_fp32.py",
+    ),
+    (
+        r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt",
+        "an Orbax checkpoint: restore it and save its arrays with numpy.savez",
+    ),
+    (
+        r"saved_model\.pb|.+\.data-\d{5}-of-\d{5}",
+        "a TensorFlow checkpoint: convert it to safetensors",
+    ),
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -41,6 +74,8 @@ def weight_files(folder: Path, json_of: Callable[[Path], dict[str, Any]], base: 
     """
     names = set(os.listdir(folder))
     found = [name for name in _WEIGHTS if name in names][:1] or _shards(names)
+    if not found and len(others := list(other_models(folder, set()).values())) == 1:
+        found = [path.name for path in others[0]]
     adapter = [name for name in _ADAPTER_WEIGHTS if name in names][:1]
     if adapter and not found:
         raise UnreadFormError(
@@ -52,6 +87,25 @@ def weight_files(folder: Path, json_of: Callable[[Path], dict[str, Any]], base: 
     if found[0].endswith(".json"):
         found = _indexed(json_of(folder / found[0]), found[0])
     return [folder / name for name in found + adapter]
+
+
+def is_model(names: Iterable[str]) -> bool:
+    """Whether a folder with these names in it is one model."""
+    return any(_MODEL_FOLDER.fullmatch(name) for name in names)
+
+
+def other_models(folder: Path, used: set[str]) -> dict[str, list[Path]]:
+    """Name → files of what else in a folder may be a model: a file, or shards of one.
+
+    used: names of the files that are known.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        known = path.name in used or path.name in _ADAPTER_WEIGHTS or BESIDE_MODELS.fullmatch(path.name)
+        if path.suffix in SUFFIXES and not known and path.is_file():
+            shard = _SHARD.fullmatch(path.name)
+            found.setdefault(shard[1] + path.suffix if shard else path.name, []).append(path)
+    return found
 
 
 def beside(name: str, where: str) -> str:
@@ -78,11 +132,7 @@ def _indexed(index: dict[str, Any], where: str) -> list[str]:
 
 
 def _refuse(names: set[str]) -> None:
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        raise UnreadFormError(
-            "is a distributed checkpoint of torch: convert it with "
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
-        )
-    if any(name.endswith(("_model_states.pt", "_optim_states.pt")) for name in names):
-        raise UnreadFormError("is a DeepSpeed ZeRO checkpoint: gather it with its zero_to_fp32.py")
+    for pattern, what in _OTHER_FORMS:
+        if any(re.fullmatch(pattern, name) for name in names):
+            raise UnreadFormError(f"is {what}")
     raise CheckpointError(f"wanted a file of weights, one of {', '.join(_WEIGHTS)}")

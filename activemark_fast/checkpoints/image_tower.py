@@ -52,10 +52,11 @@ class ImageTower:
         self.prefix = prefix
         self.root = prefix.removesuffix(wanted.tower)
         self.found: dict[str, str] = {}
-        for clean in held.base:
+        for clean in sorted(held.base, key=lambda name: "decoder." in name):
             if clean.startswith(prefix):
                 relative = clean.removeprefix(prefix)
-                self.found[wanted.own.get(relative) or common_name(relative)] = clean
+                common = wanted.own.get(relative) or common_name(relative)
+                self.found[common if common not in self.found else ELSEWHERE + clean] = clean
             elif clean.startswith(self.root) and prefix.endswith(wanted.tower):
                 self.found[ELSEWHERE + clean.removeprefix(self.root)] = clean
         if wanted.tower == "":
@@ -113,15 +114,13 @@ class ImageTower:
                 names += [name for pair in sets.values() for name in pair.values()]
         return names
 
-    def leave_out_identities(self, depth: int, read: Read) -> int:
-        """Takes out blocks that add nothing to the residual stream, where there are more than `depth`.
+    def count_blocks(self, depth: int, read: Read) -> int:
+        """Numbers the blocks from 0 on, without those that add nothing, where there are more than `depth`.
 
         Returns:
-            How many.
+            How many add nothing.
         """
         indices = self.indices
-        if len(indices) <= depth:
-            return 0
 
         def zero(common: str) -> bool | None:
             part = self.part(common)
@@ -134,7 +133,9 @@ class ImageTower:
                 for module, scale in (("attn.proj", "ls1"), ("mlp.fc2", "ls2"))
             )
 
-        kept = [index for index in indices if not adds_nothing(f"blocks.{index}")]
+        kept = indices
+        if len(indices) > depth:
+            kept = [index for index in indices if not adds_nothing(f"blocks.{index}")]
         place = {index: new for new, index in enumerate(kept)}
         found = {}
         for common, clean in self.found.items():

@@ -99,12 +99,12 @@ class MappedModel:
         return written
 
 
-def map_model(spec: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | None = None) -> MappedModel:
+def map_model(spec: str | os.PathLike[str], offload: Callable[[Tensor], Tensor] | None = None) -> MappedModel:
     """The model that a model string names, over its safetensors files.
 
     Args:
         spec: as in `load_model`; it has to name a file or a folder of weights.
-        keep: where tensors go that have to be computed from what is stored, such as a joint matrix of
+        offload: where tensors go that have to be computed from what is stored, such as a joint matrix of
             queries, keys and values from three; it returns them. Without, every tensor must be stored as it
             is.
 
@@ -135,14 +135,14 @@ def map_model(spec: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | N
                 places[step.target] = entry
                 stored = content[_path(entry)][entry.offset : entry.offset + entry.nbytes]
                 values[step.target] = entry.over(stored).view(step.shape)
-            elif keep is None:
+            elif offload is None:
                 how = ", ".join(step.how) or "at an odd place in its file"
                 raise CheckpointError(
                     f"{path}: wanted every tensor stored as the model has it, got {names[0]!r}: {how}"
                 )
             else:
                 made = step.value(checkpoint.read(names))
-                values[step.target] = keep(
+                values[step.target] = offload(
                     made.to(entry.dtype if entry.dtype.is_floating_point else made.dtype)
                 )
         modified = {opened.path: opened.facts.st_mtime_ns for opened in checkpoint.files}

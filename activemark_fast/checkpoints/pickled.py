@@ -36,11 +36,15 @@ class Stub:
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers that a torch file keeps beside its pickle. dtype: None for bytes that the tensors type."""
+    """Numbers that a torch file keeps beside its pickle, or that are in the pickle itself.
+
+    dtype: None for bytes that the tensors type.
+    content: the numbers, where they are in the pickle.
+    """
 
     key: str
     dtype: torch.dtype | None
-    count: int
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +128,11 @@ def stub_names(root: object) -> list[str]:
 def _inside(value: object) -> list[tuple[object, object]]:
     """The parts of a container, with their names; "" for parts that add none to a path."""
     if isinstance(value, dict):
-        return [(key, part) for key, part in value.items() if isinstance(key, str | int)]
+        return [
+            (key.decode("latin-1") if isinstance(key, bytes) else key, part)
+            for key, part in value.items()
+            if isinstance(key, str | int | bytes)
+        ]
     if isinstance(value, list | tuple):
         return list(enumerate(value))
     if not isinstance(value, Stub):
@@ -149,7 +157,7 @@ def storage_of(pid: Any) -> object:
     if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Global):
         dtype = _STORAGES.get(pid[1].name)
         if (dtype is not None or pid[1].name == "UntypedStorage") and _counts(pid[4:5]):
-            return Storage(str(pid[2]), dtype, pid[4])
+            return Storage(str(pid[2]), dtype)
     return Stub("a persistent id", pid)
 
 
@@ -202,7 +210,7 @@ def _of_type(function: object, kind: object, args: object, state: object) -> obj
 
 
 def _dict(items: Any = ()) -> object:
-    return {key: value for key, value in items if isinstance(key, str | int)}
+    return {key: value for key, value in items if isinstance(key, str | int | bytes)}
 
 
 def _bytes(text: Any, encoding: str) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -20,6 +21,10 @@ MAX_OPCODES = 3_000_000
 """A checkpoint with optimizer of 1,000 tensors has some 200,000."""
 MAX_PICKLE = 64_000_000
 """Bytes; the pickle of such a model, the numbers of which lie beside it, has 200,000."""
+LEGACY_PICKLES = 4
+"""Of torch.save before version 1.6: magic number, version, facts about the system, and what was saved.
+The keys of the storages follow."""
+_STORAGE_IN_BYTES = Global("torch.storage", "_load_from_bytes")
 _ARGUMENTS = frozenset(
     {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
     | {"STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
@@ -60,8 +65,9 @@ def read_pickle(stream: BytesIO, storages: dict[str, Storage] | None = None) -> 
 class _Machine:
     """Runs one pickle."""
 
-    def __init__(self, storages: dict[str, Storage]) -> None:
+    def __init__(self, storages: dict[str, Storage], nested: bool = False) -> None:
         self.storages = storages
+        self.nested = nested
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -175,7 +181,21 @@ class _Machine:
 
     def _reduce(self, _: object) -> None:
         args = self.stack.pop()
-        self.stack[-1] = made_by_call(self.stack[-1], args)
+        callee = self.stack[-1]
+        if callee == _STORAGE_IN_BYTES and isinstance(args, tuple) and isinstance(args[0], bytes):
+            self.stack[-1] = self._storage_in(args[0])
+        else:
+            self.stack[-1] = made_by_call(callee, args)
+
+    def _storage_in(self, content: bytes) -> object:
+        """The storage of a tensor that was pickled without torch.save: a small torch file of old form."""
+        if self.nested:
+            raise ValueError("a pickle within a pickle within a pickle")
+        stream = BytesIO(content)
+        *_, storage, _ = (_Machine({}, nested=True).run(stream) for _ in range(LEGACY_PICKLES + 1))
+        if not isinstance(storage, Storage):
+            raise ValueError("a tensor without its numbers")
+        return replace(storage, content=content[stream.tell() + 8 :])
 
     _newobj = _reduce
 

@@ -18,7 +18,7 @@ from activemark_fast.checkpoints.errors import UnreadFormError
 from activemark_fast.checkpoints.fit import Fit
 from activemark_fast.checkpoints.image_tower import Held, ImageTower, Read
 from activemark_fast.checkpoints.matching import Matcher
-from activemark_fast.checkpoints.names import PATCH, sorted_out, towers
+from activemark_fast.checkpoints.names import PATCH, block_of, sorted_out, stray_stacks, towers, within
 from activemark_fast.checkpoints.steps import Step
 from activemark_fast.checkpoints.stored import Stored
 from activemark_fast.checkpoints.wanted import Group, Wanted
@@ -93,20 +93,56 @@ def plans(
         raise UnreadFormError("flat parameters of FSDP: gather a full state dict first")
     if len(found) > _MAX_TOWERS:
         raise UnreadFormError(f"{len(found)} image towers, of which at most {_MAX_TOWERS} are read")
-    made = [plan for prefix in found or [""] for plan in _of_tower(prefix, held, wanted, read)]
+    every = [ImageTower(prefix, held, wanted) for prefix in found or [""]]
+    doubts = _stray_stacks(every, held, wanted)
+    made = [plan for tower in every for plan in _of_tower(tower, wanted, read, doubts)]
     return sorted(made, key=lambda plan: (-plan.depth, -len(plan.steps)))
 
 
-def _of_tower(prefix: str, held: Held, wanted: Wanted, read: Read | None) -> Iterator[Plan]:
-    """One plan, or one for each order in which a linear patch embedding may take its pixels."""
-    tower = ImageTower(prefix, held, wanted)
-    left_out = tower.leave_out_identities(wanted.depth, read) if read is not None else 0
+def _stray_stacks(every: list[ImageTower], held: Held, wanted: Wanted) -> list[str]:
+    """Stacks of blocks like the model's that are in none of the towers: they may hide one."""
+    if wanted.grid is None or not wanted.blocks:
+        return []
+    shapes = {within(common): shape for common, (_, shape) in wanted.blocks[0].items()}
+    placed = [name for tower in every for common, name in tower.found.items() if block_of(common) is not None]
+
+    def alike(common: str, clean: str) -> bool:
+        name = held.base[clean].get("", "")
+        return name in held.stored and shapes.get(common) == tuple(held.stored[name].shape)
+
+    return [
+        f"blocks under {before!r} without a patch embedding of a name that is known"
+        for before, stack in stray_stacks(placed, held.base).items()
+        if 2 * sum(any(alike(*named) for named in block) for block in stack.values()) >= wanted.depth
+    ]
+
+
+def _of_tower(tower: ImageTower, wanted: Wanted, read: Read | None, doubts: list[str]) -> Iterator[Plan]:
+    """One plan; or one for each order in which its tensors may be sorted, where they do not tell.
+
+    doubts: of the whole checkpoint.
+    """
+    left_out = tower.count_blocks(wanted.depth, read) if read is not None else 0
+    choices = _heads(tower, wanted)
     narrowing = _other_widths(tower, wanted)
     if narrowing is not None:
         wanted = replace(wanted, stem=narrowing.stem, blocks=narrowing.blocks)
     linear = len(tower.shape(PATCH)) == 2 and len(wanted.stem.get(PATCH, ("", ()))[1]) == 4
     for order in ("channels first", "channels last") if linear else ("",):
-        yield _planned(Matcher(tower, wanted, order, wanted.heads), narrowing, left_out)
+        for heads in choices:
+            yield _planned(Matcher(tower, wanted, order, heads), narrowing, left_out, doubts)
+
+
+def _heads(tower: ImageTower, wanted: Wanted) -> list[int | None]:
+    """How many heads there may be, longer ones or more, where queries, keys and values are sorted by them."""
+    name = "blocks.0.attn.proj.weight"
+    shapes = [tower.shape(name), *(block[name][1] for block in wanted.blocks[:1] if name in block)]
+    by_head = "blocks.0.attn.qkv_by_head.weight" in tower.found
+    if wanted.heads is None or not by_head or [len(shape) for shape in shapes] != [2, 2]:
+        return [wanted.heads]
+    there, inner = (shape[1] for shape in shapes)
+    size = inner // wanted.heads
+    return [wanted.heads, *([there // size] if there != inner and there % size == 0 else [])]
 
 
 def _other_widths(tower: ImageTower, wanted: Wanted) -> Narrowing | None:
@@ -160,7 +196,7 @@ class _Steps:
         return complete
 
 
-def _planned(matcher: Matcher, narrowing: Narrowing | None, left_out: int) -> Plan:
+def _planned(matcher: Matcher, narrowing: Narrowing | None, left_out: int, doubts: list[str]) -> Plan:
     tower, wanted = matcher.tower, matcher.wanted
     exact = wanted.grid is None  # then all that is missing has to be told
     steps = _Steps(matcher)
@@ -175,7 +211,7 @@ def _planned(matcher: Matcher, narrowing: Narrowing | None, left_out: int) -> Pl
     blocks = len(tower.indices)
     converted = Counter(what for step in steps.made for what in step.how)
     converted |= {"blocks that change nothing, left out": left_out} if left_out else {}
-    doubts = [*(narrowing.doubts if narrowing is not None else ()), *steps.doubts]
+    doubts = [*(narrowing.doubts if narrowing is not None else ()), *steps.doubts, *doubts]
     if blocks != wanted.depth:
         doubts.append(f"it has {blocks} blocks, the marked model {wanted.depth}")
     if narrowing is not None:

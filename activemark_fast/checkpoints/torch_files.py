@@ -19,11 +19,9 @@ from activemark_fast.checkpoints.pickled import (
     named_values,
     stub_names,
 )
-from activemark_fast.checkpoints.pickles import MAX_PICKLE, read_pickle
+from activemark_fast.checkpoints.pickles import LEGACY_PICKLES, MAX_PICKLE, read_pickle
 
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-_LEGACY_PICKLES = 4
-"""Magic number, version, facts about the system, and what was saved; the keys of the storages follow."""
 
 Place = Callable[[Storage], tuple[int, int]]
 """Where in the file a storage lies: offset and bytes."""
@@ -41,7 +39,7 @@ def read_torch_pickle(file: Opened, max_bytes: int) -> Contents:
 def _legacy(file: Opened) -> Contents:
     stream = BytesIO(file.read(0, min(file.size, MAX_PICKLE)))
     known: dict[str, Storage] = {}
-    _, _, system, root = (read_pickle(stream, known) for _ in range(_LEGACY_PICKLES))
+    _, _, system, root = (read_pickle(stream, known) for _ in range(LEGACY_PICKLES))
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise UnreadFormError("was written on a big-endian machine: save it again")
     keys = read_pickle(stream)
@@ -71,7 +69,7 @@ def _legacy(file: Opened) -> Contents:
 def tensors_of(root: object, file: Opened, place: Place | None) -> Contents:
     """The tensors in what a pickle holds.
 
-    place: None where there are no storages.
+    place: None where there are no storages but those in the pickle itself.
 
     Raises:
         CheckpointError: there are none, or one reaches beyond its storage.
@@ -106,9 +104,15 @@ def _entry(value: object, file: Opened, place: Place | None) -> Entry | None:
         values = np.frombuffer(value.content, np.dtype(value.dtype))
         shaped = values.reshape(value.shape, order="F" if value.fortran else "C")
         return Entry.held(torch.from_numpy(np.array(shaped, order="C")))  # the content cannot be written to
-    if not isinstance(value, StoredTensor) or place is None:
+    if not isinstance(value, StoredTensor):
         return None
-    start, size = place(value.storage)
+    content = value.storage.content
+    if content is not None:
+        start, size = 0, len(content)
+    elif place is not None:
+        start, size = place(value.storage)
+    else:
+        return None
     if math.prod(value.shape) * value.dtype.itemsize > size:
         return None  # one number many times over
     order = zip(value.shape, value.strides, c_strides(value.shape), strict=True)
@@ -117,4 +121,7 @@ def _entry(value: object, file: Opened, place: Place | None) -> Entry | None:
     entry = Entry(value.dtype, value.shape, file, offset, None if plain else value.strides)
     if offset + entry.nbytes > start + size:
         raise CheckpointError("a tensor reaches beyond its storage")
+    if content is not None:
+        numbers = np.frombuffer(content[offset : offset + entry.nbytes], np.uint8).copy()
+        return Entry.held(entry.over(torch.from_numpy(numbers)))
     return entry

@@ -362,7 +362,9 @@ def _(model: Any, path: Path) -> None:
 def _(model: Any, path: Path) -> None:
     path.mkdir()
     (path / "config.json").write_text("{}")
-    torch.save({"module": {}}, path / "mp_rank_00_model_states.pt")
+    for rank in range(2):
+        placeholders = {name: torch.zeros(0) for name in state_of(model)}
+        torch.save({"module": placeholders}, path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
 
 
 # ---- what trainers write
