@@ -96,25 +96,20 @@ class SweepSettings:
     def to_dict(self) -> dict[str, object]:
         """What two sweeps with one journal must have in common, as JSON types."""
         model = self.model if self.model is not None else self.watermark.architecture
-        committed = (
-            {}
-            if self.commitment is None
-            else {"commitment": hashlib.sha256(self.commitment.to_bytes()).hexdigest()}
-        )
-        traced = {} if self.register is None else {"recipients": self.register.digest().hex()}
-        return (
-            committed
-            | traced
-            | {
-                "watermark": self.watermark.digest().hex(),
-                "model": model if isinstance(model, str) else type(model).__name__,
-                "alpha": self.alpha,
-                "tau": self.tau,
-                "power": self.power,
-                "align": self.align,
-                "precision": self.precision,
-            }
-        )
+        common: dict[str, object] = {
+            "watermark": self.watermark.digest().hex(),
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "alpha": self.alpha,
+            "tau": self.tau,
+            "power": self.power,
+            "align": self.align,
+            "precision": self.precision,
+        }
+        if self.commitment is not None:
+            common["commitment"] = hashlib.sha256(self.commitment.to_bytes()).hexdigest()
+        if self.register is not None:
+            common["recipients"] = self.register.digest().hex()
+        return common
 
 
 class _Deadline:
