@@ -88,6 +88,7 @@ _BLOCK_NAME = re.compile(
     r"(?:encoder\.|decoder\.|transformer\.)?layers?\.|"
     r"encoder\.layers\.encoder_layer_|Transformer\.encoderblock_)(\d{1,4})\.(.+)"
 )
+_MAX_NAME = 500
 _TOKENS = re.compile(r"token_embedding|embed_tokens|word_embeddings|\bwte\b")
 """What only a model of text has."""
 _LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight)([^.]+))?(?:\.weight)?")
@@ -214,7 +215,7 @@ def stray_stacks(placed: Iterable[str], names: Iterable[str]) -> dict[str, dict[
     Returns:
         What stands before the names of each → block → (common name within it, clean name) of its tensors.
     """
-    placed, names = frozenset(placed), list(names)
+    placed, names = frozenset(placed), [name for name in names if len(name) <= _MAX_NAME]
     found: dict[str, dict[int, list[tuple[str, str]]]] = {}
     for name in names:
         for start in [] if name in placed else [0, *(match.end() for match in re.finditer(r"\.", name))]:

@@ -26,6 +26,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_UNREAD_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 def read_safetensors(file: Opened) -> Contents:
@@ -37,14 +38,18 @@ def read_safetensors(file: Opened) -> Contents:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         metadata = {}
-    entries = {}
+    found = Contents(metadata=metadata)
     for name, value in header.items():
         try:
+            if value["dtype"] in _UNREAD_DTYPES:
+                found.unread[name] = f"tensor of {value['dtype']}"
+                continue
             begin, end = value["data_offsets"]
             dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
-            entries[name] = Entry.within(file.size, dtype, shape, file, 8 + length + begin)
-            if begin < 0 or end - begin != entries[name].nbytes:
+            entry = Entry.within(file.size, dtype, shape, file, 8 + length + begin)
+            if begin < 0 or end - begin != entry.nbytes:
                 raise CheckpointError("its header describes a tensor that cannot be")
         except (KeyError, TypeError) as error:
             raise CheckpointError("its header describes a tensor that cannot be") from error
-    return Contents(entries, metadata=metadata)
+        found.entries[name] = entry
+    return found

@@ -884,6 +884,25 @@ def three_bits(state: State) -> State:
 
 
 names("GPTQ, 3 bits", three_bits, "quantised with GPTQ or AWQ, in words that are not read")
+
+
+@form("safetensors of 4-bit floats, `F4`", "a tensor of F4, which is not read")
+def _(model: Any, path: Path) -> None:
+    header, content = {}, b""
+    for name, tensor in state_of(model).items():
+        small = tensor.ndim == 2
+        numbers = bytes(tensor.numel() // 2) if small else tensor.numpy().tobytes()
+        offsets = [len(content), len(content) + len(numbers)]
+        header[name] = {
+            "dtype": "F4" if small else "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        content += numbers
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+
+
 names("MLX", lambda s: packed(s, "weight", "scales", "biases"), "quantised with MLX")
 
 
