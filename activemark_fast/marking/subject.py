@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure
@@ -82,12 +83,24 @@ class Marked:
 
 
 def check_writable(backbone: Backbone) -> None:
-    """Refuses a model with a block that a mark could not be written to."""
+    """Refuses a model with a block that a mark could not be written to, or would say nothing in."""
     for block in range(1, backbone.depth - 1):
         fixed = fixed_weight(backbone.carrier(block))
         if fixed is not None:
             raise ValueError(f"model: the weight of the last linear layer of block {block} {fixed}")
         backbone.mlp_gain(block)
+    norms = [module for module in backbone.encoder.modules() if isinstance(module, BatchNorm)]
+    if norms and all(map(_unseen, norms)):
+        raise ValueError(
+            "model: its batch norms have never seen an image (all means 0, all variances 1): load trained "
+            "weights"
+        )
+
+
+def _unseen(norm: BatchNorm) -> bool:
+    """Whether the statistics of a batch norm are those that it starts with."""
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and bool((mean == 0).all() & (variance == 1).all())
 
 
 def _own(tower: nn.Module, weights: list[nn.Parameter], engine: Engine) -> None:
