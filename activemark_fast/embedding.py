@@ -151,8 +151,8 @@ def embed(
         architecture: model string (`load_model`) to store in the watermark, so that the command line can
             build the suspect.
         device: where to compute; by default where the model is.
-        precision: "auto" (bf16 on CUDA, fp32 elsewhere), "fp32", "bf16" or "fp16"; weights stay in their
-            own dtype.
+        precision: "auto" (bf16 on CUDA and on CPUs that multiply it, else fp32), "fp32", "bf16" or "fp16";
+            weights stay in their own dtype.
         compile: how gradient steps are run: "eager", "regional" (by `torch.compile`, alike blocks once),
             "graph" (replayed as a CUDA graph), or "auto": whichever ends them soonest (`marking.steps` says
             how that is found out; on a CPU it is "eager"). The edit is run eager.

@@ -299,7 +299,7 @@ class Reader:
                 excluded = mark_excluded(agreement(errors, self._watermark.bits), miss) and all(
                     mark_excluded(_single(kept), miss, WEAKEST_NATURAL) for kept in agreements[1:]
                 )
-                hopeless = out_of_reach(min(p_values), end, self.ends[-1], wanted)
+                hopeless = all(out_of_reach(_rows(kept), self.ends[-1], wanted) for kept in agreements)
                 if policy.settled(p_value, excluded, hopeless):
                     break
         return Reading(p_value, p_values, errors, excluded, alignment)
@@ -314,3 +314,9 @@ def _single(agreements: Sequence[Tensor]) -> np.ndarray:
     """Of a band's (taps, n, reads, M): (n, taps), the mean of +1 for a right bit and -1 for a wrong one."""
     right = torch.stack([torch.sign(part).double().mean(dim=(2, 3)) for part in agreements])
     return np.asarray(right.mean(dim=0).T.cpu())
+
+
+def _rows(agreements: Sequence[Tensor]) -> np.ndarray:
+    """Of a band's (taps, n, reads, M): (n, rows), of each image +1 for a right bit and -1 for a wrong one."""
+    right = [torch.sign(part).double().mean(dim=2).transpose(0, 1).flatten(1) for part in agreements]
+    return np.asarray(torch.cat(right, dim=1).cpu())

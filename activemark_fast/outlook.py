@@ -93,7 +93,7 @@ def outlook(
     photographs = clean_images(None, view.preprocess, LOOKED_AT, 1).fitted
     moved = view.of_copy(place)
     started = time.perf_counter()
-    with autocast():
+    with autocast(moved.dtype):
         placement = measure(moved, photographs).site()
     seconds = (time.perf_counter() - started) / LOOKED_AT
     pixels = photographs[0].nbytes * HOLDOUT_IMAGES

@@ -292,8 +292,8 @@ def profile(
             looked for among them.
         tower: dotted name of the module to profile, as in `embed`.
         device: where to compute; by default where the model is.
-        precision: "auto" (bf16 on CUDA, fp32 elsewhere), "fp32", "bf16" or "fp16"; weights stay in their
-            own dtype.
+        precision: "auto" (bf16 on CUDA and on CPUs that multiply it, else fp32), "fp32", "bf16" or "fp16";
+            weights stay in their own dtype.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -310,7 +310,7 @@ def profile(
     pixels = public_images(images, backbone.preprocess, MADE_IMAGES if images is None else MAX_IMAGES)
     if device != backbone.device:
         backbone = backbone.of_copy(device)
-    with evaluating(backbone.encoder), autocast(), Progress(progress) as bar:
+    with evaluating(backbone.encoder), autocast(backbone.dtype), Progress(progress) as bar:
         bar.stage("profile", len(pixels))
         return measure(backbone, pixels, k, bar.advance)
 

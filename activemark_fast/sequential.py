@@ -12,7 +12,7 @@ WEAKEST_MARK = 0.25
 WEAKEST_NATURAL = 0.1
 """The same for single readings in the natural band: 45 of 100 wrong."""
 LEAST_CHANCE = 1e-3
-"""A mark with less than this chance of being found by the images that are left is not looked for in them."""
+"""A mark that all images would prove is given up, at a look, about this rarely."""
 
 
 def look_ends(images: int) -> list[int]:
@@ -69,24 +69,25 @@ def images_to_exclude(agreement: npt.NDArray[np.float64], miss: float) -> int | 
     return int(np.ceil(((spread / room) ** 2).max())) + 1
 
 
-def out_of_reach(p_value: float, read: int, images: int, wanted: float) -> bool:
+def out_of_reach(scores: npt.NDArray[np.float64], images: int, wanted: float) -> bool:
     """Whether a suspect has next to no chance left to reach `wanted` when all images are read.
 
-    Stochastic curtailment (Lan, Simon and Halperin 1982): with z the normal quantile of a p-value and t the
-    share of the images that was read, z sqrt(t) moves like a Brownian motion. A mark that reaches `wanted`
-    on average has the drift z_wanted; given up is where it would now get there with a probability of less
-    than `LEAST_CHANCE`, so that such a mark is lost about as rarely.
+    Conditional power (Lan, Simon and Halperin 1982), with the drift that the suspect itself shows. Most of
+    what a row of the read-out shows of an innocent is the same on every image, so a few images tell where
+    all of them will lead. With T the sum of the scores of all rows, the sign-flip p-value is about that of
+    z = T / sqrt(sum of the squared scores) under a standard normal distribution. Given the suspect, its
+    images are independent draws: the sum of the rows of one image has an upper confidence limit (Student's
+    t, level 1 - `LEAST_CHANCE`), and the squares are those seen, less what the images that are still to be
+    read average out. The suspect is given up where z would not even be enough at that limit.
 
     Args:
-        p_value: of the images read, with nothing paid.
-        read: how many that are, at least 1.
-        images: how many there are.
+        scores: (n, rows), agreement of each image with what was sent, row by row; n >= 2.
+        images: how many there are, at least n.
         wanted: the p-value, with nothing paid, from which all of them would make a match.
     """
-    from scipy.special import ndtr, ndtri  # scipy takes longer to import than all the rest
+    from scipy.special import ndtri, stdtrit  # scipy takes longer to import than all the rest
 
-    share, target = read / images, -float(ndtri(wanted))
-    if share == 1:
-        return p_value > wanted
-    now = -float(ndtri(p_value)) * share**0.5
-    return bool(ndtr((now + target * (1 - share) - target) / (1 - share) ** 0.5) < LEAST_CHANCE)
+    n, sums, rows = len(scores), scores.sum(axis=1), scores.mean(axis=0)
+    highest = sums.mean() + stdtrit(n - 1, 1 - LEAST_CHANCE) * sums.std(ddof=1) / np.sqrt(n)
+    squares = (rows**2 - scores.var(axis=0, ddof=1) * (1 / n - 1 / images)).sum()
+    return bool(highest < -ndtri(wanted) * np.sqrt(max(squares, 0.0)))

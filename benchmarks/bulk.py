@@ -123,7 +123,7 @@ def plain_recipe(path: Path, watermark: Watermark) -> float:
         for book, messages in zip(codebooks(stretched, site, bits, measured), sent, strict=True):
             codec, total = book.to(DEVICE), torch.zeros(len(book.taps), bits, dtype=torch.int64)
             for message in messages.to(DEVICE).unbind(dim=1):
-                with autocast():
+                with autocast(backbone.dtype):
                     decoded, stream = run_to_taps(backbone, codec, activations, message, site.block)
                     backbone.run(stream, codec.taps[-1] + 1, backbone.depth)
                 total += torch.tensor([bit_scores(read.logits, message) for read in decoded.values()])

@@ -12,6 +12,9 @@ _ROWS: list[dict[str, Any]] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="embedding minutes of the demo model only")
+    parser.addoption(
+        "--model", default="demo", help="what test_embed_verify.py marks: a file or model string"
+    )
     parser.addoption("--plot", type=Path, metavar="FILE", help="draw embedding minutes into this file")
 
 

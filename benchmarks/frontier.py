@@ -34,7 +34,6 @@ from activemark_fast.utility import features, probe_accuracy
 from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
 
-OWNER = Key(b"frontier: the owner's key")
 COLUMNS = ("attack", "p", "R", "points lost", "p, original", "images", "steps", "seconds")
 
 
@@ -56,17 +55,18 @@ class Bench:
         labels = task.train.labels
         self.thief = Labelled(of_thief, labels[: arguments.images])
         self.task = Task(Labelled(of_probe, labels[arguments.images :]), task.test)
+        owner = Key(arguments.key.encode())
         weights, watermark = (self.folder / f"{name}.safetensors" for name in ("marked", "watermark"))
         if not watermark.exists():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # what the mark is worth is what the rows say
-                embedding = activemark_fast.embed(original, OWNER)
+                embedding = activemark_fast.embed(original, owner)
             save_model(embedding.model, weights, architecture_of(arguments.model))
             embedding.watermark.save(watermark)
         self.models = {"marked": load_model(weights, device=device)}
         if arguments.original:
             self.models["original"] = original
-        self.verifier = Verifier(Watermark.load(watermark), OWNER, align=False, device=device)
+        self.verifier = Verifier(Watermark.load(watermark), owner, align=False, device=device)
         self.rows = json.loads(self.file.read_text())["rows"] if self.file.exists() else []
 
     @property
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of attacks")
     parser.add_argument("--quick", action="store_true", help="only the strengths of the suite")
     parser.add_argument("--original", action="store_true", help="attack the unmarked original, too")
+    parser.add_argument("--key", default="frontier: the owner's key", help="what a mark leaves depends on it")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     bench = Bench(arguments)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.runtime import resolve_autocast
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
 """Rows of the matrices whose product is the measure of a device."""
@@ -27,7 +28,10 @@ SAMPLING = 0.005
 
 def matmul_flops(device: torch.device) -> float:
     """FLOP/s of a product of two square matrices, in what `embed` computes in by default: the best of ten."""
-    rows, dtype = MATRIX[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = MATRIX[device.type]
+    with resolve_autocast("auto", device)(torch.float32):
+        mixed = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if mixed else torch.float32
     a, b = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
 
     def once() -> float:

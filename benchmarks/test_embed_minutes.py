@@ -227,7 +227,7 @@ def test_minutes(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"clean": 64}, {"clean": 128}, {"clean": 256}, {"bits": 8}, {"bits": 16}, {"bits": 32}],
+    [{"clean": 64}, {"clean": 128}, {"clean": 256}, {"bits": 16}, {"bits": 32}],
     ids=str,
 )
 def test_minutes_grow(benchmark: BenchmarkFixture, record_row: Any, settings: dict[str, int]) -> None:

@@ -1,4 +1,7 @@
-"""Wall time of embedding and verification on the model that ships with the package: `make bench`."""
+"""Wall time of embedding and verification, on the model that ships with the package or on another.
+
+python -m pytest benchmarks/test_embed_verify.py --benchmark-only --model ../shared/dinov2/FILE.safetensors
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ KEY = b"benchmark: a key of no secrecy"
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    return load_model("demo")
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return load_model(request.config.getoption("--model"))
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +34,11 @@ def test_verify(benchmark: BenchmarkFixture, embedding: activemark_fast.Embeddin
     arguments = (embedding.model, embedding.watermark, KEY)
     verdict = benchmark.pedantic(activemark_fast.verify, arguments, rounds=3, warmup_rounds=1)
     assert verdict.decision == "match"
+
+
+def test_verify_the_original(
+    benchmark: BenchmarkFixture, model: torch.nn.Module, embedding: activemark_fast.Embedding
+) -> None:
+    arguments = (model, embedding.watermark, KEY)
+    verdict = benchmark.pedantic(activemark_fast.verify, arguments, rounds=3, warmup_rounds=1)
+    assert verdict.decision == "no match"

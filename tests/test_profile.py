@@ -127,7 +127,7 @@ def test_magnitudes_are_those_of_every_block_of_a_plain_run(name: str) -> None:
         model(pixels)
     for handle in handles:
         handle.remove()
-    measured = profile(model, pixels)
+    measured = profile(model, pixels, precision="fp32")
     assert measured.depth == len(streams) == DEPTH
     assert measured.images == 6
     assert (measured.num_tokens, measured.width) == (view.num_tokens, WIDTH)

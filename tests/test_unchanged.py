@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from activemark_fast import Commitment, Embedding, Key, embed, verify, verify_many
 from activemark_fast.attacks.symmetry import rotate_residual
+from activemark_fast.runtime import resolve_autocast
 
 FIXTURE = Path(__file__).parent / "fixtures" / "unchanged.json"
 KEY = Key(b"u" * 32)
@@ -38,7 +39,7 @@ def images(count: int, seed: int = 0) -> Tensor:
 
 def arithmetic() -> str:
     """How this machine rounds: two that agree in it are expected to agree in marks, bit for bit."""
-    with torch.no_grad():
+    with torch.no_grad(), resolve_autocast("auto", torch.device("cpu"))(torch.float32):
         features = vit().forward_features(images(64)).flatten(0, 1).double()
     solved = torch.linalg.solve(features.T @ features + torch.eye(128), features[:128].T)
     singular = torch.linalg.svdvals(solved.float())

@@ -139,7 +139,7 @@ def add_compute(command: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the forward passes; auto: bf16 on CUDA, fp32 elsewhere",
+        help="of the forward passes; auto: bf16 on CUDA and on CPUs that multiply it, else fp32",
     )
 
 

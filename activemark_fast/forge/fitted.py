@@ -53,7 +53,7 @@ def learned_codec(thief: Thief, deadline: float) -> list[Attempt]:
     steps, loss = 0, float("inf")
     while not steps or (thief.now() < deadline and loss > LEARNED_ENOUGH):
         chosen = torch.from_numpy(stream.permutation(count)[:BATCH]).to(thief.device)
-        with thief.autocast():
+        with thief.autocast(thief.backbone.dtype):
             decoded, _ = run_to_taps(
                 thief.backbone, codec, activations[chosen], message[chosen], thief.site.block
             )
@@ -161,12 +161,12 @@ def _fit(
     steps = 0
     while True:
         images = pixels()
-        with thief.autocast():
+        with thief.autocast(thief.backbone.dtype):
             source = thief.backbone.run(thief.backbone.stem(images.to(thief.backbone.dtype)), 0, block)
             output = thief.backbone.run(source, block, block + 1)
         book = _loud_book(thief, stretched, output.detach())
         sent = draw_sent(stretched, "verify", len(images), thief.bits)[0].to(thief.device)
-        with thief.autocast():
+        with thief.autocast(thief.backbone.dtype):
             decoded, _ = run_to_taps(
                 thief.backbone, book, SiteActivations(source, output), sent[:, steps % sent.shape[1]], block
             )

@@ -53,7 +53,7 @@ def mean_jacobian(
                 streams.append(stream)
             stream, first = torch.cat(streams), site.block + 1
             for tap in site.taps:
-                with thief.autocast():
+                with thief.autocast(thief.backbone.dtype):
                     stream = thief.backbone.run(stream, first, tap + 1)
                 up, down = stream[:, slots].float().mean(dim=1).chunk(2)
                 sums[tap][channels] += ((up - down) / (2 * length)).double().cpu()

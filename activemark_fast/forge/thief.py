@@ -128,7 +128,7 @@ class Thief:
         autocast = resolve_autocast(precision, device)
         preprocess = known_normalisation(backbone.preprocess) or backbone.preprocess
         photographs = preprocess(shipped_photographs().images[:PUBLIC_IMAGES]).to(device)
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(backbone.dtype):
             site = measure(backbone, photographs).site().site
         room = [bits for bits in BITS if bits <= min(USUAL_BITS, most_bits(site.width))]
         if not room:

@@ -81,7 +81,7 @@ class FidelityCheck:
         device = self._backbone.device
 
         def run(output: Tensor) -> list[Tensor]:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._autocast(self._backbone.dtype):
                 tokens = self._backbone.run(output.to(device), self._block + 1, self._backbone.depth)
                 return [self._backbone.final_tokens(tokens).float()]
 

@@ -35,6 +35,9 @@ from activemark_fast.towers import Stop
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
 COLUMN_PARTS = 4
+ATTENTION_WEIGHT = 8.0
+"""Attention's output closes so many times the share of the natural band that an MLP does: a thief who zeroes
+all MLPs, or fits new ones, leaves attention as it is."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,12 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
         )
     for band in BANDS:
         for tap in site.taps:
-            written = [step for step in steps if step.tap == tap and band.name in step.shares]
-            for left, step in enumerate(reversed(written), start=1):
-                step.shares[band.name] = 1 / left
+            left = 0.0
+            for step in reversed(steps):
+                if step.tap == tap and band.name in step.shares:
+                    weight = ATTENTION_WEIGHT if band == NATURAL and not step.last else 1.0
+                    left += weight
+                    step.shares[band.name] = weight / left
     return steps
 
 
@@ -428,11 +434,11 @@ def _moments(
             book = books[stream.book]
             values = engine.fetch(stream.values)
             seen.clear()
-            with engine.autocast(), suppress(Stop):
+            with engine.autocast(backbone.dtype), suppress(Stop):
                 after = backbone.run(values.flatten(0, 1), step.block, step.block + 1).view_as(values)
             k = backbone.hidden(layer, seen.pop(), 3 * values.shape[1]).reshape(*values.shape[:3], size)
             if not step.last:  # the block ran no further than the layer
-                with engine.autocast():
+                with engine.autocast(backbone.dtype):
                     written = torch.nn.functional.linear(k, step.matrix, layer.bias)
                 after = values + written * step.gain.to(written.dtype)
             # Over the injected length, so that bands of other lengths weigh the same.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.marking.memory import free_bytes
 from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.scratch import Make, Scratch, made
+from activemark_fast.marking.suffix import Autocast
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
 
@@ -46,7 +45,7 @@ class Engine:
     """
 
     device: torch.device
-    autocast: Callable[[], AbstractContextManager[object]]
+    autocast: Autocast
     batch: int
     caches_on_host: bool
     peak_bytes: int
@@ -110,7 +109,7 @@ def plan_engine(
     """
     device = backbone.device
     autocast = resolve_autocast(precision, device)
-    with autocast():
+    with autocast(backbone.dtype):
         half = torch.is_autocast_enabled(device.type)
         narrow = torch.get_autocast_dtype(device.type).itemsize if half else backbone.dtype.itemsize
     wide = backbone.dtype.itemsize

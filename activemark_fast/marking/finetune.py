@@ -92,7 +92,7 @@ def finetune(
 
     def loss_of(marked: Backbone, unmarked: Backbone, chosen: Tensor, message: Tensor) -> Tensor:
         batch = activations[chosen.to(activations.output.device)].to(device)
-        with autocast():
+        with autocast(marked.dtype):
             decoded, injected = run_to_taps(marked, codec, batch, message, site.block)
             clean = marked.run(batch.output, first, last)
             both = marked.run(torch.cat([injected[: len(chosen)], clean]), last, marked.depth)
@@ -104,7 +104,7 @@ def finetune(
             told + INJECTED_FIDELITY_WEIGHT * lost_injected.mean() + CLEAN_FIDELITY_WEIGHT * lost_clean.mean()
         )
         if isinstance(codec, nn.Module):
-            with autocast():
+            with autocast(unmarked.dtype):
                 nothing, _ = run_to_taps(unmarked, codec, batch, message, site.block)
             share = (1 - told.detach() / math.log(2)).clamp(0, 1)
             loss = loss + share * _fair_coin_loss(codec, nothing)

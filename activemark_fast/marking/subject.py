@@ -154,7 +154,7 @@ def prepare(
     backbone = original.of_copy(device, shared)
     autocast = resolve_autocast(settings.precision, device)
     bar.stage("profile", 1)
-    with autocast():
+    with autocast(backbone.dtype):
         placement = measure(backbone, natural.fitted[:PROFILED_IMAGES]).site(block=settings.block)
     site = placement.site
     bar.stage("prefix", 3)

@@ -18,8 +18,8 @@ from activemark_fast.ops.decode import Decoded
 BATCH = 128
 """Images run through the model at a time."""
 
-Autocast = Callable[[], AbstractContextManager[object]]
-"""Makes the context that blocks run in: mixed precision, or nothing."""
+Autocast = Callable[[torch.dtype], AbstractContextManager[object]]
+"""Makes the context that blocks with weights of a dtype run in: mixed precision, or nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def site_activations(
     """
 
     def run(part: Tensor) -> list[Tensor]:
-        with autocast():
+        with autocast(backbone.dtype):
             source = backbone.run(backbone.stem(part.to(backbone.device, backbone.dtype)), 0, block)
             return [source, backbone.run(source, block, block + 1)]
 
@@ -100,7 +100,7 @@ def read_mark(
     parts: dict[int, list[Decoded]] = {tap: [] for tap in codec.taps}
     for start in range(0, len(activations), BATCH):
         chosen = slice(start, start + BATCH)
-        with autocast():
+        with autocast(backbone.dtype):
             decoded, _ = run_to_taps(
                 backbone, codec, activations[chosen].to(backbone.device), message[chosen], block
             )
@@ -121,7 +121,7 @@ def final_features(
     """(n, F, D) float32 features of the clean images."""
     parts = []
     for output in activations.output.split(BATCH):
-        with autocast():
+        with autocast(backbone.dtype):
             tokens = backbone.run(output.to(backbone.device), block + 1, backbone.depth)
             parts.append(backbone.features(tokens).float())
     return torch.cat(parts)

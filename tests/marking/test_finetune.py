@@ -175,7 +175,7 @@ def test_an_interruption_restores_flags_and_gradients() -> None:
 def test_mixed_precision_trains_float32_weights(codec: str) -> None:
     run = Run(codec)
     before = state(run.model)
-    run.train(2 * CHECK_EVERY, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    run.train(2 * CHECK_EVERY, autocast=lambda _: torch.autocast("cpu", dtype=torch.bfloat16))
     if codec == "keyed":
         assert run.losses[-1] < run.losses[0]
     moved = [name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])]
