@@ -35,7 +35,7 @@ def hindrance(model: nn.Module) -> str | None:
         if tensor.is_meta:
             return f"{name} holds no values (it is on the meta device): load the weights first"
         if hasattr(tensor, "full_tensor") or getattr(tensor, "_is_flat_param", False):
-            return f"{name} is spread over processes: gather the whole model first"
+            return f"{name} is spread over processes: gather the whole model first (docs/giants.md)"
     return None
 
 

@@ -21,6 +21,12 @@ sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
 import torch.distributed as dist
 from datetime import timedelta
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, set_model_state_dict
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tiny import vit
 from activemark_fast.embedding import embed
 from activemark_fast.marking.ranks import Ranks
@@ -39,14 +45,22 @@ assert ran == [i for i in range(5) if i % 2 == ranks.rank], ran
 found = list(ranks.each([lambda i=i: task(i) for i in range(5, 8)], cpu, [1, 1, 0]))
 assert [int(one) for one, _ in found] == [5, 6, 7]
 assert ranks.least(3 + ranks.rank) == 3
-made = embed(vit(), {KEY!r}, group=dist.group.WORLD)
+spread, whole = vit(), vit(seed=1)
+fully_shard(spread, mesh=init_device_mesh("cpu", (2,)))
+everything = StateDictOptions(full_state_dict=True)
+whole.load_state_dict(get_model_state_dict(spread, options=everything))
+made = embed(whole, {KEY!r}, group=dist.group.WORLD)
+set_model_state_dict(spread, made.model.state_dict(), options=everything)
+after = get_model_state_dict(spread, options=everything)
+assert all(torch.equal(after[name], tensor) for name, tensor in made.model.state_dict().items())
+assert all(isinstance(parameter, DTensor) for parameter in spread.parameters())
 with open(sys.argv[1] + str(ranks.rank), "w") as file:
     file.write(f"{{fingerprint(made.model)}} {{made.watermark.digest().hex()}} {{made.quality!r}}")
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_make_the_mark_of_one_bit_for_bit(tmp_path: Path) -> None:
+def test_two_processes_make_the_mark_of_one_bit_for_bit_of_a_spread_model_too(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
