@@ -80,7 +80,8 @@ def plain_torch() -> Iterator[None]:
                 stack.enter_context(torch.device("cpu"))
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+                    # Its copies of weights would outlive what is written to them.
+                    stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             yield
     finally:
         torch.set_default_dtype(dtype)
