@@ -1,13 +1,14 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
+VENV ?= .venv
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 BUILD_TOOLS := setuptools pybind11 ninja cmake
 
 # Stamps: the first is as old as the installed dependencies, the second as the compiled extension.
-INSTALLED := .venv/.installed
-BUILT := .venv/.built
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
 
 # Threads that wait for a busy core should sleep, not spin: on a loaded machine it is three times as fast.
 export OMP_WAIT_POLICY ?= passive
@@ -41,7 +42,7 @@ docs: $(INSTALLED) $(BUILT)  ## Build the site in build/site, and check its link
 sanitize: $(INSTALLED)  ## Run the tests of the C++ code, built with sanitizers.
 	ACTIVEMARK_SANITIZE=ON ACTIVEMARK_CUDA=off $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(BIN)/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider \
+		ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider \
 		-p activemark_fast -k "not cuda_kernel and not lack_of_memory" $(CURDIR)/tests/ops/test_magnitude.py $(CURDIR)/tests/test_painting.py
 
 bench: $(INSTALLED) $(BUILT)  ## Run the benchmarks (PYTEST_ARGS=--quick: 10 minutes).
@@ -53,13 +54,13 @@ gpu:  ## On a GPU: build, test and measure, with python3's own packages and no n
 	$(PYTHON) benchmarks/gpu.py
 
 clean:  ## Remove everything that make and the tools made, .venv included.
-	rm -rf .venv build dist *.egg-info activemark_fast/*.so
+	rm -rf .venv* build dist *.egg-info activemark_fast/*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo "Installing into .venv: several GB with torch, about two minutes"
-	$(PYTHON) -m venv .venv
+	@echo "Installing into $(VENV): several GB with torch, about two minutes"
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt $(BUILD_TOOLS)
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test,dev]'
 	@touch $(INSTALLED) $(BUILT)

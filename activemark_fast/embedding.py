@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from activemark_fast.align import site_sample
 from activemark_fast.backbone import Backbone, non_finite_tensor
+from activemark_fast.defaults import FIDELITY
 from activemark_fast.dress import copied, plain_torch, unwrapped
 from activemark_fast.key import Key
 from activemark_fast.marking.engine import Engine
@@ -43,7 +44,6 @@ from activemark_fast.triggers import CleanImages, HoldOut, clean_images, holdout
 from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
 
-DEFAULT_FIDELITY = 0.998
 POWER = 0.999
 """Of the verification that an embedding ends with: it reads images until the verdict is settled."""
 
@@ -108,7 +108,7 @@ def embed(
     bits: int = 32,
     axis: str = "token",
     block: int | None = None,
-    fidelity: float = DEFAULT_FIDELITY,
+    fidelity: float = FIDELITY,
     max_steps: int = 1000,
     tower: str | None = None,
     inplace: bool = False,

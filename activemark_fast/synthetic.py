@@ -7,20 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from activemark_fast.key import KeyStream
 from activemark_fast.normalisation import check_size
-from activemark_fast.ops.native import load_native
+from activemark_fast.ops.paint import Octave, paint_clouds, paint_leaves
 
 MIN_SYNTHETIC_SIDE = 8  # pixels: below it no leaf fits
 IMAGES_IN_WORK = 32
 """Synthetic images that are painted side by side."""
-
-_Image = npt.NDArray[np.uint8]  # (3, h, w), contiguous
-_Lattice = tuple[int, int, npt.NDArray[np.float64]]
 
 
 def synthetic_images(stream: KeyStream, count: int, size: tuple[int, int]) -> Tensor:
@@ -40,7 +36,7 @@ def synthetic_images(stream: KeyStream, count: int, size: tuple[int, int]) -> Te
         raise TypeError(f"count: wanted int, got {type(count).__name__}")
     if count < 1:
         raise ValueError(f"count: wanted at least 1, got {count}")
-    images = np.empty((count, 3, *size), dtype=np.uint8)
+    images = torch.empty(count, 3, *size, dtype=torch.uint8)
 
     # One after another the images take their numbers from the stream; they are painted side by side.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -50,12 +46,12 @@ def synthetic_images(stream: KeyStream, count: int, size: tuple[int, int]) -> Te
                 _clouds(stream, size) if index % 2 else _dead_leaves(stream, size, index % 4 == 2)
                 for index in range(start, start + len(part))
             ]
-            for _ in pool.map(lambda paint, image: paint(image), painters, part):
-                pass
-    return torch.from_numpy(images)
+            for image, painted in zip(part, pool.map(lambda paint: paint(), painters), strict=True):
+                image.copy_(painted)
+    return images
 
 
-def _dead_leaves(stream: KeyStream, size: tuple[int, int], textured: bool) -> Callable[[_Image], None]:
+def _dead_leaves(stream: KeyStream, size: tuple[int, int], textured: bool) -> Callable[[], Tensor]:
     """Paints (3, h, w): one-coloured discs of radius density ∝ r^-3, lit aslant."""
     h, w = size
     smallest, largest = max(1.5, min(size) / 100), min(size) / 3
@@ -73,65 +69,34 @@ def _dead_leaves(stream: KeyStream, size: tuple[int, int], textured: bool) -> Ca
     lightness = 85 + 85 * centre + (70 + 60 * spread) * (draws[3] + draws[4] - 1)
     yellow, red = 30 * (warmth - 0.5) + 36 * (draws[5] - 0.5), 40 * (draws[6] - 0.5)
     slope_x, slope_y = 40 * (draws[7] - 0.5) / r, 40 * (draws[8] - 0.5) / r
-    # Disc by disc, as csrc/paint.hpp wants them.
-    discs = np.array([x, y, r, lightness, yellow, red, slope_x, slope_y, 90 * draws[9]]).T.copy()
-    lattices = _lattices(stream, 1, size, coarsest=16) if textured else []
-
-    def paint(image: _Image) -> None:
-        load_native().paint_leaves(
-            height=h,
-            width=w,
-            discs=discs.ctypes.data,
-            disc_count=n,
-            octaves=_octaves(lattices),
-            image=image.ctypes.data,
-        )
-
-    return paint
+    values = np.array([x, y, r, lightness, yellow, red, slope_x, slope_y, 90 * draws[9]])
+    discs = torch.from_numpy(values.T.copy())
+    texture = random_octaves(stream, 1, size, coarsest=16) if textured else []
+    return lambda: paint_leaves(discs, texture, size)
 
 
-def _clouds(stream: KeyStream, size: tuple[int, int]) -> Callable[[_Image], None]:
+def _clouds(stream: KeyStream, size: tuple[int, int]) -> Callable[[], Tensor]:
     """Paints (3, h, w): a random field in lightness, fainter ones in colour.
 
     From one octave to the next coarser the field's amplitude grows by a gain. The area of the frequency plane
     grows as f², so a gain of 1, equal power an octave, makes a power spectrum of 1/f², and a gain of 2 one of
     1/f⁴: natural images lie between.
     """
-    h, w = size
     centre, contrast, warmth, smoothness = stream.uniform(4).tolist()
-    lattices = _lattices(stream, 3, size, coarsest=max(size))
-
-    def paint(image: _Image) -> None:
-        load_native().paint_clouds(
-            height=h,
-            width=w,
-            octaves=_octaves(lattices),
-            gain=1 + smoothness,
-            lightness=(85 + 85 * centre, 60 + 60 * contrast),
-            yellow=(30 * (warmth - 0.5), 15),
-            red=(0, 15),
-            image=image.ctypes.data,
-        )
-
-    return paint
+    field = random_octaves(stream, 3, size, coarsest=max(size))
+    axes = ((85 + 85 * centre, 60 + 60 * contrast), (30 * (warmth - 0.5), 15), (0, 15))
+    return lambda: paint_clouds(field, 1 + smoothness, *axes, size)
 
 
-def _lattices(stream: KeyStream, channels: int, size: tuple[int, int], coarsest: int) -> list[_Lattice]:
-    """For each octave of a random field, from the finest: its shift down and across, and its values.
-
-    Their steps are 1, 2, 4, … pixels, up to the first power of two not below `coarsest`.
-    """
+def random_octaves(stream: KeyStream, channels: int, size: tuple[int, int], coarsest: int) -> list[Octave]:
+    """A random field. The points of its last octave are at least `coarsest` pixels apart."""
     h, w = size
-    lattices = []
+    octaves = []
     for octave in range((coarsest - 1).bit_length() + 1):
         step = 1 << octave
         shift_y, shift_x = stream.integers(0, step, 2).tolist()
         shape = (channels, (h - 1 + shift_y) // step + 2, (w - 1 + shift_x) // step + 2)
         values = stream.uniform(shape)
         values -= 0.5
-        lattices.append((shift_y, shift_x, values))
-    return lattices
-
-
-def _octaves(lattices: list[_Lattice]) -> list[tuple[int, int, int]]:
-    return [(values.ctypes.data, shift_y, shift_x) for shift_y, shift_x, values in lattices]
+        octaves.append(Octave(torch.from_numpy(values), shift_y, shift_x))
+    return octaves

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from activemark_fast.commitment import Commitment
+from activemark_fast.defaults import ALPHA
 from activemark_fast.key import Key
 from activemark_fast.runtime import resolve_device
 from activemark_fast.tracing import Register
@@ -22,7 +23,7 @@ def verify(
     key: Key | bytes | str | os.PathLike[str],
     images: object = None,
     *,
-    alpha: float = 1e-6,
+    alpha: float = ALPHA,
     tau: int | None = None,
     align: bool | None = None,
     commitment: Commitment | None = None,

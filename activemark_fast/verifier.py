@@ -15,6 +15,7 @@ from activemark_fast.backbone import Backbone, NotAViTError, non_finite_tensor
 from activemark_fast.codec.codebooks import BANDS
 from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.decision import Policy, decide, doubted
+from activemark_fast.defaults import ALPHA
 from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import alternatives
 from activemark_fast.key import Key
@@ -61,7 +62,7 @@ class Verifier:
         key: Key | bytes | str | os.PathLike[str],
         images: object = None,
         *,
-        alpha: float = 1e-6,
+        alpha: float = ALPHA,
         tau: int | None = None,
         power: float | None = None,
         align: bool | None = None,

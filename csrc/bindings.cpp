@@ -23,7 +23,7 @@ void raise_unless_ok(Status status) {
             return;
         case Status::bad_size:
             throw py::value_error(
-                "images and image_stride must be >= 0, k in 1 ... values_per_image (on CUDA at most 32), "
+                "wanted images and image_stride >= 0, k in 1 ... values_per_image (on CUDA at most 32), "
                 "threads >= 1");
         case Status::unsupported:
             throw std::runtime_error("this processor lacks the instructions asked for");
@@ -38,8 +38,9 @@ void raise_unless_ok(PaintStatus status) {
             return;
         case PaintStatus::bad_size:
             throw py::value_error(
-                "height and width must be in 1 ... 2^24, there must be 1 ... 2^31 - 1 discs and at most 32 "
-                "octaves (for clouds at least 1), shifts must be in 0 ... step - 1");
+                "wanted height and width in 1 ... 2^24, 1 ... 2^31 - 1 discs, at most 32 octaves (for clouds "
+                "at "
+                "least 1), shifts in 0 ... step - 1");
         case PaintStatus::out_of_memory:
             throw std::bad_alloc();
     }
@@ -139,9 +140,9 @@ PYBIND11_MODULE(_native, module) {
         py::kw_only(), py::arg("height"), py::arg("width"), py::arg("octaves"), py::arg("gain"),
         py::arg("lightness"), py::arg("yellow"), py::arg("red"), py::arg("image"));
 
+    module.attr("MAX_TOP_CUDA") = kMaxTopCuda;
 #ifdef ACTIVEMARK_CUDA
     module.attr("cuda") = true;
-    module.attr("MAX_TOP_CUDA") = kMaxTopCuda;
     module.def("scratch_size_cuda", &scratch_size_cuda, py::kw_only(), py::arg("images"),
                py::arg("values_per_image"));
     module.def(

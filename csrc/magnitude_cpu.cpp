@@ -14,7 +14,7 @@
 namespace activemark {
 namespace {
 
-constexpr int kMostThreads = 64;
+constexpr int kMaxThreads = 64;
 constexpr std::int64_t kBytesPerThread = 1 << 19;  // less is not worth starting a thread for
 
 // The grid is laid over what a sample says of the median, three standard errors on either side. Neighbours
@@ -401,8 +401,8 @@ void measure(const Activations& in, std::int64_t k, const Magnitudes& out, std::
     const std::int64_t bytes =
         in.images * in.values_per_image * static_cast<std::int64_t>(sizeof(typename Format::Bits));
     const std::int64_t parts =
-        std::min({in.images, bytes / kBytesPerThread, std::int64_t{threads}, std::int64_t{kMostThreads}});
-    std::thread helpers[kMostThreads];
+        std::min({in.images, bytes / kBytesPerThread, std::int64_t{threads}, std::int64_t{kMaxThreads}});
+    std::thread helpers[kMaxThreads];
     for (std::int64_t part = 1; part < parts; ++part) {
         try {
             helpers[part] = std::thread(measure_some, part);
@@ -430,7 +430,7 @@ Instructions best_instructions() noexcept {
 std::int64_t scratch_size(std::int64_t values_per_image, int threads) noexcept {
     const std::int64_t cells = cells_size(values_per_image);
     return (cells + cells / kBlock * static_cast<std::int64_t>(sizeof(std::int32_t))) *
-           std::min(threads, kMostThreads);
+           std::min(threads, kMaxThreads);
 }
 
 Status magnitudes_cpu(const Activations& activations, std::int64_t k, const Magnitudes& out,

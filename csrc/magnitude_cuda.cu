@@ -6,6 +6,12 @@
 // time through most of them, every value is counted somewhere rather than some behind a branch, and of the
 // largest a thread keeps but one for each chunk of its values. Those tell which few chunks are to be read
 // again, for the k largest of the part.
+//
+// Nothing here is CUB's. Its device-wide sort, scan and reduction are launches of their own, each of which
+// reads the activation from memory once more; this reads it once, in one launch. Its warp and block
+// primitives could take the place of the sums, the scan in `bin_of_rank` and the sort of a sample, which run
+// once a part, not once a value; that was not measured, and the tests, which compile this file for the CPU
+// (tests/ops/cuda_on_cpu), could no longer do so.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 

@@ -10,9 +10,9 @@
 namespace activemark {
 namespace {
 
-constexpr std::int64_t kMostSide = 1 << 24;  // pixels
-constexpr std::int64_t kMostOctaves = 32;
-constexpr std::int64_t kMostDiscs = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kMaxSide = 1 << 24;  // pixels
+constexpr std::int64_t kMaxOctaves = 32;
+constexpr std::int64_t kMaxDiscs = std::numeric_limits<std::int32_t>::max();
 
 struct Size {
     std::int64_t height, width;
@@ -22,7 +22,7 @@ struct Size {
 bool within(std::int64_t value, std::int64_t low, std::int64_t high) { return low <= value && value <= high; }
 
 bool valid(Size size, const Octave* octaves, std::int64_t octave_count) {
-    if (!within(size.height, 1, kMostSide) || !within(size.width, 1, kMostSide)) return false;
+    if (!within(size.height, 1, kMaxSide) || !within(size.width, 1, kMaxSide)) return false;
     for (std::int64_t i = 0; i < octave_count; ++i) {
         const std::int64_t most = (std::int64_t{1} << i) - 1;
         if (!within(octaves[i].shift_y, 0, most) || !within(octaves[i].shift_x, 0, most)) return false;
@@ -213,7 +213,7 @@ void clouds(Size size, const Octave* octaves, std::int64_t octave_count, double 
 PaintStatus paint_leaves(std::int64_t height, std::int64_t width, const Disc* discs, std::int64_t disc_count,
                          const Octave* octaves, std::int64_t octave_count, std::uint8_t* image) noexcept {
     const Size size{height, width};
-    if (!within(disc_count, 1, kMostDiscs) || !within(octave_count, 0, kMostOctaves) ||
+    if (!within(disc_count, 1, kMaxDiscs) || !within(octave_count, 0, kMaxOctaves) ||
         !valid(size, octaves, octave_count))
         return PaintStatus::bad_size;
     try {
@@ -228,7 +228,7 @@ PaintStatus paint_clouds(std::int64_t height, std::int64_t width, const Octave* 
                          std::int64_t octave_count, double gain, const Axis& lightness, const Axis& yellow,
                          const Axis& red, std::uint8_t* image) noexcept {
     const Size size{height, width};
-    if (!within(octave_count, 1, kMostOctaves) || !valid(size, octaves, octave_count))
+    if (!within(octave_count, 1, kMaxOctaves) || !valid(size, octaves, octave_count))
         return PaintStatus::bad_size;
     try {
         clouds(size, octaves, octave_count, gain, lightness, yellow, red, image);

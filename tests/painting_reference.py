@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from activemark_fast.key import KeyStream
-from activemark_fast.synthetic import _lattices
+from activemark_fast.ops.paint import Octave
+from activemark_fast.synthetic import random_octaves
 
 SMALL_DISCS = (1, 2, 4, 8, 16)
 """Sides, in pixels, of the squares around discs that are painted many at a time."""
@@ -41,12 +42,12 @@ def _dead_leaves(stream: KeyStream, size: tuple[int, int], textured: bool) -> Ar
     lightness = 85 + 85 * centre + (70 + 60 * spread) * (draws[3] + draws[4] - 1)
     colour = _rgb(lightness, 30 * (warmth - 0.5) + 36 * (draws[5] - 0.5), 40 * (draws[6] - 0.5))
     slope_x, slope_y = 40 * (draws[7] - 0.5) / r, 40 * (draws[8] - 0.5) / r
-    lattices = _lattices(stream, 1, size, coarsest=16) if textured else []
+    octaves = random_octaves(stream, 1, size, coarsest=16) if textured else []
 
     leaf = seen_discs(x, y, r, size)
     light = (np.arange(w) - x[leaf]) * slope_x[leaf] + (np.arange(h)[:, None] - y[leaf]) * slope_y[leaf]
     if textured:
-        light += _pink(lattices, size, gain=1.0)[0] * (90 * draws[9])[leaf]
+        light += _pink(octaves, size, gain=1.0)[0] * (90 * draws[9])[leaf]
     return colour[:, leaf] + light
 
 
@@ -79,14 +80,14 @@ def seen_discs(x: Array, y: Array, r: Array, size: tuple[int, int]) -> npt.NDArr
 def _clouds(stream: KeyStream, size: tuple[int, int]) -> Array:
     """(3, h, w) on the scale 0 to 255: a random field in lightness, fainter ones in colour."""
     centre, contrast, warmth, smoothness = stream.uniform(4).tolist()
-    lattices = _lattices(stream, 3, size, coarsest=max(size))
+    octaves = random_octaves(stream, 3, size, coarsest=max(size))
 
-    lightness, yellow, red = _pink(lattices, size, gain=1 + smoothness)
+    lightness, yellow, red = _pink(octaves, size, gain=1 + smoothness)
     lightness = 85 + 85 * centre + (60 + 60 * contrast) * lightness
     return _rgb(lightness, 30 * (warmth - 0.5) + 15 * yellow, 15 * red)
 
 
-def _pink(lattices: list[tuple[int, int, Array]], size: tuple[int, int], gain: float) -> Array:
+def _pink(octaves: list[Octave], size: tuple[int, int], gain: float) -> Array:
     """(channels, h, w), each scaled to -1 … 1: octaves of bilinearly interpolated random lattices.
 
     From one octave to the next coarser the amplitude grows by `gain`. The area of the frequency plane grows
@@ -94,12 +95,12 @@ def _pink(lattices: list[tuple[int, int, Array]], size: tuple[int, int], gain: f
     1/f⁴: natural images lie between.
     """
     h, w = size
-    field = np.zeros((len(lattices[0][2]), h, w))
+    field = np.zeros((len(octaves[0].lattice), h, w))
     right = np.empty_like(field)
     amplitude = 1.0
-    for octave, (shift_y, shift_x, lattice) in enumerate(lattices):
-        step = 1 << octave
-        rows, columns = np.arange(h) + shift_y, np.arange(w) + shift_x
+    for index, octave in enumerate(octaves):
+        step, lattice = 1 << index, octave.lattice.numpy()
+        rows, columns = np.arange(h) + octave.shift_y, np.arange(w) + octave.shift_x
         i, j = rows // step, columns // step
         down, across = (rows % step / step)[:, None], columns % step / step
         lattice = lattice[:, i] * (1 - down) + lattice[:, i + 1] * down

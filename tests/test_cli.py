@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_schema import check as check_schema
+from torch import nn
 
 import activemark_fast
 from activemark_fast.checkpoints import architecture_of, build_model, save_model
 from activemark_fast.cli import main
 from activemark_fast.cli.verify_many import MATCHED
 from activemark_fast.key import Key
-from activemark_fast.watermark import Watermark
+from activemark_fast.watermark import Watermark, fingerprint
 
 ARCHITECTURE = "timm:VisionTransformer?" + json.dumps(
     {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4, "num_classes": 0}
@@ -806,17 +808,25 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_demo")
 def test_demo(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = module("embedding").embed
-    made: list[tuple[Key, object]] = []
+    made: list[tuple[str, Key | None, str, object]] = []
 
-    def embed_once(model: object, key: Key, **settings: object) -> object:
-        known = [embedding for other, embedding in made if other == key]
-        if not known:
-            known = [embed(model, key, **settings)]
-            made.append((key, known[0]))
-        return known[0]
+    def once(name: str) -> Callable[..., object]:
+        """The demo's function of that name; given the same weights and key it is not done again."""
+        function = getattr(module("demo"), name)
 
-    monkeypatch.setattr(module("demo"), "embed", embed_once)
+        def run_once(model: nn.Module, *rest: object, **settings: object) -> object:
+            key = next((argument for argument in rest if isinstance(argument, Key)), None)
+            now = (name, key, fingerprint(model))
+            known = [result for *of, result in made if tuple(of) == now]
+            if not known:
+                known = [function(model, *rest, **settings)]
+                made.append((*now, known[0]))
+            return known[0]
+
+        return run_once
+
+    for name in ("embed", "verify", "finetune"):
+        monkeypatch.setattr(module("demo"), name, once(name))
     result = run("demo", "--out", "my demo")
     assert result.code == 0, result.out
     out = tmp_path / "my demo"
@@ -840,7 +850,8 @@ def test_demo(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.Mo
     (out / "notes.txt").write_text("mine")
     again = run("demo", "--out", out, "--json")
     assert again.code == 0
-    assert len(made) == 2  # the owner's and the stranger's: the second run took the key of the first
+    # The owner's and the stranger's: the second run took the key of the first.
+    assert Counter(name for name, *_ in made) == {"embed": 2, "verify": 6, "finetune": 2}
     record = again.record()
     assert record["as_expected"] is True
     assert [row["suspect"] for row in record["rows"]] == suspects

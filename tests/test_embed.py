@@ -74,11 +74,18 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return fingerprint(one) == fingerprint(other)
 
 
-def test_the_demo_model_with_images_from_the_key() -> None:
+@pytest.fixture(scope="module")
+def demo() -> tuple[nn.Module, Embedding]:
+    """The demo model and what marks it, with images from the key."""
     model = load_model("demo")
     before = Unchanged(model)
     embedding = embed(model, KEY)
     before.check()
+    return model, embedding
+
+
+def test_the_demo_model_with_images_from_the_key(demo: tuple[nn.Module, Embedding]) -> None:
+    model, embedding = demo
     assert embedding.steps == 0
     assert embedding.fidelity >= 0.998
     assert embedding.quality.reaches(0.998)
@@ -94,9 +101,8 @@ def test_the_demo_model_with_images_from_the_key() -> None:
     assert innocent.detection_rate == 0
 
 
-def test_fidelity_is_of_natural_images_that_the_mark_has_not_seen() -> None:
-    model = load_model("demo")
-    embedding = embed(model, KEY)
+def test_fidelity_is_of_natural_images_that_the_mark_has_not_seen(demo: tuple[nn.Module, Embedding]) -> None:
+    model, embedding = demo
     assert embedding.clean_source == "the photographs that the package ships"
     view = Backbone(model)
     others = preprocess_photographs(view)  # other crops than those it was measured on

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from activemark_fast.cli import main
 from activemark_fast.embedding import embed
 from activemark_fast.giants import embed_stored, verify_stored, work_folder
 from activemark_fast.key import Key
+from activemark_fast.marking import scratch
 from activemark_fast.marking.scratch import Scratch, kept
 from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark, fingerprint
@@ -162,27 +162,26 @@ def test_marking_in_place_takes_copies_of_what_changes_alone() -> None:
 
 def run_and_kill(folder: Path, kill_at: int) -> int:
     """Marks in a process of its own that kills itself after so many files of its work; how it ended."""
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-torch.set_num_threads(1)
-from activemark_fast.marking import scratch
-from test_giants import ARCHITECTURE, KEY, embed_stored
-from pathlib import Path
-files = 0
-move = os.replace
-def counted(source, target):
-    global files
-    move(source, target)
-    files += 1
-    if files == {kill_at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-scratch.os.replace = counted
-folder = Path({str(folder)!r})
-embed_stored(f"{{ARCHITECTURE}}@{{folder / 'model'}}", folder / "out", folder / "watermark", KEY)
-"""
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode
+
+    def run() -> None:
+        files = 0
+        move = os.replace
+
+        def counted(source: Any, target: Any) -> None:
+            nonlocal files
+            move(source, target)
+            files += 1
+            if files == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        scratch.os.replace = counted
+        embed_stored(f"{ARCHITECTURE}@{folder / 'model'}", folder / "out", folder / "watermark", KEY)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_files(tmp_path: Path) -> None:

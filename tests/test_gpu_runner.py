@@ -114,6 +114,41 @@ def test_the_table(runner: ModuleType) -> None:
     assert "| suspects a minute | 70.5 |" in text
 
 
+@pytest.mark.parametrize("outcome", ["passed", "failed", "out of time"])
+def test_a_red_run_is_red(
+    runner: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    outcome: str,
+) -> None:
+    """Every step passes but the tests, which end with `outcome`."""
+    names = ("gpu", "capability", "date", "commit", "python", "torch", "cuda", "triton", "driver")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "machine", lambda: dict.fromkeys(names, "-"))
+    monkeypatch.setattr(runner, "built", lambda: False)
+    monkeypatch.setattr(runner, "RUNNING", tmp_path / "build")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+
+    def run(arguments: tuple[str, ...], _limit: float) -> str:
+        if arguments[0] == "benchmarks/bulk.py":
+            Path(arguments[-1]).write_text("{}")
+        return outcome if "gpu" in arguments and "--numprocesses" in arguments else "passed"
+
+    monkeypatch.setattr(runner, "run", run)
+    code = runner.main()
+    table = (tmp_path / "build" / "gpu.md").read_text()
+    assert table in capsys.readouterr().out
+    if outcome == "passed":
+        assert code == 0
+        assert "red run" not in table
+        assert (tmp_path / "results" / "gpu.md").read_text() == table
+    else:
+        assert code == 1
+        assert table.split("\n")[4] == "**A red run, no result: tests did not pass.**"
+        assert not (tmp_path / "results").exists()
+
+
 def test_until_it_is_measured_the_table_says_so() -> None:
     results = ROOT / "benchmarks" / "results"
     measured = (results / "gpu.json").exists()

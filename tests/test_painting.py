@@ -5,12 +5,14 @@ from typing import Any
 import numpy as np
 import painting_reference as reference
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activemark_fast import synthetic
 from activemark_fast.key import Key
 from activemark_fast.ops.native import load_native
+from activemark_fast.ops.paint import Octave, paint_clouds, paint_leaves
 from activemark_fast.synthetic import synthetic_images
 
 
@@ -56,17 +58,63 @@ def test_discs_hide_one_another_as_in_the_reference(
     discs = np.zeros((len(circles), 9))
     discs[:, :3] = circles
     discs[:, 3] = np.arange(len(circles))  # the lightness of each is its index
-    image = np.empty((3, h, w), dtype=np.uint8)
-    load_native().paint_leaves(
-        height=h,
-        width=w,
-        discs=discs.ctypes.data,
-        disc_count=len(discs),
-        octaves=[],
-        image=image.ctypes.data,
-    )
+    image = paint_leaves(torch.from_numpy(discs), [], (h, w)).numpy()
     x, y, r = discs[:, :3].T
     np.testing.assert_array_equal(image[0], reference.seen_discs(x, y, r, (h, w)))
+
+
+DISCS = torch.ones(3, 9, dtype=torch.float64)
+
+
+def field(channels: int, size: tuple[int, int]) -> list[Octave]:
+    """Two octaves."""
+    (h, w), shift = size, 1
+    shapes = [(channels, h + 1, w + 1), (channels, (h - 1 + shift) // 2 + 2, (w - 1 + shift) // 2 + 2)]
+    lattices = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+    return [Octave(lattices[0], 0, 0), Octave(lattices[1], shift, shift)]
+
+
+def test_registration() -> None:
+    axes = ((85.0, 60.0), (0.0, 15.0), (0.0, 15.0))
+    leaves, clouds = field(1, (8, 9)), field(3, (8, 9))
+    assert paint_leaves(DISCS, leaves, (8, 9)).shape == paint_clouds(clouds, 1.5, *axes, (8, 9)).shape
+    shifts = [0, 0, 1, 1]
+    operators = torch.ops.activemark_fast
+    for operator, arguments in (
+        (operators.paint_leaves, (DISCS, [octave.lattice for octave in leaves], shifts, 8, 9)),
+        (operators.paint_clouds, ([octave.lattice for octave in clouds], shifts, 1.5, *axes, 8, 9)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_layouts() -> None:
+    texture = field(1, (8, 8))
+    expected = paint_leaves(DISCS, texture, (8, 8))
+    turned = [octave._replace(lattice=octave.lattice.mT.contiguous().mT) for octave in texture]
+    assert torch.equal(paint_leaves(DISCS.T.contiguous().T, turned, (8, 8)), expected)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"discs": DISCS.float()}, TypeError, r"discs: wanted torch\.float64, got torch\.float32"),
+        ({"discs": DISCS[:, :8]}, ValueError, r"discs: wanted the shape \(any, 9\), got \(3, 8\)"),
+        ({"discs": DISCS[:0]}, ValueError, r"discs: wanted the shape \(any, 9\), got \(0, 9\)"),
+        ({"discs": DISCS.to("meta")}, ValueError, "discs: wanted a tensor on cpu, got one on meta"),
+        ({"size": (0, 8)}, ValueError, r"size: wanted \(h, w\), each at least 1, got \(0, 8\)"),
+        ({"texture": field(3, (8, 8))}, ValueError, r"texture\[0\]\.lattice: wanted the shape \(1, 9, 9\)"),
+        ({"texture": field(1, (8, 9))}, ValueError, r"texture\[0\]\.lattice: wanted .*, got \(1, 9, 10\)"),
+        ({"texture": field(1, (8, 8))[1:]}, ValueError, r"texture\[0\]: wanted shifts in 0 \.\.\. 0, got"),
+    ],
+)
+def test_bad_arguments(bad: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        paint_leaves(**{"discs": DISCS, "texture": [], "size": (8, 8)} | bad)
+
+
+def test_clouds_of_nothing() -> None:
+    with pytest.raises(ValueError, match="field: wanted at least one octave"):
+        paint_clouds([], 1.0, (0, 1), (0, 1), (0, 1), (8, 8))
 
 
 LEAVES: dict[str, Any] = {"height": 8, "width": 8, "discs": 0, "disc_count": 1, "octaves": [], "image": 0}
@@ -96,7 +144,7 @@ CLOUDS: dict[str, Any] = {
 )
 def test_binding_refuses_bad_sizes(bad: dict[str, Any]) -> None:
     for paint, arguments in (("paint_leaves", LEAVES), ("paint_clouds", CLOUDS)):
-        with pytest.raises(ValueError, match="height and width must be"):
+        with pytest.raises(ValueError, match="wanted height and width in"):
             getattr(load_native(), paint)(**arguments | bad)
 
 

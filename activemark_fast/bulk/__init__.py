@@ -16,6 +16,7 @@ from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect, find_suspects
 from activemark_fast.bulk.sweep import SweepSettings
 from activemark_fast.commitment import Commitment
+from activemark_fast.defaults import ALPHA
 from activemark_fast.key import Key
 from activemark_fast.tracing import Register
 from activemark_fast.watermark import Watermark
@@ -39,7 +40,7 @@ def verify_many(
     model: nn.Module | str | None = None,
     images: object = None,
     *,
-    alpha: float = 1e-6,
+    alpha: float = ALPHA,
     tau: int | None = None,
     power: float | None = 0.999,
     align: bool | None = None,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from activemark_fast.defaults import ALPHA
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import device
@@ -151,7 +153,7 @@ def add_decision(command: argparse.ArgumentParser) -> None:
         help="read all images of every suspect, also where fewer settle it",
     )
     command.add_argument(
-        "--alpha", type=float, default=1e-6, metavar="A", help="match at or below this p-value (1e-6)"
+        "--alpha", type=float, default=ALPHA, metavar="A", help=f"match at or below this p-value ({ALPHA:g})"
     )
     command.add_argument(
         "--tau", type=int, metavar="N", help="most wrong bits of a detected image (5 of 32; set by chance)"

@@ -30,13 +30,11 @@ from activemark_fast.cli.common import (
     weights_path,
 )
 from activemark_fast.cli.issue import write_copies
+from activemark_fast.defaults import ALPHA, FIDELITY
 
 if TYPE_CHECKING:
     from activemark_fast.embedding import Embedding
     from activemark_fast.key import Key
-
-ALPHA = 1e-6
-"""What is printed of the codewords is said at this p-value, which trace accuses at where nothing is said."""
 
 
 def add_to(commands: Subparsers) -> None:
@@ -76,9 +74,9 @@ def add_to(commands: Subparsers) -> None:
     embed.add_argument(
         "--fidelity",
         type=float,
-        default=0.998,
+        default=FIDELITY,
         metavar="F",
-        help="lowest mean cosine to the features, on natural images held out (0.998)",
+        help=f"lowest mean cosine to the features, on natural images held out ({FIDELITY})",
     )
     embed.add_argument(
         "--max-steps",

@@ -21,6 +21,7 @@ from activemark_fast.cli.common import (
     read_key,
     shows_progress,
 )
+from activemark_fast.defaults import ALPHA
 
 if TYPE_CHECKING:
     from activemark_fast.datasets import Task
@@ -196,7 +197,7 @@ def _frontier(points: Sequence[dict[str, Any]]) -> str:
         cheap = [p for p in points if p["lost"] <= allowed and p["p_value"] is not None]
         if cheap:
             worst = max(cheap, key=lambda p: p["p_value"])
-            held = sum(p["p_value"] <= 1e-6 for p in cheap)
+            held = sum(p["p_value"] <= ALPHA for p in cheap)
             shown = sum(p["descent"] == "descent" for p in cheap)
             lines.append(
                 f"attacks that cost at most {allowed} of 100 points of the probe: a match after {held} of "

@@ -30,6 +30,7 @@ from activemark_fast.cli.common import (
 from activemark_fast.cli.open import add_timestamp, read_commitment
 from activemark_fast.cli.suspect import add_suspect, judge
 from activemark_fast.cli.verify import EXIT_CODES
+from activemark_fast.defaults import ALPHA
 
 if TYPE_CHECKING:
     from activemark_fast.verdict import Verdict
@@ -95,7 +96,7 @@ def _report(args: argparse.Namespace) -> Outcome:
     else:
         commitment = None if args.commitment is None else read_commitment(args.commitment, args)
         key = read_key(args.key, confirm=False)
-        shown = {"register": read_register(args.register, key), "alpha": 1e-6, "tau": None, "align": None}
+        shown = {"register": read_register(args.register, key), "alpha": ALPHA, "tau": None, "align": None}
         judged = judge(args, watermark, key, commitment, exhaustive=True, **shown)
         verdict, record, text = judged.verdict, judged.record, judged.text
         whole = judged.whole(watermark, args)

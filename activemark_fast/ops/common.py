@@ -1,4 +1,4 @@
-"""What the operators on residual streams share: where they run, and what their arguments must be."""
+"""What the operators share: where they run, and what their arguments must be."""
 
 from __future__ import annotations
 
@@ -86,16 +86,16 @@ def check_stream(name: str, stream: Tensor) -> None:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None, stream: Tensor
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device
 ) -> None:
-    """Raises TypeError or ValueError if `tensor` has not this shape and dtype on the device of `stream`.
+    """Raises TypeError or ValueError if `tensor` has not this shape and dtype on this device.
 
     Args:
         name: of the argument.
         tensor: its value.
         shape: wanted; -1 stands for any size but 0.
         dtype: wanted; None stands for any real floating-point dtype.
-        stream: the residual stream of the same call.
+        device: wanted.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: wanted a torch.Tensor, got {type(tensor).__name__}")
@@ -110,15 +110,15 @@ def check_tensor(
     if not fits:
         wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
         raise ValueError(f"{name}: wanted the shape ({wanted}), got {tuple(tensor.shape)}")
-    if tensor.device != stream.device:
-        raise ValueError(f"{name}: wanted a tensor on {stream.device}, got one on {tensor.device}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: wanted a tensor on {device}, got one on {tensor.device}")
 
 
 def check_keyed(stream: Tensor, directions: Tensor, scale: Tensor, slots: Tensor) -> None:
     """Raises TypeError or ValueError if the arguments of the keyed codec do not fit its stream."""
-    check_tensor("directions", directions, (-1, stream.shape[2]), None, stream)
-    check_tensor("scale", scale, (), None, stream)
-    check_tensor("slots", slots, (-1,), torch.int64, stream)
+    check_tensor("directions", directions, (-1, stream.shape[2]), None, stream.device)
+    check_tensor("scale", scale, (), None, stream.device)
+    check_tensor("slots", slots, (-1,), torch.int64, stream.device)
     for name, tensor in (("directions", directions), ("scale", scale)):
         if tensor.requires_grad:
             raise ValueError(f"{name}: wanted a tensor that needs no gradient: nothing keyed is trained")
@@ -126,7 +126,7 @@ def check_keyed(stream: Tensor, directions: Tensor, scale: Tensor, slots: Tensor
 
 def check_words(name: str, words: Tensor, images: int, bits: int, stream: Tensor) -> None:
     """Raises TypeError or ValueError if `words` holds no packed messages of `images` images."""
-    check_tensor(name, words, (images, words_for(bits)), torch.int32, stream)
+    check_tensor(name, words, (images, words_for(bits)), torch.int32, stream.device)
 
 
 def check_channel(stream: Tensor, index: int, axis: str) -> int:
@@ -143,8 +143,8 @@ def check_channel(stream: Tensor, index: int, axis: str) -> int:
 
 def check_perceptron(name: str, layers: Perceptron, inputs: int, outputs: int, stream: Tensor) -> None:
     """Raises TypeError or ValueError if `layers` have not so many inputs and outputs (-1: any)."""
-    check_tensor(f"{name}.weight1", layers.weight1, (-1, inputs), None, stream)
+    check_tensor(f"{name}.weight1", layers.weight1, (-1, inputs), None, stream.device)
     hidden = layers.weight1.shape[0]
-    check_tensor(f"{name}.bias1", layers.bias1, (hidden,), None, stream)
-    check_tensor(f"{name}.weight2", layers.weight2, (outputs, hidden), None, stream)
-    check_tensor(f"{name}.bias2", layers.bias2, (layers.weight2.shape[0],), None, stream)
+    check_tensor(f"{name}.bias1", layers.bias1, (hidden,), None, stream.device)
+    check_tensor(f"{name}.weight2", layers.weight2, (outputs, hidden), None, stream.device)
+    check_tensor(f"{name}.bias2", layers.bias2, (layers.weight2.shape[0],), None, stream.device)

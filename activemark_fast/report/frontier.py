@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from activemark_fast.defaults import ALPHA
 from activemark_fast.report.style import GREY
 
 # Okabe and Ito's colours, and markers that repeat after another number.
@@ -18,7 +19,7 @@ _ALLOWED = (1, 2)
 """Points of accuracy within which a removal counts as cheap."""
 
 
-def frontier_figure(points: Sequence[dict[str, Any]], alpha: float = 1e-6) -> Figure:
+def frontier_figure(points: Sequence[dict[str, Any]], alpha: float = ALPHA) -> Figure:
     """p-value and detection rate against points of accuracy lost, one curve an attack.
 
     Args:

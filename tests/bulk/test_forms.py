@@ -16,7 +16,7 @@ from activemark_fast.bulk import SuspectResult, verify_many
 @pytest.fixture(scope="module")
 def marked() -> Marked:
     """Of few images, since there are many forms, all of which are read to the end."""
-    return mark(32)
+    return mark(16)
 
 
 @pytest.fixture(scope="module")

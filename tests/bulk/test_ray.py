@@ -44,7 +44,7 @@ def test_two_workers_of_which_one_is_killed(marked: Marked, cluster: None, tmp_p
     key.write_text((b"k" * 32).hex())
     key.chmod(0o600)
     models = tmp_path / "models"
-    for index in range(12):
+    for index in range(6):
         save(marked.model if index % 3 == 0 else vit(seed=index), models / f"{index:02}.safetensors")
     (models / "broken.pt").write_bytes(b"no weights")
     watermark, _, model, images = marked.arguments()

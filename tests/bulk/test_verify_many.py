@@ -108,17 +108,22 @@ def fifty_suspects(marked: Marked, tmp_path_factory: pytest.TempPathFactory) -> 
     return fifty(marked, tmp_path_factory.mktemp("fifty"))
 
 
+@pytest.fixture(scope="module")
+def swept(marked: Marked, fifty_suspects: Path) -> list[SuspectResult]:
+    """What one sweep says of them."""
+    return sweep(fifty_suspects, marked)
+
+
 WANTED = {"match": "match", "innocent": "no match", "broken": "error"}
 
 
-def test_fifty_suspects(marked: Marked, fifty_suspects: Path) -> None:
-    results = sweep(fifty_suspects, marked)
-    assert len(results) == 50
-    assert [r.suspect for r in results] == [s.name for s in find_suspects(fifty_suspects)]
-    for result in results:
+def test_fifty_suspects(fifty_suspects: Path, swept: list[SuspectResult]) -> None:
+    assert len(swept) == 50
+    assert [r.suspect for r in swept] == [s.name for s in find_suspects(fifty_suspects)]
+    for result in swept:
         assert outcome(result) == WANTED[Path(result.suspect).parent.name], result.to_dict()
     assert not os.path.exists("/tmp/activemark-was-here")
-    identical = [Path(r.suspect).name for r in results if r.verdict is not None and r.verdict.identical]
+    identical = [Path(r.suspect).name for r in swept if r.verdict is not None and r.verdict.identical]
     assert identical == ["0.safetensors", "1.safetensors", "4.pth"]
 
 
@@ -405,7 +410,9 @@ def test_a_journal_is_resumed_after_the_sweep_was_left(
         verify_many(fifty_suspects, *marked.arguments(), journal=journal, resume=True, alpha=1e-5)
 
 
-def test_killed_at_random_moments(marked: Marked, fifty_suspects: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    marked: Marked, fifty_suspects: Path, swept: list[SuspectResult], tmp_path: Path
+) -> None:
     """kill -9, several times over, then the same results as of one sweep; nothing twice, nothing lost."""
     journal = tmp_path / "j.jsonl"
     draws = random.Random(0)
@@ -427,7 +434,7 @@ def test_killed_at_random_moments(marked: Marked, fifty_suspects: Path, tmp_path
     lines = read_journal(journal)
     assert before + len(rest) == len(lines) == len({line["suspect"] for line in lines}) == 50
     got = {line["suspect"]: line for line in lines}
-    for result in sweep(fifty_suspects, marked):
+    for result in swept:
         line, wanted = got[result.suspect], json.loads(json.dumps(result.to_dict()))
         assert line | {"seconds": 0} == wanted | {"seconds": 0}
 

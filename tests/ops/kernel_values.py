@@ -45,10 +45,9 @@ launches: list[str] = []
 def _kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor a launcher makes starts as NaN or 2^31 - 1. In the interpreter, kernels take the CPU's."""
     import activemark_fast.ops.decode.kernel
-    import activemark_fast.ops.decode.registration
     import activemark_fast.ops.inject.kernel
-    import activemark_fast.ops.inject.registration
     import activemark_fast.ops.kernels
+    import activemark_fast.ops.registry
 
     def wrap_triton(kernel):
         launches.append(kernel.fn.__name__)
@@ -60,8 +59,7 @@ def _kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = activemark_fast.ops
     for module in (ops.kernels, ops.inject.kernel, ops.decode.kernel):
         monkeypatch.setattr(module, "wrap_triton", wrap_triton)
-    for module in (ops.inject.registration, ops.decode.registration):
-        monkeypatch.setattr(module, "runs_in_triton", runs_in_triton)
+    monkeypatch.setattr(ops.registry, "runs_in_triton", runs_in_triton)
     empty = torch.empty
 
     def poisoned(*shape, **kwargs):

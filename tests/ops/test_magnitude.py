@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
-from activemark_fast.ops.magnitude.native import magnitudes_cpu
+from activemark_fast.ops.magnitude.native import magnitudes_cpu, max_top_cuda
 from activemark_fast.ops.magnitude.reference import magnitudes_reference
 from activemark_fast.ops.native import load_native
 
@@ -285,7 +285,7 @@ def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         calls.append(x)
         return magnitudes_cpu(x, k)
 
-    monkeypatch.setattr("activemark_fast.ops.magnitude.op.magnitudes_cpu", spy)
+    monkeypatch.setattr("activemark_fast.ops.magnitude.registration.magnitudes_cpu", spy)
     return calls
 
 
@@ -309,7 +309,8 @@ def test_layouts(layout: str, as_it_is: bool, compiled_calls: list[Tensor]) -> N
         "transposed": x.transpose(1, 2),
     }[layout]
     assert_agrees(magnitudes(x, 9), reference(x, 9), x.dtype)
-    assert [call is x for call in compiled_calls] == ([True] if as_it_is else [])
+    same = [(call.data_ptr(), call.stride()) == (x.data_ptr(), x.stride()) for call in compiled_calls]
+    assert same == ([True] if as_it_is else [])
 
 
 def test_float64_is_ranked_as_float32(compiled_calls: list[Tensor]) -> None:
@@ -317,6 +318,19 @@ def test_float64_is_ranked_as_float32(compiled_calls: list[Tensor]) -> None:
     got = magnitudes(x, 143)
     assert not compiled_calls
     assert_agrees(got, magnitudes(x.float(), 143), x.dtype)
+
+
+def test_registration() -> None:
+    x = random_activations(2, 3, 5)
+    magnitudes(x, 2)  # registers the operator
+    for activations in (x, x.double(), x.half()):
+        torch.library.opcheck(torch.ops.activemark_fast.magnitudes.default, (activations, 4))
+    compiled = torch.compile(lambda x: magnitudes(x, 4).values, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), magnitudes(x, 4).values)
+
+
+def test_every_build_knows_how_many_cuda_keeps() -> None:
+    assert max_top_cuda() > 0
 
 
 def test_result_carries_no_gradient() -> None:
@@ -328,21 +342,21 @@ def test_result_carries_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("x", "k", "error", "message"),
     [
-        ([[[1.0]]], 1, TypeError, "x must be a torch.Tensor, got list"),
+        ([[[1.0]]], 1, TypeError, "x: wanted a torch.Tensor, got list"),
         (
             torch.ones(1, 2, 3, dtype=torch.int32),
             1,
             TypeError,
-            "x must have a real floating-point dtype.*int32",
+            "x: wanted a real floating-point dtype.*int32",
         ),
-        (torch.ones(1, 2, 3, dtype=torch.complex64), 1, TypeError, "x must have a real floating-point dtype"),
-        (torch.ones(2, 3), 1, ValueError, r"x must have the shape.*got \(2, 3\)"),
-        (torch.ones(1, 1, 2, 3), 1, ValueError, "x must have the shape"),
-        (torch.ones(1, 2, 3), 1.0, TypeError, "k must be an int, got float"),
-        (torch.ones(1, 2, 3), True, TypeError, "k must be an int, got bool"),
-        (torch.ones(1, 2, 3), 0, ValueError, "k must be in 1 ... tokens \\* width = 6, got 0"),
-        (torch.ones(1, 2, 3), 7, ValueError, "k must be in 1 ... tokens \\* width = 6, got 7"),
-        (torch.ones(1, 0, 3), 1, ValueError, "k must be in"),
+        (torch.ones(1, 2, 3, dtype=torch.complex64), 1, TypeError, "x: wanted a real floating-point dtype"),
+        (torch.ones(2, 3), 1, ValueError, r"x: wanted the shape.*got \(2, 3\)"),
+        (torch.ones(1, 1, 2, 3), 1, ValueError, "x: wanted the shape"),
+        (torch.ones(1, 2, 3), 1.0, TypeError, "k: wanted int, got float"),
+        (torch.ones(1, 2, 3), True, TypeError, "k: wanted int, got bool"),
+        (torch.ones(1, 2, 3), 0, ValueError, "k: wanted 1 ... tokens \\* width = 6, got 0"),
+        (torch.ones(1, 2, 3), 7, ValueError, "k: wanted 1 ... tokens \\* width = 6, got 7"),
+        (torch.ones(1, 0, 3), 1, ValueError, "k: wanted 1"),
     ],
 )
 def test_bad_arguments(x: object, k: object, error: type[Exception], message: str) -> None:

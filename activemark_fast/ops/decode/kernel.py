@@ -37,7 +37,7 @@ def expected_signs(
 
 
 @triton.jit
-def judge(
+def with_loss(
     logits,  # (BLOCK_B, BLOCK_M) float32
     sign,  # (BLOCK_B, BLOCK_M) float32: `expected_signs`
     image,  # (BLOCK_B,) int64
@@ -168,7 +168,7 @@ def decode_keyed_reduce_kernel(
             mask=(part < parts)[:, None] & (bit < bits)[None, :],
             other=0.0,
         )
-    judge(
+    with_loss(
         (tl.sum(total, axis=0) / divisor)[None, :],
         sign,
         image,
@@ -251,7 +251,7 @@ def decode_learned_kernel(
     bit = tl.arange(0, BLOCK_M)
     logits = second_layer(hidden, weight, bias, image, bit, images, bits, units, BLOCK_B, BLOCK_M, BLOCK_K)
     sign = expected_signs(expected, image, bit, images, bits)
-    judge(
+    with_loss(
         logits,
         sign,
         image,

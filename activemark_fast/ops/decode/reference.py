@@ -33,7 +33,7 @@ def decode_keyed_reference(
     plus, minus = tapped[:, slots].sum(dim=1, dtype=dtype).chunk(2)
     with in_full_precision(tapped):
         logits = (plus - minus) @ directions.to(dtype).T / (2 * len(slots) * scale.to(dtype))
-    return judge(logits, expected, sharpness)
+    return with_loss(logits, expected, sharpness)
 
 
 def decode_keyed_backward_reference(
@@ -61,7 +61,7 @@ def decode_learned_reference(
 ) -> Outputs:
     """The learned decoder's two layers."""
     _, logits = perceptron(channel.to(compute_dtype(channel)), decoder)
-    return judge(logits, expected, sharpness)
+    return with_loss(logits, expected, sharpness)
 
 
 def decode_learned_backward_reference(
@@ -76,7 +76,7 @@ def decode_learned_backward_reference(
     return to_channel.to(channel.dtype), to_decoder
 
 
-def judge(
+def with_loss(
     logits: Tensor,  # (images, bits)
     expected: Tensor,  # (images, words) int32
     sharpness: float,

@@ -123,7 +123,7 @@ def _check_learned(
     output: Tensor, source: Tensor, words: Tensor, encoder: Perceptron, index: int, axis: str
 ) -> None:
     check_stream("output", output)
-    check_tensor("source", source, output.shape, output.dtype, output)
+    check_tensor("source", source, output.shape, output.dtype, output.device)
     length = check_channel(output, index, axis)
     check_perceptron("encoder", encoder, -1, length, output)
     bits = encoder.weight1.shape[1] - length

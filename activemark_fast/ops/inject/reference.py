@@ -53,6 +53,20 @@ def add_at_slots(
     stream[:, slots] = (stream[:, slots] + added[:, None]).to(stream.dtype)
 
 
+def inject_learned_reference(
+    output: Tensor,  # (images, tokens, width)
+    source: Tensor,  # (images, tokens, width)
+    words: Tensor,  # (images, words) int32
+    encoder: Perceptron,  # length + bits → length
+    index: int,
+    dim: int,
+) -> Tensor:
+    """A contiguous copy of `output` with channel `index` on dimension `dim` overwritten."""
+    injected = output.clone(memory_format=torch.contiguous_format)
+    inject_learned_inplace_reference(injected, source, words, encoder, index, dim)
+    return injected
+
+
 def inject_learned_inplace_reference(
     output: Tensor,  # (images, tokens, width), changed in place
     source: Tensor,  # (images, tokens, width)

@@ -56,14 +56,14 @@ def has_cuda() -> bool:
     return bool(load_native().cuda)
 
 
-def most_top_cuda() -> int:
+def max_top_cuda() -> int:
     """The largest k of `magnitudes_cuda`."""
     return int(load_native().MAX_TOP_CUDA)
 
 
 def magnitudes_cuda(
     x: Tensor,  # (images, tokens, width) that the kernels take, on a CUDA device
-    k: int,  # 1 ... most_top_cuda()
+    k: int,  # 1 ... max_top_cuda()
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same in one kernel on the current stream, which the host does not wait for."""
     native = load_native()

@@ -1,23 +1,13 @@
+"""Magnitude statistics of an activation: one call for every device."""
+
 from __future__ import annotations
 
-import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from activemark_fast.ops.magnitude.native import (
-    has_cuda,
-    magnitudes_cpu,
-    magnitudes_cuda,
-    most_top_cuda,
-    takes,
-)
-from activemark_fast.ops.magnitude.reference import magnitudes_reference
-
-_WITHOUT_CUDA = (
-    "activemark_fast was built without CUDA: PyTorch sorts the magnitudes of a CUDA tensor, which is slow; "
-    "install it where nvcc is found, or with ACTIVEMARK_CUDA=on to see why it is not"
-)
+from activemark_fast.ops.common import check_stream
 
 
 class Magnitudes(NamedTuple):
@@ -65,23 +55,16 @@ def magnitudes(
     Warns:
         RuntimeWarning: `x` is on CUDA, and the package was built without it.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must have a real floating-point dtype, got {x.dtype}")
-    if x.dim() != 3:
-        raise ValueError(f"x must have the shape (images, tokens, width), got {tuple(x.shape)}")
+    check_stream("x", x)
     if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+        raise TypeError(f"k: wanted int, got {type(k).__name__}")
     values_per_image = x.shape[1] * x.shape[2]
     if not 1 <= k <= values_per_image:
-        raise ValueError(f"k must be in 1 ... tokens * width = {values_per_image}, got {k}")
+        raise ValueError(f"k: wanted 1 ... tokens * width = {values_per_image}, got {k}")
+    return Magnitudes(*_operators().magnitudes(x.detach(), k))
 
-    if x.device.type == "cpu" and takes(x):
-        return Magnitudes(*magnitudes_cpu(x, k))
-    if x.device.type == "cuda" and takes(x):
-        if not has_cuda():
-            warnings.warn(_WITHOUT_CUDA, RuntimeWarning, stacklevel=2)
-        elif k <= most_top_cuda():
-            return Magnitudes(*magnitudes_cuda(x, k))
-    return Magnitudes(*magnitudes_reference(x, k))
+
+def _operators() -> Any:
+    import activemark_fast.ops.magnitude.registration  # noqa: F401  # as that of the other ops
+
+    return torch.ops.activemark_fast

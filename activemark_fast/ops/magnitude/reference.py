@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""The fields of `op.Magnitudes`."""
+
 
 def magnitudes_reference(
     x: Tensor,  # (images, tokens, width)
     k: int,  # 1 ... tokens * width
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """Sort every |value| of an image; see `op.magnitudes`."""
-    magnitude = x.detach().to(torch.float32).flatten(1).abs()
+    magnitude = x.to(torch.float32).flatten(1).abs()
     finite = magnitude.isfinite()
     # A stable sort keeps equal magnitudes in the order of their index; -1 sorts behind every magnitude.
     ordered, order = magnitude.masked_fill(~finite, -1.0).sort(dim=1, descending=True, stable=True)
