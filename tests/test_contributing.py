@@ -14,8 +14,6 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchma
 MODULES = sorted((ROOT / "activemark_fast").rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 REASON = "Long, for"
-TO_SPLIT = {f"checkpoints/{name}.py" for name in ("files", "models", "pickles", "plan")}
-"""Files that are too long for no reason: the list may only get shorter."""
 
 
 def rows() -> list[tuple[str, str, str]]:
@@ -56,11 +54,7 @@ def too_long(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_long_says_why(path: Path) -> None:
-    found = list(too_long(path))
-    if path.relative_to(ROOT / "activemark_fast").as_posix() in TO_SPLIT:
-        assert "the file" in found, "it is short enough now: take it off TO_SPLIT"
-        found.remove("the file")
-    assert not found
+    assert not list(too_long(path))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

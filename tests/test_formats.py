@@ -14,7 +14,7 @@ from torch import nn
 
 from activemark_fast.bulk.journal import FORMAT_VERSION as JOURNAL_VERSION
 from activemark_fast.bulk.result import SuspectResult
-from activemark_fast.checkpoints.plan import Fit
+from activemark_fast.checkpoints.fit import Fit
 from activemark_fast.codec.codebooks import SiteMeasure
 from activemark_fast.commitment import COMMITMENT_VERSION, Commitment
 from activemark_fast.key import Key

@@ -12,7 +12,7 @@ import pytest
 
 from activemark_fast.bulk import SuspectResult
 from activemark_fast.bulk.journal import FORMAT_VERSION
-from activemark_fast.checkpoints.plan import Fit
+from activemark_fast.checkpoints.fit import Fit
 from activemark_fast.tracing import Trace
 from activemark_fast.verdict import Verdict
 

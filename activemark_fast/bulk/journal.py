@@ -73,7 +73,7 @@ class Journal:
 
     def _begin(self, header: dict[str, object], resume: bool) -> None:
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # a line that was cut off is not there
+        whole = _whole(content)
         if not whole and _line(header).startswith(content) and (resume or not content):
             self._file.truncate(0)
             self._write(header)
@@ -112,8 +112,7 @@ def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         JournalError: it is no journal, or damaged.
         OSError: it cannot be read.
     """
-    content = Path(path).read_bytes()
-    return list(_lines(content[: content.rfind(b"\n") + 1], Path(path)))[1:]
+    return list(_lines(_whole(Path(path).read_bytes()), Path(path)))[1:]
 
 
 def journal_line(path: str | os.PathLike[str], suspect: str, watermark: str) -> dict[str, Any]:
@@ -128,14 +127,18 @@ def journal_line(path: str | os.PathLike[str], suspect: str, watermark: str) -> 
         JournalError: it is no journal, damaged, of another watermark, or has no such suspect.
         OSError: it cannot be read.
     """
-    content = Path(path).read_bytes()
-    header, *lines = _lines(content[: content.rfind(b"\n") + 1], Path(path))
+    header, *lines = _lines(_whole(Path(path).read_bytes()), Path(path))
     if header.get("watermark") != watermark:
         raise JournalError(f"{path}: is the journal of another watermark")
     found = [line for line in lines if line["suspect"] == suspect]
     if not found:
         raise JournalError(f"{path}: has no result on {suspect}")
     return found[-1]
+
+
+def _whole(content: bytes) -> bytes:
+    """The content of a journal without a last line that was cut off."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _lines(content: bytes, path: Path) -> Iterator[dict[str, Any]]:

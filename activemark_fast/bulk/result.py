@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from activemark_fast.checkpoints.plan import Fit
+from activemark_fast.checkpoints.fit import Fit
 from activemark_fast.verdict import Verdict
 
 

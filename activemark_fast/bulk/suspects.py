@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,25 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-SUFFIXES = frozenset(
-    {".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".msgpack", ".onnx", ".h5", ".gguf"}
-)
-_BESIDE_MODELS = re.compile(
-    r"(?:training_args|optimizer|optimizer_\d+|scheduler|scaler|rng_state(?:_\d+)?|random_states_\d+|"
-    r"optim_states|.*_optim_states)\.(?:pt|pth|bin|safetensors|msgpack)"
-)
-"""What trainers write beside a model."""
-_MODEL_FOLDER = frozenset(
-    {
-        "config.json",
-        "open_clip_config.json",
-        "adapter_config.json",
-        "model.safetensors.index.json",
-        "pytorch_model.bin.index.json",
-        ".metadata",
-    }
-)
-"""A folder with one of these is one model, as transformers, open_clip, PEFT and torch save them."""
+from activemark_fast.checkpoints.folders import BESIDE_MODELS, SUFFIXES, is_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +38,10 @@ def find_suspects(suspects: object, passed_by: Counter[str] | None = None) -> It
 
     Args:
         suspects: a path, a glob, a loaded module or an iterable of these. A folder that holds a configuration
-            of transformers, open_clip or PEFT is one suspect; in any other, every file with a suffix of
-            `SUFFIXES` is one. Folders within folders are searched, links followed. What trainers write
-            beside a model, under its usual name, is told to be none. What cannot be opened, and a link back
-            to a folder it is in, is a suspect with an error.
+            of transformers, open_clip or PEFT, or the parts of a checkpoint, is one suspect; in any other,
+            every file with a suffix of `SUFFIXES` is one. Folders within folders are searched, links
+            followed. What trainers write beside a model, under its usual name, is told to be none. What
+            cannot be opened, and a link back to a folder it is in, is a suspect with an error.
         passed_by: counts the files with other suffixes in folders that are no model, by suffix.
 
     Raises:
@@ -118,16 +99,16 @@ def _under(path: Path, above: tuple[tuple[int, int], ...], passed_by: Counter[st
     except OSError as error:
         yield Suspect(str(path), error=f"{type(error).__name__}: {error.strerror}")
         return
-    is_model = any(entry.name in _MODEL_FOLDER for entry in entries)
-    if is_model:
+    whole = is_model(entry.name for entry in entries)
+    if whole:
         yield Suspect(str(path), path)
     for entry in entries:
         child = Path(entry.path)
         # A link that leads nowhere is somebody's checkpoint that is gone.
         is_suspect = child.suffix in SUFFIXES or (entry.is_symlink() and not os.path.exists(child))
-        if is_suspect and not is_model and _BESIDE_MODELS.fullmatch(entry.name):
+        if is_suspect and not whole and BESIDE_MODELS.fullmatch(entry.name):
             yield Suspect(str(child), skipped="not a model: what trainers write beside one")
-        elif os.path.isdir(child) or (is_suspect and not is_model):
+        elif os.path.isdir(child) or (is_suspect and not whole):
             yield from _under(child, (*above, identity), passed_by)
-        elif not is_model:
+        elif not whole:
             passed_by[child.suffix] += 1

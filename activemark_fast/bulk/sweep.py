@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,12 @@ from activemark_fast.backbone import NotAViTError
 from activemark_fast.bulk.result import SuspectResult
 from activemark_fast.bulk.suspects import Suspect
 from activemark_fast.checkpoints import build_model
+from activemark_fast.checkpoints.entries import HostBuffer
 from activemark_fast.checkpoints.errors import NotAModelError, UnreadFormError
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
+from activemark_fast.checkpoints.fit import shown_names
 from activemark_fast.checkpoints.names import clean_name
-from activemark_fast.checkpoints.plan import Plan, plans, shown_names
+from activemark_fast.checkpoints.plan import Plan, plans
 from activemark_fast.checkpoints.target import Target
 from activemark_fast.commitment import Commitment
 from activemark_fast.decision import doubted
@@ -94,25 +96,20 @@ class SweepSettings:
     def to_dict(self) -> dict[str, object]:
         """What two sweeps with one journal must have in common, as JSON types."""
         model = self.model if self.model is not None else self.watermark.architecture
-        committed = (
-            {}
-            if self.commitment is None
-            else {"commitment": hashlib.sha256(self.commitment.to_bytes()).hexdigest()}
-        )
-        traced = {} if self.register is None else {"recipients": self.register.digest().hex()}
-        return (
-            committed
-            | traced
-            | {
-                "watermark": self.watermark.digest().hex(),
-                "model": model if isinstance(model, str) else type(model).__name__,
-                "alpha": self.alpha,
-                "tau": self.tau,
-                "power": self.power,
-                "align": self.align,
-                "precision": self.precision,
-            }
-        )
+        common: dict[str, object] = {
+            "watermark": self.watermark.digest().hex(),
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "alpha": self.alpha,
+            "tau": self.tau,
+            "power": self.power,
+            "align": self.align,
+            "precision": self.precision,
+        }
+        if self.commitment is not None:
+            common["commitment"] = hashlib.sha256(self.commitment.to_bytes()).hexdigest()
+        if self.register is not None:
+            common["recipients"] = self.register.digest().hex()
+        return common
 
 
 class _Deadline:
@@ -198,45 +195,52 @@ class Sweeper:
     def _read(self, checkpoint: Checkpoint, facts: dict[str, Any], deadline: _Deadline) -> dict[str, Any]:
         """Reads every image tower of a checkpoint; the verdict is on the one that shows most of a mark."""
         target = self._target
-        every = self._plans(target, checkpoint)
-        whole = [plan.blocks for plan in every if plan.depth == len(target.wanted.blocks)]
+        sources = [checkpoint, *checkpoint.others()]
+        every = self._plans(target, sources)
+        whole = [plan.blocks for _, plan in every if plan.depth == len(target.wanted.blocks)]
         more = max(whole, default=0) - target.wanted.depth
         if more > 0:
             target = self._with_more(min(more, target.wanted.depth), deadline)
-            every = self._plans(target, checkpoint)
-        deep = [plan for plan in every if self._verifier.sites(plan.blocks, plan.depth)]
+            every = self._plans(target, sources)
+        deep = [(source, plan) for source, plan in every if self._verifier.sites(plan.blocks, plan.depth)]
         if not deep:
-            return {"verdict": self._too_shallow(every[0]), "fit": every[0].fit}
-        outcomes: list[tuple[Verdict, Plan]] = []
-        for chosen in deep:
-            tensors = checkpoint.read(chosen.names, self._buffer())
-            facts["bytes_read"] = facts.get("bytes_read", 0) + sum(
-                checkpoint.entries[name].nbytes for name in chosen.names
-            )
+            return {"verdict": self._too_shallow(every[0][1]), "fit": every[0][1].fit}
+        outcomes: list[tuple[Verdict, Checkpoint, Plan]] = []
+        for source, chosen in deep:
+            tensors = source.read(chosen.names, self._buffer())
+            size = sum(source.entries[name].nbytes for name in chosen.names)
+            facts["bytes_read"] = facts.get("bytes_read", 0) + size
             tensors = self._on_device(tensors)
             with deadline.holding(self._judging):
                 verdict = self._judge(target, chosen, tensors, len(deep), deadline)
-            outcomes.append((verdict, chosen))
-            if outcomes[-1][0].decision == "match":
+            outcomes.append((verdict, source, chosen))
+            if verdict.decision == "match":
                 break
-        verdict, chosen = min(outcomes, key=lambda outcome: rank(outcome[0]))
+        verdict, source, chosen = min(outcomes, key=lambda outcome: rank(outcome[0]))
         if verdict.decision == "match":
-            verdict = replace(verdict, identical=self._is_marked_model(checkpoint, chosen))
-        doubts = {doubt: None for plan in deep for doubt in plan.fit.doubts}
-        doubts |= {_unfit(plan): None for plan in every if plan not in deep and plan.blocks}
+            verdict = replace(verdict, identical=self._is_marked_model(source, chosen))
+        read = [plan for _, plan in deep]
+        doubts = {doubt: None for plan in read for doubt in plan.fit.doubts}
+        doubts |= {_unfit(plan): None for _, plan in every if plan not in read and plan.blocks}
         if doubts:
             names = ", ".join(shown_names(tuple(doubts)))
             verdict = doubted(verdict, f"the suspect does not quite fit the marked model: {names}")
-        return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(p.fit.tower for _, p in outcomes)}
+        return {"verdict": verdict, "fit": chosen.fit, "towers": tuple(p.fit.tower for *_, p in outcomes)}
 
-    def _plans(self, target: Target, checkpoint: Checkpoint) -> list[Plan]:
-        return plans(
-            target.wanted,
-            checkpoint.entries,
-            checkpoint.lora_config,
-            checkpoint.unread,
-            lambda names: checkpoint.read(names, self._buffer()),
-        )
+    def _plans(self, target: Target, sources: Sequence[Checkpoint]) -> list[tuple[Checkpoint, Plan]]:
+        """The plans for all image towers, each with what it reads; those of the first source come first."""
+        found = []
+        for number, source in enumerate(sources):
+            for plan in plans(
+                target.wanted,
+                source.entries,
+                source.lora_config,
+                source.unread,
+                lambda names, source=source: source.read(names, self._buffer()),  # type: ignore[misc]
+            ):
+                tower = plan.fit.tower if number == 0 else f"{source.path.name}:{plan.fit.tower}"
+                found.append((source, replace(plan, fit=replace(plan.fit, tower=tower))))
+        return found
 
     def _with_more(self, more: int, deadline: _Deadline) -> Target:
         """A target with more blocks; the usual one where the model does not take any."""
@@ -335,7 +339,10 @@ def _unfit(plan: Plan) -> str:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
-        return f"{type(error).__name__}: {error.strerror}"
+        name = (
+            f": {os.path.basename(error.filename)}" if isinstance(error.filename, str | os.PathLike) else ""
+        )
+        return f"{type(error).__name__}: {error.strerror}{name}"
     text = " ".join(str(error).split())[:500] or type(error).__name__
     return (
         text

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.hooks import RemovableHandle
 
+from activemark_fast.checkpoints.architectures import build, existing, resolve
+from activemark_fast.checkpoints.entries import Entry
 from activemark_fast.checkpoints.errors import CheckpointError
-from activemark_fast.checkpoints.files import Checkpoint, Entry, HostBuffer
-from activemark_fast.checkpoints.models import _build, _exact_plan, _existing, _resolve
+from activemark_fast.checkpoints.files import Checkpoint
+from activemark_fast.checkpoints.models import exact_plan
 from activemark_fast.files import mapped_bytes
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -35,14 +41,14 @@ class MappedModel:
         model: in eval mode, on the CPU, in the dtypes of the files; no parameter asks for a gradient.
         architecture: what `build_model` builds it from.
         path: the checkpoint, a file or a folder.
-        places: name of a tensor of the model → where its bytes are: file and entry.
+        places: name of a tensor of the model → where its bytes are.
         modified: newest modification time of the files, in nanoseconds.
     """
 
     model: nn.Module
     architecture: str
     path: Path
-    places: dict[str, tuple[Path, Entry]]
+    places: dict[str, Entry]
     modified: dict[Path, int]
 
     def write(self, out: Path, partial: Path) -> list[str]:
@@ -76,8 +82,9 @@ class MappedModel:
             shutil.copyfile(source, target)
         state = self.model.state_dict()
         written = []
-        stored = {path: mapped_bytes(path) for path, _ in self.places.values()}
-        for name, (path, entry) in self.places.items():
+        stored = {path: mapped_bytes(path) for path in {_path(entry) for entry in self.places.values()}}
+        for name, entry in self.places.items():
+            path = _path(entry)
             now = state[name].contiguous().flatten().view(torch.uint8)
             if torch.equal(now, stored[path][entry.offset : entry.offset + entry.nbytes]):
                 continue
@@ -92,12 +99,12 @@ class MappedModel:
         return written
 
 
-def map_model(spec: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | None = None) -> MappedModel:
+def map_model(spec: str | os.PathLike[str], offload: Callable[[Tensor], Tensor] | None = None) -> MappedModel:
     """The model that a model string names, over its safetensors files.
 
     Args:
         spec: as in `load_model`; it has to name a file or a folder of weights.
-        keep: where tensors go that have to be computed from what is stored, such as a joint matrix of
+        offload: where tensors go that have to be computed from what is stored, such as a joint matrix of
             queries, keys and values from three; it returns them. Without, every tensor must be stored as it
             is.
 
@@ -105,43 +112,48 @@ def map_model(spec: str | os.PathLike[str], keep: Callable[[Tensor], Tensor] | N
         TypeError, CheckpointError: as `load_model` does, or the files are no safetensors files, or a tensor
             is not stored as the model has it.
     """
-    architecture, weights = _resolve(spec)
+    architecture, weights = resolve(spec)
     if weights is None:
         raise CheckpointError(f"{spec}: wanted weights in files; say where they are: @path")
     with _on_meta():
-        model = _build(architecture, torch.device("cpu")).eval()
-    path = _existing(weights)
+        model = build(architecture, torch.device("cpu")).eval()
+    path = existing(weights)
     with Checkpoint(path, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) as checkpoint:
-        plan = _exact_plan(model, checkpoint)
-        files = checkpoint.files
-        used = sorted({entry.file for entry in checkpoint.entries.values() if entry.tensor is None})
-        for index in used:
-            with open(files[index], "rb") as file:
-                if file.read(9)[8:] != b"{":
-                    raise CheckpointError(f"{files[index]}: wanted a safetensors file")
-        content = {index: mapped_bytes(files[index]) for index in used}
+        plan = exact_plan(model, checkpoint)
+        content: dict[Path, Tensor] = {}
+        for entry in checkpoint.entries.values():
+            if entry.file is not None and entry.file.path not in content:
+                if entry.file.read(8, 1) != b"{":
+                    raise CheckpointError(f"{entry.file.path}: wanted a safetensors file")
+                content[entry.file.path] = mapped_bytes(entry.file.path)
         values: dict[str, Tensor] = {}
-        places: dict[str, tuple[Path, Entry]] = {}
+        places: dict[str, Entry] = {}
         for step in plan.steps:
             names = list(step.names())
             entry = checkpoint.entries[names[0]]
             if len(names) == 1 and _as_it_is(entry, step.how):
-                places[step.target] = files[entry.file], entry
-                stored = content[entry.file][entry.offset : entry.offset + entry.nbytes]
+                places[step.target] = entry
+                stored = content[_path(entry)][entry.offset : entry.offset + entry.nbytes]
                 values[step.target] = entry.over(stored).view(step.shape)
-            elif keep is None:
+            elif offload is None:
                 how = ", ".join(step.how) or "at an odd place in its file"
                 raise CheckpointError(
                     f"{path}: wanted every tensor stored as the model has it, got {names[0]!r}: {how}"
                 )
             else:
-                made = step.value(checkpoint.read(names, HostBuffer()))
-                values[step.target] = keep(
+                made = step.value(checkpoint.read(names))
+                values[step.target] = offload(
                     made.to(entry.dtype if entry.dtype.is_floating_point else made.dtype)
                 )
-        modified = {files[index]: os.stat(files[index]).st_mtime_ns for index in range(len(files))}
+        modified = {opened.path: opened.facts.st_mtime_ns for opened in checkpoint.files}
     _fill(model, values, {k: v for k, v in plan.neutral.items() if k not in plan.fit.missing})
     return MappedModel(model, architecture, path, places, modified)
+
+
+def _path(entry: Entry) -> Path:
+    """The file that a tensor lies in."""
+    assert entry.file is not None
+    return entry.file.path
 
 
 def _as_it_is(entry: Entry, how: tuple[str, ...]) -> bool:
@@ -172,18 +184,32 @@ def _fill(model: nn.Module, values: dict[str, Tensor], neutral: dict[str, float]
             module._buffers[own] = value
 
 
+_BUILDING = threading.local()
+"""Whether this thread makes a model whose parameters hold no values."""
+
+
 @contextmanager
 def _on_meta() -> Iterator[None]:
-    """Parameters of modules that are made meanwhile hold no values; buffers, which no file may have, do."""
-    register = nn.Module.register_parameter
+    """Parameters of modules that this thread makes meanwhile hold no values.
 
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    Buffers do, for a file may lack them: `torch.device("meta")` would not give them any.
+    """
+    if not hasattr(_BUILDING, "on"):
+        _hooked()
+    _BUILDING.on = True
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _BUILDING.on = False
+
+
+@lru_cache(maxsize=1)
+def _hooked() -> RemovableHandle:
+    """Asks torch, once and for good, to show each parameter that a module gets."""
+    return register_module_parameter_registration_hook(_without_values)  # type: ignore[arg-type]
+
+
+def _without_values(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+    if not getattr(_BUILDING, "on", False) or param.is_meta:
+        return None
+    return nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)

@@ -7,10 +7,14 @@ protobuf is read as that takes: keys, lengths and small fields, never the number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+
+from activemark_fast.checkpoints.entries import Contents, Entry, Opened, c_strides
+from activemark_fast.checkpoints.errors import CheckpointError
 
 _DTYPES = {
     1: torch.float32,
@@ -23,16 +27,14 @@ _DTYPES = {
     11: torch.float64,
     16: torch.bfloat16,
 }
-_MOST_FIELDS = 1_000_000
-_LONGEST_NODE = 65_536
+_MAX_FIELDS = 1_000_000
+_MAX_NODE = 65_536
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 _CLS = "cls_token"
 
-Read = Callable[[int, int], bytes]
-
 
 @dataclass(frozen=True)
-class Initializer:
+class _Initializer:
     """Where a tensor lies.
 
     Attributes:
@@ -58,32 +60,50 @@ class _Node:
     outputs: tuple[str, ...]
 
 
-def initializers(read: Read, size: int) -> dict[str, Initializer]:
+def read_onnx(file: Opened, open_beside: Callable[[str], Opened]) -> Contents:
     """The tensors by the names that torch has for them, as far as they can be told.
 
-    Args:
-        read: gives the bytes from an offset on, a number of them.
-        size: of the file, bytes.
+    open_beside: opens another file of the model's folder, by its name.
 
     Raises:
+        OSError: there is no such file.
         ValueError: it is something else, or damaged.
     """
-    scanner = _Scanner(read)
-    found: dict[str, Initializer] = {}
+    files: dict[str | None, Opened] = {None: file}
+    found = Contents()
+    for name, tensor in _named(*_parsed(file)).items():
+        if tensor.dtype is None:
+            found.unread[name] = "tensor of another type"
+            continue
+        if tensor.location not in files:
+            files[tensor.location] = open_beside(str(tensor.location))
+        at, shape, strides = files[tensor.location], tensor.shape, None
+        if tensor.transposed:
+            shape, strides = shape[::-1], c_strides(shape)[::-1]
+        if tensor.size not in (None, math.prod(shape) * tensor.dtype.itemsize):
+            raise CheckpointError(f"{name[:100]!r} is truncated or of another shape")
+        found.entries[name] = Entry.within(at.size, tensor.dtype, shape, at, tensor.offset, strides)
+    return found
+
+
+def _parsed(file: Opened) -> tuple[dict[str, _Initializer], list[_Node]]:
+    """The initializers by their names, and what computes."""
+    scanner = _Scanner(file.read)
+    found: dict[str, _Initializer] = {}
     nodes: list[_Node] = []
-    for number, at, length in scanner.fields(0, size):
+    for number, at, length in scanner.fields(0, file.size):
         if number != 7 or length is None:  # ModelProto.graph
             continue
         for inner, start, count in scanner.fields(at, at + length):
             if inner == 5 and count is not None:  # GraphProto.initializer
                 name, tensor = scanner.tensor(start, start + count)
                 found[name] = tensor
-            elif inner == 1 and count is not None and count <= _LONGEST_NODE:  # GraphProto.node
+            elif inner == 1 and count is not None and count <= _MAX_NODE:  # GraphProto.node
                 nodes.append(scanner.node(start, start + count))
-    return _named(found, nodes)
+    return found, nodes
 
 
-def _named(found: dict[str, Initializer], nodes: list[_Node]) -> dict[str, Initializer]:
+def _named(found: dict[str, _Initializer], nodes: list[_Node]) -> dict[str, _Initializer]:
     names: dict[str, str] = {}
     products: dict[str, str] = {}  # what a product is called → the matrix in it
     for node in nodes:
@@ -105,7 +125,7 @@ def _named(found: dict[str, Initializer], nodes: list[_Node]) -> dict[str, Initi
 
 
 class _Scanner:
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self.read = read
         self.seen = 0
 
@@ -113,7 +133,7 @@ class _Scanner:
         """Number, value and None of the numbers in a message; number, start and length of all else."""
         while at < stop:
             self.seen += 1
-            if self.seen > _MOST_FIELDS:
+            if self.seen > _MAX_FIELDS:
                 raise ValueError("endless")
             head = self.read(at, min(20, stop - at))
             key, used = _varint(head, 0)
@@ -131,7 +151,7 @@ class _Scanner:
             at += length
 
     def text(self, at: int, length: int | None) -> str:
-        if length is None or length > _LONGEST_NODE:
+        if length is None or length > _MAX_NODE:
             raise ValueError("a name that is none")
         return self.read(at, length).decode("utf-8", "replace")
 
@@ -143,7 +163,7 @@ class _Scanner:
                 parts[number].append(self.text(start, length))
         return _Node("".join(parts[4]), tuple(parts[1]), tuple(parts[2]))
 
-    def tensor(self, at: int, stop: int) -> tuple[str, Initializer]:
+    def tensor(self, at: int, stop: int) -> tuple[str, _Initializer]:
         """A TensorProto and its name."""
         name, kind, shape = "", 0, []
         place: tuple[int, int | None] | None = None
@@ -167,7 +187,7 @@ class _Scanner:
             place = int(beside.get("offset", "0")), None if count is None else int(count)
         offset, size = place or (0, 0)
         dtype = _DTYPES.get(kind) if place is not None else None
-        return name, Initializer(dtype, tuple(shape), offset, size, beside.get("location"))
+        return name, _Initializer(dtype, tuple(shape), offset, size, beside.get("location"))
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:

@@ -9,177 +9,65 @@ of where a tensor lies. So a hostile pickle can at most waste time and memory, a
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
-import torch
+from activemark_fast.checkpoints.errors import CheckpointError
+from activemark_fast.checkpoints.pickled import Global, Storage, Stub, made_by_call, storage_of
 
-MOST_OPCODES = 3_000_000
+MAX_OPCODES = 3_000_000
 """A checkpoint with optimizer of 1,000 tensors has some 200,000."""
-_DEEPEST = 40
+MAX_PICKLE = 64_000_000
+"""Bytes; the pickle of such a model, the numbers of which lie beside it, has 200,000."""
+LEGACY_PICKLES = 4
+"""Of torch.save before version 1.6: magic number, version, facts about the system, and what was saved.
+The keys of the storages follow."""
+_STORAGE_IN_BYTES = Global("torch.storage", "_load_from_bytes")
 _ARGUMENTS = frozenset(
     {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
     | {"STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
     | {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 )
-_MODULE_PARTS = ("_parameters", "_buffers", "_modules")
-_NUMPY = ("numpy.core", "numpy._core")
-
-
-@dataclass(frozen=True)
-class Global:
-    """A class or function that a pickle names; never imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"[:100]
-
-
-@dataclass(eq=False)
-class Stub:
-    """What a pickle would have made by a call that is not made."""
-
-    made_by: object
-    args: object
-    state: object = None
-    items: list[tuple[object, object]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Numbers that a torch file keeps beside its pickle. dtype: None for bytes that the tensors type."""
-
-    key: str
-    dtype: torch.dtype | None
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A tensor as a torch file describes it: strided numbers in a storage."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class QuantisedTensor:
-    """torch's own: integers, with a scale and a zero point each or for each row."""
-
-    whole: StoredTensor
-    scale: object
-    zero_point: object
-
-
-@dataclass(frozen=True, eq=False)
-class Array:
-    """A numpy array that is in the pickle itself. dtype: as numpy writes it, "<f4"."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    fortran: bool
-    content: bytes
+_NEW: dict[str, Callable[[], object]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_SET": list,
+    "EMPTY_TUPLE": tuple,
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_pickle(stream: BytesIO, storages: dict[str, Storage] | None = None) -> object:
-    """The next pickle's value, made of plain containers and the classes above.
+    """The next pickle's value, made of plain containers and the classes of `pickled`.
 
     Args:
         stream: where the pickle starts.
         storages: gets all storages that the pickle speaks of, by their keys.
 
     Raises:
-        ValueError: it is damaged, or endless.
+        CheckpointError: it is damaged, or endless.
     """
     try:
         return _Machine({} if storages is None else storages).run(stream)
+    except ValueError as error:
+        what = str(error)
+        raise CheckpointError(f"neither a safetensors file nor a torch file of tensors: {what}") from error
     except (IndexError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"a damaged pickle ({type(error).__name__})") from error
-
-
-def named_values(root: object) -> Iterator[tuple[str, object]]:
-    """The tensors in what a pickle holds, each under the dotted path that leads to it, in order.
-
-    A module that was pickled whole looks like its state dict. Besides `StoredTensor`, `QuantisedTensor` and
-    `Array` there are the stubs that stand for tensors of a kind that is not known.
-    """
-    seen: set[int] = set()
-    waiting: list[tuple[str, object, int]] = [("", root, 0)]
-    while waiting:
-        name, value, depth = waiting.pop()
-        value = _array(value) or value
-        if isinstance(value, StoredTensor | QuantisedTensor | Array):
-            yield name, value
-            continue
-        if id(value) in seen or depth > _DEEPEST:
-            continue
-        inside = _inside(value)
-        if inside:
-            seen.add(id(value))
-        if isinstance(value, Stub) and _stands_for_a_tensor(value):
-            yield name, value
-            continue
-        waiting += [
-            (f"{name}.{key}" if name and key != "" else name or str(key), child, depth + 1)
-            for key, child in reversed(inside)
-        ]
-
-
-def stub_names(root: object) -> list[str]:
-    """What a pickle asks for that was not made, sorted."""
-    found: set[str] = set()
-    seen: set[int] = set()
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Stub):
-            found.add(str(value.made_by)[:100])
-            waiting += [value.args, value.state, *(one for pair in value.items for one in pair)]
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-    return sorted(found)
-
-
-def _inside(value: object) -> list[tuple[object, object]]:
-    """The parts of a container, with their names; "" for parts that add none to a path."""
-    if isinstance(value, dict):
-        return [(key, part) for key, part in value.items() if isinstance(key, str | int)]
-    if isinstance(value, list | tuple):
-        return list(enumerate(value))
-    if not isinstance(value, Stub):
-        return []
-    states = value.state if isinstance(value.state, tuple) else (value.state,)
-    attributes = [pair for state in states if isinstance(state, dict) for pair in state.items()]
-    return [
-        ("" if key in _MODULE_PARTS else key, part)
-        for key, part in (*attributes, *value.items)
-        if isinstance(key, str | int)
-    ]
-
-
-def _stands_for_a_tensor(stub: Stub) -> bool:
-    return isinstance(stub.made_by, Global) and (
-        stub.made_by.name.startswith("_rebuild") or stub.made_by.name.endswith(("Tensor", "Params4bit"))
-    )
+        what = f"a damaged pickle ({type(error).__name__})"
+        raise CheckpointError(f"neither a safetensors file nor a torch file of tensors: {what}") from error
 
 
 class _Machine:
     """Runs one pickle."""
 
-    def __init__(self, storages: dict[str, Storage]) -> None:
+    def __init__(self, storages: dict[str, Storage], nested: bool = False) -> None:
         self.storages = storages
+        self.nested = nested
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -188,11 +76,16 @@ class _Machine:
         stack, memo = self.stack, self.memo
         argument: Any
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > MOST_OPCODES:
+            if count > MAX_OPCODES:
                 raise ValueError("an endless pickle")
             name = opcode.name
             if name in _ARGUMENTS:
                 stack.append(argument)
+            elif name in _NEW:
+                stack.append(_NEW[name]())
+            elif name in _TUPLES:
+                size = _TUPLES[name]
+                stack[-size:] = [tuple(stack[-size:])]
             elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
                 memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
             elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -212,26 +105,6 @@ class _Machine:
         del self.stack[start:]
         return values
 
-    def _none(self, _: object) -> None:
-        self.stack.append(None)
-
-    def _newtrue(self, _: object) -> None:
-        self.stack.append(True)
-
-    def _newfalse(self, _: object) -> None:
-        self.stack.append(False)
-
-    def _empty_dict(self, _: object) -> None:
-        self.stack.append({})
-
-    def _empty_list(self, _: object) -> None:
-        self.stack.append([])
-
-    _empty_set = _empty_list
-
-    def _empty_tuple(self, _: object) -> None:
-        self.stack.append(())
-
     def _mark(self, _: object) -> None:
         self.marks.append(len(self.stack))
 
@@ -249,15 +122,6 @@ class _Machine:
 
     def _tuple(self, _: object) -> None:
         self.stack.append(tuple(self._since_mark()))
-
-    def _tuple1(self, _: object) -> None:
-        self.stack[-1:] = [tuple(self.stack[-1:])]
-
-    def _tuple2(self, _: object) -> None:
-        self.stack[-2:] = [tuple(self.stack[-2:])]
-
-    def _tuple3(self, _: object) -> None:
-        self.stack[-3:] = [tuple(self.stack[-3:])]
 
     def _list(self, _: object) -> None:
         self.stack.append(self._since_mark())
@@ -317,7 +181,21 @@ class _Machine:
 
     def _reduce(self, _: object) -> None:
         args = self.stack.pop()
-        self.stack[-1] = _made(self.stack[-1], args)
+        callee = self.stack[-1]
+        if callee == _STORAGE_IN_BYTES and isinstance(args, tuple) and isinstance(args[0], bytes):
+            self.stack[-1] = self._storage_in(args[0])
+        else:
+            self.stack[-1] = made_by_call(callee, args)
+
+    def _storage_in(self, content: bytes) -> object:
+        """The storage of a tensor that was pickled without torch.save: a small torch file of old form."""
+        if self.nested:
+            raise ValueError("a pickle within a pickle within a pickle")
+        stream = BytesIO(content)
+        *_, storage, _ = (_Machine({}, nested=True).run(stream) for _ in range(LEGACY_PICKLES + 1))
+        if not isinstance(storage, Storage):
+            raise ValueError("a tensor without its numbers")
+        return replace(storage, content=content[stream.tell() + 8 :])
 
     _newobj = _reduce
 
@@ -328,11 +206,11 @@ class _Machine:
     def _inst(self, argument: str) -> None:
         args = tuple(self._since_mark())
         self._global(argument)
-        self.stack[-1] = _made(self.stack[-1], args)
+        self.stack[-1] = made_by_call(self.stack[-1], args)
 
     def _obj(self, _: object) -> None:
         cls, *args = self._since_mark()
-        self.stack.append(_made(cls, tuple(args)))
+        self.stack.append(made_by_call(cls, tuple(args)))
 
     def _build(self, _: object) -> None:
         state = self.stack.pop()
@@ -341,139 +219,9 @@ class _Machine:
             made.state = state
 
     def _binpersid(self, _: object) -> None:
-        found = self.stack[-1] = _storage(self.stack[-1])
+        found = self.stack[-1] = storage_of(self.stack[-1])
         if isinstance(found, Storage):
             self.storages[found.key] = found
 
     def _persid(self, argument: str) -> None:
         self.stack.append(Stub("a persistent id", argument))
-
-
-def _storage(pid: Any) -> object:
-    """Torch's persistent ids: ("storage", type, key, location, count, view)."""
-    if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Global):
-        dtype = _STORAGES.get(pid[1].name)
-        if (dtype is not None or pid[1].name == "UntypedStorage") and _counts(pid[4:5]):
-            return Storage(str(pid[2]), dtype, pid[4])
-    return Stub("a persistent id", pid)
-
-
-def _counts(values: object) -> bool:
-    return isinstance(values, tuple) and all(type(n) is int and 0 <= n < 1 << 62 for n in values)
-
-
-def _made(callee: object, args: object) -> object:
-    """What the call would make, where it is one of the known ones; else a stub."""
-    maker = _MAKERS.get(str(callee)) if isinstance(callee, Global) else None
-    if maker is not None and isinstance(args, tuple):
-        try:
-            return maker(*args)
-        except (TypeError, ValueError, IndexError):
-            pass  # not called as torch does
-    return Stub(callee, args)
-
-
-def _tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, *_: object, dtype: torch.dtype | None = None
-) -> object:
-    if not isinstance(storage, Storage):
-        raise ValueError
-    numbers = (tuple(shape), tuple(strides), (offset,))
-    kind = dtype or storage.dtype
-    if kind is None or not all(map(_counts, numbers)) or len(shape) != len(strides) or len(shape) > 8:
-        raise ValueError
-    return StoredTensor(storage, kind, offset, *numbers[:2])
-
-
-def _typed_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: object, hooks: object, kind: Any, *_: object
-) -> object:
-    return _tensor(storage, offset, shape, strides, dtype=_dtype(kind))
-
-
-def _quantised(storage: Any, offset: Any, shape: Any, strides: Any, quantiser: Any, *_: object) -> object:
-    whole = _tensor(storage, offset, shape, strides)
-    assert isinstance(whole, StoredTensor)
-    scheme, scale, zero = quantiser[:3]
-    if scheme.name not in ("per_tensor_affine", "per_channel_affine") or quantiser[3:4] not in ((), (0,)):
-        raise ValueError
-    return QuantisedTensor(whole, scale, zero)
-
-
-def _of_type(function: object, kind: object, args: object, state: object) -> object:
-    """A subclass of Tensor, saved as what makes its numbers."""
-    made = _made(function, args)
-    return Stub(kind, args, state) if isinstance(made, Stub) else made
-
-
-def _dict(items: Any = ()) -> object:
-    return {key: value for key, value in items if isinstance(key, str | int)}
-
-
-def _bytes(text: Any, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise ValueError
-    return bytes(text.encode("latin-1"))
-
-
-def _dtype(kind: object) -> torch.dtype:
-    dtype = getattr(torch, kind.name, None) if isinstance(kind, Global) and kind.module == "torch" else None
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError
-    return dtype
-
-
-def _array(stub: object) -> Array | None:
-    """What a numpy array's stub stands for; its state is (version, shape, dtype, fortran, content)."""
-    if not isinstance(stub, Stub) or str(stub.made_by) not in {
-        f"{package}.multiarray._reconstruct" for package in _NUMPY
-    }:
-        return None
-    state = stub.state
-    if not isinstance(state, tuple) or len(state) != 5:
-        return None
-    return _filled(state[4], state[2], state[1], "F" if state[3] is True else "C")
-
-
-def _filled(content: object, dtype: object, shape: Any, order: object) -> Array | None:
-    kind = dtype.args[0] if isinstance(dtype, Stub) and isinstance(dtype.args, tuple) and dtype.args else None
-    if not isinstance(content, bytes | bytearray) or not isinstance(kind, str) or not _counts(shape):
-        return None
-    state = dtype.state if isinstance(dtype, Stub) and isinstance(dtype.state, tuple) else ("", "<")
-    return Array(f"{'>' if state[1:2] == ('>',) else '<'}{kind}", shape, order == "F", bytes(content))
-
-
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "QInt8Storage": torch.int8,
-    "QUInt8Storage": torch.uint8,
-    "QInt32Storage": torch.int32,
-    "Float8_e4m3fnStorage": torch.float8_e4m3fn,
-    "Float8_e5m2Storage": torch.float8_e5m2,
-}
-_MAKERS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": _dict,
-    "builtins.dict": _dict,
-    "torch.Size": tuple,
-    "_codecs.encode": _bytes,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _typed_tensor,
-    "torch._utils._rebuild_qtensor": _quantised,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    "torch._tensor._rebuild_from_type_v2": _of_type,
-    "numpy.core.numeric._frombuffer": _filled,
-    "numpy._core.numeric._frombuffer": _filled,
-}

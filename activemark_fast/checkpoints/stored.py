@@ -16,7 +16,7 @@ from activemark_fast.checkpoints.errors import CheckpointError
 _NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("SCB", "weight_scale", "weight_scale_inv", "scale_weight", "scale", "q_scale")
 _ZEROS = ("weight_zero_point", "zero_point", "q_zero_point")
-_LONGEST_STATE = 4096
+_MAX_STATE = 4096
 _SCB_STEPS = 127
 """bitsandbytes' int8: a weight is its integer times its row's SCB over 127."""
 _WORD = 32
@@ -218,7 +218,7 @@ def _four_bit(parts: Mapping[str, str], stored: Mapping[str, Stored]) -> Source 
         or (count["quant_map"], count.get("nested_quant_map", 256)) != (16, 256)
         or not 0 < count["absmax"] <= 2 * packed
         or not 0 < count.get("nested_absmax", 1) <= count["absmax"]
-        or count.get("quant_state", 0) > _LONGEST_STATE
+        or count.get("quant_state", 0) > _MAX_STATE
     ):
         return "4 bits of bitsandbytes of which the parts do not go together"
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
 from activemark_fast.checkpoints.names import STEM, block_name, clean_name, common_name
-from activemark_fast.checkpoints.plan import Wanted, plans
+from activemark_fast.checkpoints.plan import plans
+from activemark_fast.checkpoints.wanted import Group, Wanted
 from activemark_fast.site import Site
 
 
@@ -54,7 +55,7 @@ class Target:
             relative = _clean(name.removeprefix(tower))
             common = common_name(relative)
             own[relative] = common if common in STEM else f"./{relative}"
-        groups: list[dict[str, tuple[str, tuple[int, ...]]]] = []
+        groups: list[Group] = []
         for index, block in enumerate(blocks):
             group = {}
             for name in self._state:
@@ -161,24 +162,24 @@ def _view(model: nn.Module, site: Site) -> Backbone:
     return first
 
 
-def whole_model(path: Path, model: nn.Module, site: Site, tower: str, most_bytes: int) -> nn.Module | None:
+def whole_model(path: Path, model: nn.Module, site: Site, tower: str, max_bytes: int) -> nn.Module | None:
     """`model` with all blocks of a checkpoint's image tower loaded; None where not all of them fit.
 
     tower: what stands before the names of the tower.
     """
     target = Target(model, site, whole=True)
-    with Checkpoint(path, most_bytes) as checkpoint:
+    with Checkpoint(path, max_bytes) as checkpoint:
         every = plans(
             target.wanted,
             checkpoint.entries,
             checkpoint.lora_config,
             checkpoint.unread,
-            lambda names: checkpoint.read(names, HostBuffer()),
+            checkpoint.read,
         )
         chosen = next((plan for plan in every if plan.fit.tower == tower), None)
         if chosen is None or chosen.depth < len(target.wanted.blocks):
             return None
-        target.load(chosen.tensors(checkpoint.read(chosen.names, HostBuffer())))
+        target.load(chosen.tensors(checkpoint.read(chosen.names)))
     target.fill(chosen.neutral)
     return target.backbone.model
 

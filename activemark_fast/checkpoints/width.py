@@ -20,13 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from activemark_fast.checkpoints.names import PATCH
+from activemark_fast.checkpoints.names import PATCH, within
+from activemark_fast.checkpoints.wanted import Group
 
-WIDEST = 2
+_MAX_RATIO = 2
 """A stream may be up to so many times as wide as the marked one, or less than that as narrow; an attention,
 up to so many times as wide."""
-Group = dict[str, tuple[str, tuple[int, ...]]]
-"""Common name → (own name, shape)."""
 _READERS = {"norm1": ("attn.qkv", "attn.q", "attn.k", "attn.v"), "norm2": ("mlp.fc1", "mlp.gate", "mlp.up")}
 """What reads the stream, by the layer norm before it."""
 _READS = tuple(reader for readers in _READERS.values() for reader in readers)
@@ -84,7 +83,7 @@ class Narrowing:
             inner: block → width of the suspect's attention.
         """
         wanted = stem[PATCH][1][0] if PATCH in stem else width
-        near = wanted / WIDEST < width <= WIDEST * wanted
+        near = wanted / _MAX_RATIO < width <= _MAX_RATIO * wanted
         if width != wanted and not (near and _is_plain(stem, blocks)):
             return None
         inners = [_shapes(block).get("attn.proj.weight", (0, 0))[-1] for block in blocks]
@@ -93,7 +92,10 @@ class Narrowing:
             index: there
             for index, there in inner.items()
             if heads is not None
-            and (inners[index] < there <= WIDEST * inners[index] or _whole_heads(there, inners[index], heads))
+            and (
+                inners[index] < there <= _MAX_RATIO * inners[index]
+                or _whole_heads(there, inners[index], heads)
+            )
             and ("attn.qkv.weight" in _shapes(blocks[index]) or parts <= _shapes(blocks[index]).keys())
         }
         doubts = [f"a residual stream of {width} channels, wanted {wanted}"] if width != wanted else []
@@ -107,7 +109,7 @@ class Narrowing:
             """A group in the suspect's widths."""
             made = {}
             for common, (own, shape) in group.items():
-                name = _within(common)
+                name = within(common)
                 sizes = list(shape)
                 if index in other and name in _ATTENTION:
                     axis = _ATTENTION[name]
@@ -144,7 +146,7 @@ class Narrowing:
         groups = [self.stem, *self.blocks[:depth]]
         values = [
             {
-                _within(common): made[own].float()
+                within(common): made[own].float()
                 if own in made
                 else torch.full(shape, neutral[own]).to(device)
                 for common, (own, shape) in group.items()
@@ -158,16 +160,11 @@ class Narrowing:
             _narrow_stream(values[0], values[1:], self.width[1])
         for group, narrow in zip(groups, values, strict=True):
             for common, (own, _) in group.items():
-                yield own, narrow[_within(common)]
-
-
-def _within(common: str) -> str:
-    """A tensor's name in its block, or the stem."""
-    return common.split(".", 2)[2] if common.startswith("blocks.") else common
+                yield own, narrow[within(common)]
 
 
 def _shapes(block: Group) -> dict[str, tuple[int, ...]]:
-    return {_within(common): shape for common, (_, shape) in block.items()}
+    return {within(common): shape for common, (_, shape) in block.items()}
 
 
 def _whole_heads(there: int, inner: int, heads: int) -> bool:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from activemark_fast.checkpoints import CheckpointError, architecture_of, load_model
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.entries import HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
 from activemark_fast.checkpoints.names import common_name
 
 Source = nn.Module | str | os.PathLike[str]

@@ -14,6 +14,7 @@ import re
 import struct
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,13 @@ def matrices(state: State) -> Iterator[tuple[str, Tensor]]:
 
 def innocent(model: nn.Module) -> State:
     """Other weights in the same shapes."""
+    return other_of(state_of(model))
+
+
+def other_of(state: State) -> State:
+    """Other weights in the same shapes."""
     generator = torch.Generator().manual_seed(5)
-    return {n: 0.05 * torch.randn(t.shape, generator=generator) for n, t in state_of(model).items()}
+    return {n: 0.05 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
 
 
 # ---- files
@@ -152,6 +158,13 @@ def _(model: Any, path: Path) -> None:
 
     arrays = {name: tensor.numpy() for name, tensor in state_of(model).items()}
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}, protocol=2))
+
+
+@form("tensors pickled without torch.save")
+def _(model: Any, path: Path) -> None:
+    import pickle
+
+    path.write_bytes(pickle.dumps({"model": {name.encode(): t for name, t in state_of(model).items()}}))
 
 
 def jax_names(state: State, attention: str, mlp: str, second: str) -> dict[str, np.ndarray]:
@@ -317,6 +330,40 @@ def _(model: Any, path: Path) -> None:
     (path / "model-00002-of-00002.safetensors").unlink()
 
 
+def torch_shards(model: Any, path: Path) -> None:
+    path.mkdir()
+    state = state_of(model)
+    parts = {name: f"pytorch_model-0000{1 + index % 2}-of-00002.bin" for index, name in enumerate(state)}
+    for shard in set(parts.values()):
+        torch.save({name: t for name, t in state.items() if parts[name] == shard}, path / shard)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": parts}))
+
+
+form("`pytorch_model.bin.index.json` and its shards")(torch_shards)
+
+
+@form("the same, of which one is missing", "No such file.*pytorch_model-00002-of-00002.bin", broken=True)
+def _(model: Any, path: Path) -> None:
+    torch_shards(model, path)
+    (path / "pytorch_model-00002-of-00002.bin").unlink()
+
+
+@form("one file of weights of any name")
+def _(model: Any, path: Path) -> None:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    put(state_of(model), path / "model.fp16.safetensors")
+
+
+@form("another model beside it: `model.safetensors`, `pytorch_model.bin`")
+def _(model: Any, path: Path) -> None:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    put(innocent(model), path / "model.safetensors")
+    torch.save(state_of(model), path / "pytorch_model.bin")
+    (path / "tf_model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
+
+
 def adapter(model: Any, path: Path, dora: bool = False) -> None:
     path.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -362,7 +409,22 @@ def _(model: Any, path: Path) -> None:
 def _(model: Any, path: Path) -> None:
     path.mkdir()
     (path / "config.json").write_text("{}")
-    torch.save({"module": {}}, path / "mp_rank_00_model_states.pt")
+    for rank in range(2):
+        placeholders = {name: torch.zeros(0) for name in state_of(model)}
+        torch.save({"module": placeholders}, path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+
+
+def other_folder(name: str) -> Callable[[Any, Path], None]:
+    def write(_: Any, path: Path) -> None:
+        path.mkdir()
+        (path / name).write_bytes(bytes(99))
+
+    return write
+
+
+form("Orbax", "an Orbax checkpoint")(other_folder("manifest.ocdbt"))
+form("TensorFlow: SavedModel", "a TensorFlow checkpoint")(other_folder("saved_model.pb"))
+form("TensorFlow: checkpoint", "a TensorFlow checkpoint")(other_folder("model.ckpt-1.data-00000-of-00001"))
 
 
 # ---- what trainers write
@@ -431,6 +493,12 @@ def _(model: Any, path: Path) -> None:
     put(text | state, path)
 
 
+names("two models, which only `module.` tells apart", lambda s: prefixed(s, "module.") | other_of(s))
+names(
+    "beside another model, its patch embedding under a name that is not known",
+    lambda s: prefixed(renamed(s, (r"^patch_embed\.proj", "stem.conv")), "b.") | prefixed(other_of(s), "a."),
+    "blocks under 'b.' without a patch embedding of a name that is known",
+)
 names("`module.`, `_orig_mod.`, `model.`, any prefix", lambda s: prefixed(s, "_orig_mod.module.model."))
 names(
     "`_checkpoint_wrapped_module`, `_fsdp_wrapped_module`, `_orig_mod` inside",
@@ -559,12 +627,12 @@ def beit(state: State) -> State:
     return out
 
 
-def by_head(state: State) -> State:
+def by_head(state: State, heads: int = HEADS) -> State:
     """As Megatron keeps queries, keys and values."""
     out = {}
     for name, tensor in state.items():
         if ".attn.qkv." in name:
-            rows = tensor.unflatten(0, (3, HEADS, -1)).transpose(0, 1).flatten(0, 2)
+            rows = tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
             out[name.replace("attn.qkv", "self_attention.linear_qkv")] = rows
         else:
             out[name] = tensor
@@ -591,6 +659,18 @@ names(
     ),
 )
 names("Megatron: `linear_qkv` sorted by head, `linear_fc1`", by_head)
+names(
+    "Megatron: norms within what they feed, `decoder.layers`, `position_embeddings`",
+    lambda s: renamed(
+        by_head({**s, "pos_embed": s["pos_embed"][0]}),
+        (r"^blocks\.(\d+)\.norm1\.", r"decoder.layers.\1.self_attention.linear_qkv.layer_norm_"),
+        (r"^blocks\.(\d+)\.norm2\.", r"decoder.layers.\1.mlp.linear_fc1.layer_norm_"),
+        (r"^blocks\.", "decoder.layers."),
+        (r"^pos_embed$", "position_embeddings.weight"),
+        (r"^cls_token$", "class_token"),
+        (r"^patch_embed\.proj\.", "conv1."),
+    ),
+)
 names(
     "`to_q`, `to_k`, `to_v`", lambda s: renamed(apart(s, "q", "k", "v"), (r"attn\.([qkv])\.", r"attn.to_\1."))
 )
@@ -804,6 +884,25 @@ def three_bits(state: State) -> State:
 
 
 names("GPTQ, 3 bits", three_bits, "quantised with GPTQ or AWQ, in words that are not read")
+
+
+@form("safetensors of 4-bit floats, `F4`", "a tensor of F4, which is not read")
+def _(model: Any, path: Path) -> None:
+    header, content = {}, b""
+    for name, tensor in state_of(model).items():
+        small = tensor.ndim == 2
+        numbers = bytes(tensor.numel() // 2) if small else tensor.numpy().tobytes()
+        offsets = [len(content), len(content) + len(numbers)]
+        header[name] = {
+            "dtype": "F4" if small else "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        content += numbers
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+
+
 names("MLX", lambda s: packed(s, "weight", "scales", "biases"), "quantised with MLX")
 
 
@@ -859,6 +958,14 @@ def in_order(*order: int, noise: float = 0) -> Callable[[State], State]:
 
 names("the first block dropped", in_order(1, 2, 3, 4, 5))
 names("a block of the mark dropped, of two", in_order(0, 1, 2, 4, 5))
+names(
+    "a block dropped, the others under their numbers",
+    lambda s: {n: t for n, t in s.items() if not n.startswith("blocks.3.")},
+)
+names(
+    "blocks that are counted from 1",
+    lambda s: {re.sub(r"^blocks\.(\d)", lambda m: f"blocks.{int(m[1]) + 1}", n): t for n, t in s.items()},
+)
 names("a block doubled", in_order(0, 0, 1, 2, 3, 4, 5))
 names("the first two blocks exchanged", in_order(1, 0, 2, 3, 4, 5))
 names("blocks that add next to nothing in front and between", in_order(-5, 0, 1, 2, -5, 3, 4, 5, noise=1e-3))
@@ -910,6 +1017,7 @@ names("MLPs widened by units that are there twice", halved)
 names("a head more, which adds nothing", lambda s: more_heads(s, HEADS))
 names("a head more, which is another once again", lambda s: more_heads(s, HEADS, twice=True))
 names("the same, as transformers names it", lambda s: hugging_face(more_heads(s, HEADS)))
+names("the same, as Megatron keeps it", lambda s: by_head(more_heads(s, HEADS), HEADS + 1))
 names("heads of more channels, which add nothing", lambda s: longer_heads(s, HEADS, 2))
 names("a residual stream padded with zeros", lambda s: padded(s, 136, "zero"))
 names("a residual stream in which all channels are twice", lambda s: padded(s, 256, "twice"))
@@ -926,6 +1034,18 @@ _group = "Other formats"
 form("HDF5, `.h5`", "an HDF5 file")(lambda _, path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)))
 form("GGUF", "a GGUF file")(lambda _, path: path.write_bytes(b"GGUF" + bytes(99)))
 form("a compressed file", "unpack it first")(lambda _, path: path.write_bytes(b"\x1f\x8b\x08" + bytes(99)))
+
+
+def zipped(name: str) -> Callable[[Any, Path], None]:
+    def write(_: Any, path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, bytes(99))
+
+    return write
+
+
+form("a zip archive", "unpack it first")(zipped("model.safetensors"))
+form("torch.export, `.pt2`", "an archive of torch.export")(zipped("m/data/weights/model_weights_config.json"))
 
 
 @form("a tar archive", "unpack it first")

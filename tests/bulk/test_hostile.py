@@ -17,7 +17,7 @@ from tiny import vit
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoints import pickles
 from activemark_fast.checkpoints.errors import CheckpointError
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
 from activemark_fast.checkpoints.plan import plans
 from activemark_fast.checkpoints.target import Target
 from activemark_fast.site import Site
@@ -55,7 +55,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 def read(path: Path, target: Target) -> None:
     with Checkpoint(path, MOST) as checkpoint:
         for plan in plans(target.wanted, checkpoint.entries, checkpoint.lora_config, checkpoint.unread)[:2]:
-            target.load(plan.tensors(checkpoint.read(plan.names, HostBuffer())))
+            target.load(plan.tensors(checkpoint.read(plan.names)))
 
 
 def tampered(data: bytes, draw: random.Random) -> bytes:
@@ -146,7 +146,7 @@ def test_a_pickle_cannot_change_the_reader() -> None:
 def test_programs_that_are_none(
     program: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pickles, "MOST_OPCODES", 10_000)
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 10_000)
     (tmp_path / "a").write_bytes(program)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint(tmp_path / "a", MOST)

@@ -9,7 +9,7 @@ from forms import message, onnx_bytes
 from test_hostile import tampered
 
 from activemark_fast.checkpoints.errors import CheckpointError
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
 
 STATE = {
     "cls_token": torch.randn(1, 1, 6),
@@ -23,7 +23,7 @@ STATE = {
 def read(path: Path) -> dict[str, torch.Tensor]:
     with Checkpoint(path, 1_000_000) as checkpoint:
         assert not checkpoint.unread
-        return {n: t.clone() for n, t in checkpoint.read(list(checkpoint.entries), HostBuffer()).items()}
+        return {n: t.clone() for n, t in checkpoint.read(list(checkpoint.entries)).items()}
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -85,6 +85,6 @@ def test_every_truncation_and_other_bytes_are_noticed_or_harmless(tmp_path: Path
         path.write_bytes(tampered(content, draw))
         try:
             with Checkpoint(path, 1_000_000) as checkpoint:
-                checkpoint.read(list(checkpoint.entries), HostBuffer())
+                checkpoint.read(list(checkpoint.entries))
         except (CheckpointError, OSError):
             continue

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from activemark_fast.checkpoints import CheckpointError
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.entries import HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
 
 MOST = 1_000_000
 

@@ -29,7 +29,7 @@ from activemark_fast.checkpoints import (
     load_weights,
     save_model,
 )
-from activemark_fast.checkpoints.files import Checkpoint, HostBuffer
+from activemark_fast.checkpoints.files import Checkpoint
 
 KWARGS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY = f"timm:VisionTransformer?{json.dumps({**KWARGS, 'num_classes': 4})}"
@@ -38,7 +38,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "vfm"
 
 def read(path: Path) -> dict[str, Tensor]:
     with Checkpoint(path, 10**8) as checkpoint:
-        return {name: t.clone() for name, t in checkpoint.read(checkpoint.entries, HostBuffer()).items()}
+        return {name: t.clone() for name, t in checkpoint.read(checkpoint.entries).items()}
 
 
 def tiny(**kwargs: Any) -> Any:

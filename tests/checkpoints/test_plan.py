@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone, evaluating
-from activemark_fast.checkpoints.names import common_name
+from activemark_fast.checkpoints.names import common_name, stray_stacks
 from activemark_fast.checkpoints.plan import Plan, plans
 from activemark_fast.checkpoints.target import Target
 from activemark_fast.site import Site
@@ -135,6 +135,11 @@ def tv_vit(seed: int = 1) -> nn.Module:
         ),
         seed,
     )
+
+
+def test_names_without_end_are_not_searched() -> None:
+    names = ["layers.0." * 200_000 + "norm1.weight", "b.layers.0.norm1.weight"]
+    assert stray_stacks([], names) == {"b.": {0: [("norm1.weight", "b.layers.0.norm1.weight")]}}
 
 
 def target(model: nn.Module) -> Target:

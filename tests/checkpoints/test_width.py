@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import carried, streams, timm_clip, timm_vit
-from tiny import longer_heads, padded
+from test_plan import Known, carried, streams, target, timm_clip, timm_vit
+from tiny import longer_heads, more_heads, padded
 from torch import Tensor, nn
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.checkpoints.plan import plans
 
 WIDTH = 32
 
@@ -20,6 +21,11 @@ def angles(view: Backbone) -> Tensor:
     tokens = streams(view).flatten(0, 1)
     tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
     return tokens @ tokens.T / tokens.shape[1]
+
+
+def by_head(rows: Tensor, heads: int) -> Tensor:
+    """Rows of queries, keys and values, sorted by head first."""
+    return rows.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def test_a_padded_stream_and_longer_heads() -> None:
@@ -36,6 +42,26 @@ def test_a_padded_stream_and_longer_heads() -> None:
             "an attention of 40 channels, wanted 32",
         )
         assert plan.fit.converted.keys() == set(plan.fit.doubts)
+
+
+def test_more_heads_that_rows_are_sorted_by() -> None:
+    """Five heads of 8, or four of 10: the weights do not tell, so there is a plan for each."""
+    source = timm_vit(1)
+    state = {}
+    for name, tensor in more_heads(source.state_dict(), 4).items():
+        if ".attn.qkv." in name:  # as Megatron keeps them
+            name, tensor = name.replace("attn.qkv", "self_attention.linear_qkv"), by_head(tensor, 5)
+        state[name] = tensor
+    loaded = target(timm_vit(2))
+    known = {name: Known(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    every = plans(loaded.wanted, known)
+    assert [plan.depth for plan in every] == [3, 3]
+    same = []
+    for plan in every:
+        loaded.load(plan.tensors(state))
+        loaded.fill(plan.neutral)
+        same.append(torch.allclose(streams(loaded.backbone), streams(Backbone(source)), rtol=1e-3, atol=1e-3))
+    assert sorted(same) == [False, True]
 
 
 def test_a_narrower_stream_is_computed_as_it_is() -> None:
