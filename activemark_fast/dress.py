@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def hindrance(model: nn.Module) -> str | None:
     """What keeps a model that `unwrapped` returned from being run block by block, or None."""
+    if isinstance(model, torch.fx.GraphModule):
+        return "it is a traced graph: mark the module that it was made from"
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             return f"{_called(name)} is TorchScript: mark the module that it was made from"
@@ -69,11 +71,17 @@ def fixed_weight(linear: nn.Module) -> str | None:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """float32 is the default dtype for a while, and inference mode is off; both are put back."""
+    """For a while tensors are float32 on the CPU by default, and inference mode and autocast are off."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), ExitStack() as stack:
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    # Its copies of weights would outlive what is written to them.
+                    stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -209,6 +209,8 @@ def embed(
 
     with Progress(progress) as bar:
         subject = prepare(original, settings, holdout.pixels, natural, device, shared, scratch, ranks, bar)
+        source = natural.source
+        del natural, inputs  # their pixels
         alignment = None
         if settings.keyed:
             bar.note(f"embed: {subject.engine}")
@@ -231,7 +233,7 @@ def embed(
         given if inplace else released,
         watermark,
         marked.quality,
-        natural.source,
+        source,
         _site_reason(subject, original),
         marked.steps,
         marked.history,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import platform
@@ -29,6 +28,7 @@ from activemark_fast.attacks.suite import Attack, suite
 from activemark_fast.backbone import Backbone
 from activemark_fast.datasets import Task
 from activemark_fast.descent import compare
+from activemark_fast.dress import copied
 from activemark_fast.embedding import Embedding, UnverifiedMarkError, embed
 from activemark_fast.evaluation import FORMAT_VERSION, Evaluation, Row
 from activemark_fast.key import Key
@@ -208,7 +208,7 @@ class _Bench:
     ) -> None:
         other_key = overwriting_key(seed)
         self._owner = Verifier(watermark, key, images, device=device, precision=precision)
-        self._original = copy.deepcopy(original).eval().to(device)
+        self._original = copied(original).eval().to(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             # Whether the other mark is as strong as `embed` promises makes it no more and no less another.
@@ -218,7 +218,7 @@ class _Bench:
             except UnverifiedMarkError as error:
                 sibling = error
         self._models = {
-            "marked": copy.deepcopy(marked).eval().to(device),
+            "marked": copied(marked).eval().to(device),
             "original": self._original,
             "sibling": sibling.model,
         }
@@ -231,10 +231,10 @@ class _Bench:
         """Attacks one of the two models and reads the result."""
         started = time.perf_counter()
         # Each thread has models of its own: a view of a model hooks into it for a moment.
-        model = copy.deepcopy(self._models[subject])
+        model = copied(self._models[subject])
         settings: dict[str, Any] = dict(attack.settings)
         if attack.other is not None:
-            settings["other"] = copy.deepcopy(self._models[attack.other])
+            settings["other"] = copied(self._models[attack.other])
         if attack.run is not None:
             model = attack.run(model, self._tasks[attack.task].train, self._seed, attack.strength, **settings)
         attacked = time.perf_counter()

@@ -96,19 +96,21 @@ def outlook(
     with autocast(moved.dtype):
         placement = measure(moved, photographs).site()
     seconds = (time.perf_counter() - started) / LOOKED_AT
-    pixels = photographs[0].nbytes * (FITTED_IMAGES + HELD_IMAGES + HOLDOUT_IMAGES)
+    pixels = photographs[0].nbytes * HOLDOUT_IMAGES
+    longest = min(BITS[-1], most_bits(view.width) // BITS.step * BITS.step)
     engine = plan_engine(
         moved,
         placement.site,
         precision,
+        sum(tensor.nbytes for tensor in moved.model.state_dict().values()),
         pixels,
         FITTED_IMAGES,
         HELD_IMAGES,
         MEASURED_IMAGES,
         sum(band.books for band in BANDS),
+        longest,
         MESSAGES_PER_IMAGE,
     )
-    longest = min(BITS[-1], most_bits(view.width) // BITS.step * BITS.step)
     return Outlook(
         view.tower,
         tuple(name for name in view.towers if name != view.tower),

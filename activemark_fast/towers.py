@@ -126,7 +126,7 @@ def feed(tower: nn.Module, images: Tensor) -> Any:
     asked = inspect.signature(tower.forward).parameters
     with _masking_off(tower):
         if "grid_thw" in asked:
-            return _of_merged_patches(tower, images)
+            return _of_merged_patches(tower, images, "merge_sizes" in asked)
         if "spatial_shapes" in asked:
             return tower(*_flat_patches(tower, images))
         if "target_sizes" in asked:
@@ -307,17 +307,20 @@ def _merged_patches(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return ordered[:, :, None].expand(-1, -1, frames, -1, -1), grid
 
 
-def _of_merged_patches(tower: nn.Module, images: Tensor) -> Any:
+def _of_merged_patches(tower: nn.Module, images: Tensor, sized: bool) -> Any:
     """What a tower makes of packed patches: flat, or (n, 3, side, side), or (1, n, 3, side, side).
+
+    sized: it asks for each image's merge size, too, which is 1.
 
     Which of these it takes shows only when it is run; where it takes none, it is the first that it refuses.
     """
     patches, grid = _merged_patches(tower, images)
     square = patches[:, :, 0]
+    sizes = [torch.ones(len(images), dtype=torch.int64, device=images.device)] if sized else []
     refusals: list[Exception] = []
     for form in (patches.flatten(1), square, square[None]):
         try:
-            return tower(form, grid)
+            return tower(form, grid, *sizes)
         except (RuntimeError, ValueError) as error:
             refusals.append(error)
     raise refusals[0]

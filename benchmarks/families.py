@@ -17,6 +17,7 @@ import json
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,14 +26,19 @@ import torch
 from models import made_by
 from small_models import BACKBONES, FAMILIES, VLM_TOWERS
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from activemark_fast import Key, embed, verify
 from activemark_fast.attacks.noise import noise
 from activemark_fast.backbone import Backbone
 from activemark_fast.embedding import UnverifiedMarkError
+from activemark_fast.towers import NotAViTError, feed
+from activemark_fast.triggers import holdout_images
 
 KEY = Key(b"benchmarks/families.py: a key of no worth")
 BITS, FIDELITY, NOISE = 24, 0.97, 0.02
+SEEN = 32
+"""Photographs that batch norms have their statistics of."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +78,35 @@ class Row:
 
 @torch.no_grad()
 def trained(model: nn.Module, seed: int) -> nn.Module:
-    """The model with random weights of about the size that trained ones have."""
+    """The model with random weights of about the size that trained ones have.
+
+    A bias that starts at 1, as a gate's does, stays about 1; batch norms have the statistics of photographs.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2:
             parameter.copy_(values * max(1, parameter[0].numel()) ** -0.5)
+        elif name.endswith("bias"):
+            parameter.copy_(0.02 * values + float((parameter == 1).all()))
         else:
-            parameter.copy_(0.02 * values if name.endswith("bias") else 1 + 0.1 * values)
+            parameter.copy_(1 + 0.1 * values)
+    model.eval()
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    if norms:
+        with suppress(NotAViTError):  # it is refused, whatever its statistics
+            _show_photographs(Backbone(model), norms)
     return model.eval()
+
+
+def _show_photographs(view: Backbone, norms: list[BatchNorm]) -> None:
+    """Gives batch norms the statistics that they would have after training."""
+    images = holdout_images(None, KEY, view.preprocess, SEEN).pixels
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches, of which there is one
+        norm.train()
+    feed(view.encoder, images)
 
 
 def run(family: str) -> Row:
@@ -183,7 +209,8 @@ def page(rows: list[Row]) -> str:
 Made by
 
 {made_by()}
-Each family is built by its library at small settings, with random weights of the size that trained ones have.
+Each family is built by its library at small settings, with random weights of the size that trained ones have;
+batch norms have the statistics of {SEEN} photographs.
 
 | families | {len(rows)} |
 |---|---|

@@ -61,7 +61,9 @@ def of_timm() -> dict[str, Build]:
             "vit_relpos_small_patch16_224", "vit_pe_core_tiny_patch16_384", "vit_base_patch16_rope_224",
             "vit_small_patch16_rope_mixed_224", "vit_small_plus_patch16_dinov3",
             "vit_so150m_patch16_reg4_gap_256", "vit_base_patch16_xp_224", "cait_xxs24_224",
-            "xcit_nano_12_p16_224", "flexivit_small", "convit_tiny",
+            "xcit_nano_12_p16_224", "flexivit_small", "convit_tiny", "vit_pe_spatial_tiny_patch16_512",
+            "vit_small_patch16_18x2_224", "vit_betwixt_patch16_reg4_gap_256", "eva02_base_patch16_clip_224",
+            "beit3_base_patch16_224", "vit_base_patch16_rpn_224",
         ),
         **plain(
             56,
@@ -82,6 +84,7 @@ def of_timm() -> dict[str, Build]:
         "swin_tiny_patch4_window7_224": {
             "embed_dim": 24, "depths": STAGES, "num_heads": HEADS, "img_size": SIDE, "window_size": 4,
         },
+        "swin_s3_tiny_224": {"img_size": SIDE},
         "swinv2_tiny_window8_256": {
             "embed_dim": 24, "depths": STAGES, "num_heads": HEADS, "img_size": SIDE, "window_size": 4,
         },
@@ -97,6 +100,7 @@ def of_timm() -> dict[str, Build]:
         "tiny_vit_5m_224": {},
         "davit_tiny": {"depths": STAGES, "embed_dims": WIDTHS, "num_heads": HEADS,},
         "convnext_tiny": {"depths": STAGES, "dims": WIDTHS},
+        "convnext_zepto_rms": {},
         "convnextv2_tiny": {"depths": STAGES, "dims": WIDTHS},
         "pvt_v2_b2": {"depths": STAGES, "embed_dims": WIDTHS, "num_heads": HEADS},
         "inception_next_atto": {},
@@ -174,7 +178,9 @@ def of_transformers() -> dict[str, Build]:
         "Phi4MultimodalVision", "PixtralVision", "InternVLVision", "QianfanOCRVision", "MiniMaxM3VLVision",
         "Cosmos3EdgeVision", "HunYuanVLVisionTransformer", "MiniCPMV4_7Vision", "Kimi_K25Vision",
         "PaddleOCRVision", "Pix2StructVision", "DPT", "Radio", "Sapiens2", "Pixio", "SegGpt",
-        "XCLIPVision", "ImageGPT", "GroupViTVision", "Vilt",
+        "XCLIPVision", "ImageGPT", "GroupViTVision", "Vilt", "Tipsv2Vision", "VideoPrismVision",
+        "Step3p7Vision", "GlmOcrVision", "PPFormulaNetVision", "VideoLlama3Vision", "Qwen3VLMoeVision",
+        "Gemma4Vision", "Cvt",
     )  # fmt: skip
     built = {name: one(name, **HF, **IMAGES) for name in plain}
     swin: Settings = {

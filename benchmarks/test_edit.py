@@ -17,7 +17,7 @@ from test_embed_minutes import DEVICE, KEY, MODELS
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import MEASURED_IMAGES, SiteMeasure, codebooks
 from activemark_fast.key import Key
-from activemark_fast.marking.edit import edit
+from activemark_fast.marking.edit import edit, edit_steps
 from activemark_fast.marking.engine import plan_engine
 from activemark_fast.marking.subject import FITTED_IMAGES, HELD_IMAGES, MESSAGES_PER_IMAGE
 from activemark_fast.marking.suffix import site_activations
@@ -37,27 +37,29 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
         backbone,
         site,
         "auto",
+        0,
         pixels.nbytes,
         FITTED_IMAGES,
         HELD_IMAGES,
         MEASURED_IMAGES,
         3,
+        32,
         MESSAGES_PER_IMAGE,
     )
     output = site_activations(backbone, pixels, site.block, engine.autocast).output
     measured = SiteMeasure.of(output, site.prefix_tokens)
     books = [book.to(DEVICE) for book in codebooks(secret.stretched(), site, 32, measured)]
     sent = [torch.randint(0, 2, (len(output[i :: len(books)]), 32), device=DEVICE) for i in range(len(books))]
-    linears = [backbone.mlp_out(block) for block in range(site.block + 1, site.taps[-1] + 1)]
-    weights = [linear.weight.clone() for linear in linears]
+    steps = edit_steps(backbone, site)
+    weights = [step.matrix.clone() for step in steps]
 
     def restored() -> None:
         with torch.no_grad():
-            for linear, weight in zip(linears, weights, strict=True):
-                linear.weight.copy_(weight)
+            for step, weight in zip(steps, weights, strict=True):
+                step.matrix.copy_(weight)
 
     def run() -> None:
-        edit(backbone, books, site, output, sent, engine, Progress(False))
+        edit(backbone, books, steps, output, sent, engine, Progress(False))
         synchronise(DEVICE)
 
     rate = matmul_flops(DEVICE)
@@ -67,7 +69,7 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
     flops = flops_of(run)
     benchmark.extra_info.update(
         {
-            "blocks": len(linears),
+            "steps": len(steps),
             "images at a time": engine.batch,
             "TFLOP": round(flops / 1e12, 2),
             "FLOP/s over a matmul's": round(flops / benchmark.stats["min"] / rate, 2),

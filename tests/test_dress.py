@@ -103,6 +103,17 @@ def test_inference_mode_changes_nothing(plain: Embedding) -> None:
     assert fingerprint(embedding.model) == fingerprint(plain.model)
 
 
+@pytest.mark.parametrize(
+    "context", [torch.autocast("cpu", torch.bfloat16), torch.device("meta")], ids=["autocast", "device"]
+)
+def test_autocast_and_another_default_device_change_nothing(context: Any, plain: Embedding) -> None:
+    model = vit()
+    with context:
+        embedding = marked(model)
+        assert found(embedding.model, embedding)
+    assert fingerprint(embedding.model) == fingerprint(plain.model)
+
+
 def test_hooks_run_and_stay() -> None:
     model = vit()
     calls: list[int] = []
@@ -155,6 +166,11 @@ def compiled_in_place() -> nn.Module:
     return model
 
 
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return vit()
+
+
 def stored_as_uint8() -> nn.Module:
     model = vit()
     for block in model.blocks:
@@ -175,9 +191,11 @@ def stored_as_uint8() -> nn.Module:
             r"block 1 called no torch\.nn\.Linear",
         ),
         (stored_as_uint8, r"block 1 is quantised or sharded \(uint8\)"),
+        (made_in_inference_mode, "was made in inference mode"),
         (on_meta, "head.weight holds no values"),
         (partly_compiled, "'blocks.2' is compiled"),
         (lambda: torch.jit.trace(vit(), torch.zeros(1, 3, 32, 32)), "it is TorchScript"),
+        (lambda: torch.fx.symbolic_trace(vit().eval()), "it is a traced graph"),
         (compiled_in_place, "it is compiled: mark the model first"),
     ],
 )

@@ -323,6 +323,17 @@ class Conditioned(HomeMade):
         return tokens
 
 
+class Normalised(HomeMade):
+    """With a batch norm before its patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.before(images))
+
+
 def relu_after_the_sum() -> nn.Module:
     return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 5, 1], num_classes=2)
 
@@ -332,6 +343,7 @@ def relu_after_the_sum() -> nn.Module:
     [
         (Conditioned, "further arguments do not depend on the image"),
         (lambda: HomeMade(norm_first=False), "block 1 is not pre-norm residual"),
+        (Normalised, "batch norms have never seen an image"),
         (lambda: trained(relu_after_the_sum()), "block 1 is not pre-norm residual"),
         (lambda: torchvision.models.vgg11(num_classes=2), "found none in VGG"),
     ],

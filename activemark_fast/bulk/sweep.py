@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -30,6 +29,7 @@ from activemark_fast.checkpoints.plan import Plan, plans
 from activemark_fast.checkpoints.target import Target
 from activemark_fast.commitment import Commitment
 from activemark_fast.decision import doubted
+from activemark_fast.dress import copied
 from activemark_fast.key import Key
 from activemark_fast.looks import Prefix
 from activemark_fast.runtime import resolve_device
@@ -90,7 +90,7 @@ class SweepSettings:
             device=resolve_device(self.device, tensors[0].device if tensors else torch.device("cpu")),
             precision=self.precision,
         )
-        own = build_model(model) if isinstance(model, str) else copy.deepcopy(model)
+        own = build_model(model) if isinstance(model, str) else copied(model)
         return Sweeper(verifier, own.to(verifier.device), self.max_bytes, self.timeout)
 
     def to_dict(self) -> dict[str, object]:

@@ -19,10 +19,13 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -204,21 +207,41 @@ def fetch(architecture: str) -> nn.Module:
     family, _, name = architecture.partition(":")
     if name.startswith(f"{_VIT}?"):
         raise CheckpointError(f"{shown(architecture)}: names no weights; say where they are: @path")
+    hub = _unknown_hub()
     try:
-        if family == "open_clip":
-            name, _, tag = name.partition("/")
-            if not tag:
-                raise CheckpointError(f"{architecture}: names no weights; say open_clip:{name}/TAG or @path")
-            return _library("open_clip").create_model(name, pretrained=tag, **_open_clip_options(name, tag))
-        if family == "torchvision":
-            return _library("torchvision.models").get_model(name, weights="DEFAULT")
-        if family == "hf":
-            return _library("transformers").AutoModel.from_pretrained(name, trust_remote_code=False)
-        return _library("timm").create_model(name, pretrained=True)
+        with _offline() if hub else nullcontext():
+            if family == "open_clip":
+                name, _, tag = name.partition("/")
+                if not tag:
+                    raise CheckpointError(
+                        f"{architecture}: names no weights; say open_clip:{name}/TAG or @path"
+                    )
+                options = _open_clip_options(name, tag)
+                return _library("open_clip").create_model(name, pretrained=tag, **options)
+            if family == "torchvision":
+                return _library("torchvision.models").get_model(name, weights="DEFAULT")
+            if family == "hf":
+                return _library("transformers").AutoModel.from_pretrained(name, trust_remote_code=False)
+            return _library("timm").create_model(name, pretrained=True)
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{architecture}: its weights cannot be fetched: {reason(error)}") from error
+        why = reason(error)
+        if hub and family != "torchvision" and isinstance(error, OSError):
+            why = f"they are not in the local cache, and {hub} cannot be reached; say where they are: @path"
+        raise CheckpointError(f"{architecture}: its weights cannot be fetched: {why}") from error
+
+
+def _unknown_hub() -> str | None:
+    """The Hugging Face hub's host where this machine knows no address of it: to try would take a minute."""
+    host = urlsplit(_library("huggingface_hub.constants").ENDPOINT).hostname
+    if getproxies():  # who knows it, then
+        return None
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return host
+    return None
 
 
 def _library(name: str) -> Any:

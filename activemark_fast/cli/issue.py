@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,9 +94,10 @@ def write_copies(
     model: the marked model; it is left as it was.
     """
     from activemark_fast.checkpoints import save_model
+    from activemark_fast.dress import copied
 
     started = time.perf_counter()
-    made = copy.deepcopy(model)
+    made = copied(model)
     for name, path in paths.items():
         made.load_state_dict(register.weights(key, model, name), strict=False)
         save_model(made, path, architecture)

@@ -21,7 +21,7 @@ from itertools import cycle
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from activemark_fast.backbone import Backbone, Layer
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
@@ -66,8 +66,27 @@ DIALS = {
     TRACED.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="all"),
 }
 
-Changes = list[dict[str, Tensor]]
-"""Of each step, by band: (D, H) float32."""
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What an edit adds to a matrix for one band: far fewer rows than the matrix has.
+
+    Attributes:
+        solution: (H, rows) float64.
+        read: (rows, D) float64.
+    """
+
+    solution: Tensor
+    read: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """(D, H) float32."""
+        return (self.solution.to(self.read.device) @ self.read).T.float()
+
+
+Changes = list[dict[str, Change]]
+"""Of each step, by band."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +148,6 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
     return steps
 
 
-def writable_weights(backbone: Backbone, site: Site) -> list[nn.Parameter]:
-    """The weights of the blocks that an edit may change: all that it does change, and others."""
-    blocks = backbone.blocks[site.block + 1 : site.taps[-1] + 1]
-    layers = (module for block in blocks for module in block.modules() if isinstance(module, Layer))
-    weights = (layer._parameters.get("weight") for layer in layers)
-    return [weight for weight in weights if weight is not None and weight.shape[0] == backbone.width]
-
-
 @torch.no_grad()
 def edit(
     backbone: Backbone,
@@ -182,9 +193,9 @@ def edit(
     failed = []
 
     def solved(step: Step) -> dict[str, Tensor]:
-        """The step's changes by band, what LAPACK tells, and where the streams go on."""
+        """The step's solutions by band, what LAPACK tells, and where the streams go on."""
         moments, hidden = _moments(backbone, books, step, streams, engine)
-        change: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         added: list[tuple[Tensor, Tensor]] = []
         infos = []
         bands = [(band, [book for book in books if book.band.name == band]) for band in step.shares]
@@ -195,9 +206,8 @@ def edit(
             bands, engine.ranks.each(solves, backbone.device), strict=True
         ):
             infos.append(info)
-            read = torch.cat([book.read_directions[step.tap] for book in members])  # (rows, D)
-            change[band] = (solution @ (read.double() / step.gain.double())).T.float()
-            added.append((solution, read))
+            found[band] = solution
+            added.append((solution, _read(members, step)))
         del moments, solves
         moved = {}
         for index, k in hidden.items():
@@ -207,14 +217,14 @@ def edit(
                 stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
             moved[f"stream {index}"] = streams[index].values = engine.offload(stream)
             hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
-        return {**change, "failed": torch.stack(infos).any(), **moved}
+        return {**found, "failed": torch.stack(infos).any(), **moved}
 
     for number, step in enumerate(steps):
         made = engine.made(f"step-{number}", partial(solved, step))
         failed.append(made["failed"])
-        changes.append({band: made[band] for band in step.shares})
+        changes.append({band: _change(made[band], books, band, step) for band in step.shares})
         weight = step.matrix
-        weight += torch.stack([engine.fetch(p) for p in changes[-1].values()]).sum(dim=0).to(weight.dtype)
+        weight += torch.stack([change.matrix for change in changes[-1].values()]).sum(dim=0).to(weight.dtype)
         for index, stream in enumerate(streams):
             stream.values = made.get(f"stream {index}", stream.values)
         del made  # the next step lets go of one stream after another
@@ -224,6 +234,16 @@ def edit(
     if any(bad):
         raise _silent(steps[bad.index(True)])
     return changes
+
+
+def _read(books: Sequence[Codebook], step: Step) -> Tensor:
+    """(rows, D) float32: the directions that some books are read along behind a step."""
+    return torch.cat([book.read_directions[step.tap] for book in books])
+
+
+def _change(solution: Tensor, books: Sequence[Codebook], band: str, step: Step) -> Change:
+    read = _read([book for book in books if book.band.name == band], step)
+    return Change(solution, read.double() / step.gain.double())
 
 
 def _silent(step: Step) -> ValueError:
@@ -312,18 +332,66 @@ def _streams(
     return streams
 
 
+class _Gram:
+    """A symmetric (H, H) float32 matrix: of each of a few parts of its columns, what is not above the part.
+
+    Attributes:
+        parts: the columns of each, and the process that adds it up; of two, as much each.
+        blocks: of each part, (H - its start, its columns); what is above the diagonal counts for nothing.
+    """
+
+    def __init__(self, size: int, device: torch.device, ranks: Ranks) -> None:
+        step = -(-size // COLUMN_PARTS)
+        columns = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        turns = cycle(range(2 * ranks.count))
+        self.parts = [
+            (part, min(turn, 2 * ranks.count - 1 - turn)) for part, turn in zip(columns, turns, strict=False)
+        ]
+        self.blocks = [
+            torch.zeros(size - part.start, part.stop - part.start, device=device) for part in columns
+        ]
+
+    def add(self, rows: Tensor, weight: float, ranks: Ranks) -> None:
+        """Adds weight * rows^T rows to this process's parts.
+
+        Half-precision rows are multiplied as they are on CUDA, and the products added up in float32.
+        """
+        rows = rows if rows.device.type == "cuda" else rows.float()
+        for block, (part, owner) in zip(self.blocks, self.parts, strict=True):
+            if owner != ranks.rank:
+                continue
+            left, right = rows[:, part.start :].T, rows[:, part]
+            if rows.dtype == torch.float32:
+                block.addmm_(left, right, alpha=weight)
+            else:
+                block.add_(torch.mm(left, right, torch.float32), alpha=weight)
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Gives every process the parts that others have added up."""
+        if ranks.count > 1:
+            self.blocks = [
+                ranks.sent(owner, [block], block.device)[0]
+                for block, (_, owner) in zip(self.blocks, self.parts, strict=True)
+            ]
+
+    def mean(self) -> Tensor:
+        """(), of the diagonal."""
+        diagonal = torch.cat([block.diagonal() for block in self.blocks])
+        return diagonal[:, None].expand(-1, 2).contiguous()[:, 0].mean()
+
+
 @dataclass(frozen=True, eq=False)
 class _Moments:
     """What the solves of a step need.
 
     Attributes:
-        clean: (H, H) float32, E[k₀ k₀^T], lower triangle only.
-        changed: for each band, likewise E[Δk Δk^T].
+        clean: E[k₀ k₀^T].
+        changed: for each band E[Δk Δk^T].
         cross: for each codebook (H, M) float32, E[Δk δ^T].
     """
 
-    clean: Tensor
-    changed: dict[str, Tensor]
+    clean: _Gram
+    changed: dict[str, _Gram]
     cross: list[Tensor]
 
 
@@ -342,8 +410,9 @@ def _moments(
     """
     layer, tap = step.layer, step.tap
     size, device = step.matrix.shape[1], backbone.device
-    clean = torch.zeros(size, size, device=device)
-    changed = {band: torch.zeros(size, size, device=device) for band in step.shares}
+    ranks = engine.ranks
+    clean = _Gram(size, device, ranks)
+    changed = {band: _Gram(size, device, ranks) for band in step.shares}
     cross = [torch.zeros(size, book.bits, device=device) for book in books]
     answers = [torch.zeros(book.bits, device=device) for book in books]
     images = [
@@ -353,7 +422,6 @@ def _moments(
     pool = _slot_groups(len(books[0].slots), device)
     # Those of a band that is not written here run only to be moved on.
     running = [stream for stream in streams if step.last or books[stream.book].band.name in step.shares]
-    ranks = engine.ranks
     count = sum(stream.values.shape[1] for stream in running)
     stride = max(1, count * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in running)
@@ -387,18 +455,18 @@ def _moments(
         for stream, (some, change, answer) in zip(running, ranks.each(tasks, device, owners), strict=True):
             book = books[stream.book]
             dials, share = DIALS[book.band.name], step.shares[book.band.name]
-            _add_gram(clean, some, 1 / rows, ranks)
+            clean.add(some, 1 / rows, ranks)
             wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
             missing = wanted.expand_as(answer)
             if dials.answer == "whole":
                 missing = share * (dials.gain * missing - answer)
             weight = 1 / (len(pool) * images[stream.book])
             flat = change.flatten(0, 1)
-            _add_gram(changed[book.band.name], flat.to(some.dtype), weight / book.band.books, ranks)
+            changed[book.band.name].add(flat.to(some.dtype), weight / book.band.books, ranks)
             cross[stream.book].addmm_(flat.T, missing.flatten(0, 1), alpha=weight / book.band.books)
             answers[stream.book] += (answer * stream.signs[:, None]).sum(dim=(0, 1)) * weight
-    for matrix in (clean, *changed.values()):
-        _exchange(matrix, ranks)
+    for gram in (clean, *changed.values()):
+        gram.exchange(ranks)
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
         if dials.answer == "lack":
@@ -423,60 +491,24 @@ def _slot_groups(slots: int, device: torch.device) -> Tensor:
     return pool / pool.sum(dim=1, keepdim=True)
 
 
-def _columns(matrix: Tensor, ranks: Ranks) -> list[tuple[slice, int]]:
-    """The parts of a matrix's columns, and the process that adds each up; of two, as much each."""
-    step = -(-len(matrix) // COLUMN_PARTS)
-    parts = [slice(start, start + step) for start in range(0, len(matrix), step)]
-    return [
-        (part, min(turn, 2 * ranks.count - 1 - turn))
-        for part, turn in zip(parts, cycle(range(2 * ranks.count)), strict=False)
-    ]
-
-
-def _exchange(matrix: Tensor, ranks: Ranks) -> None:
-    """Gives every process the columns that others have added up."""
-    if ranks.count == 1:
-        return
-    parts = _columns(matrix, ranks)
-    for owner in range(ranks.count):
-        for part in (part for part, by in parts if by == owner):
-            (matrix[part.start :, part],) = ranks.sent(owner, [matrix[part.start :, part]], matrix.device)
-
-
-def _add_gram(matrix: Tensor, rows: Tensor, weight: float, ranks: Ranks) -> None:
-    """Adds weight * rows^T rows to the lower triangle of `matrix`; above it, what the parts bring along.
-
-    Only this process's columns. Half-precision rows are multiplied as they are on CUDA, and the products
-    added up in float32.
-    """
-    rows = rows if rows.device.type == "cuda" else rows.float()
-    for part, owner in _columns(matrix, ranks):
-        if owner != ranks.rank:
-            continue
-        start = part.start
-        left, right = rows[:, start:].T, rows[:, part]
-        if rows.dtype == torch.float32:
-            matrix[start:, part].addmm_(left, right, alpha=weight)
-        else:
-            matrix[start:, part].add_(torch.mm(left, right, torch.float32), alpha=weight)
-
-
 def _solve(moments: _Moments, band: str, books: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Reads the lower triangles of the moments, and lets go of the band's.
+    """Lets go of the band's moments.
 
     Returns:
         (H, rows) float64, and what LAPACK tells: 0 where the matrix was positive definite.
     """
     dials = DIALS[band]
-    changed = moments.changed.pop(band)
-    balance = changed.diagonal().mean() / moments.clean.diagonal().mean()
-    matrix = (dials.protection * balance * moments.clean).add_(changed)
-    del changed
-    wide = matrix.double()
-    del matrix
-    wide.diagonal().add_(dials.ridge * wide.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(wide)
-    del wide  # what follows copies the factor
+    clean, changed = moments.clean, moments.changed.pop(band)
+    balance = changed.mean() / clean.mean()
+    size, device = len(clean.blocks[0]), clean.blocks[0].device
+    factor = torch.empty(size, size, dtype=torch.float64, device=device).T  # by columns, as LAPACK wants it
+    for (part, _), block in zip(changed.parts, clean.blocks, strict=True):
+        moved = changed.blocks.pop(0)
+        factor[part.start :, part] = (dials.protection * balance * block).add_(moved)
+    del moved
+    factor.diagonal().add_(dials.ridge * factor.diagonal().mean())
+    info = torch.empty((), dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))  # in its place
     cross = torch.cat([moments.cross[book] for book in books], dim=1).double()
     half = torch.linalg.solve_triangular(factor, cross, upper=False)
     return torch.linalg.solve_triangular(factor.T, half, upper=True), info

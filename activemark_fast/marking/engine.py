@@ -22,6 +22,8 @@ GPU_WORKING_SHARE = 0.25
 MAX_IMAGES, MIN_IMAGES = 128, 4
 GROUPS = 8
 """The slots are averaged in this many groups before they enter the solve: a reading averages them all."""
+KEPT_OF_GRAM = 0.625
+"""Share of a symmetric matrix that is kept (`edit._Gram`)."""
 GPU_RESERVE = 0.9
 """Share of a GPU's free memory that is counted on."""
 
@@ -77,11 +79,13 @@ def plan_engine(
     backbone: Backbone,
     site: Site,
     precision: str,
+    weights: int,
     pixels: int,
     fitted: int,
     held: int,
     carriers: int,
     books: int,
+    bits: int,
     messages: int,
     scratch: Scratch | None = None,
     ranks: Ranks = ALONE,
@@ -92,11 +96,13 @@ def plan_engine(
         backbone: the model to mark, where it is computed.
         site: where the mark goes.
         precision: as in `embed`.
-        pixels: bytes of all images, on the CPU.
+        weights: bytes of all weights besides those of the model that was given.
+        pixels: bytes of the hold-out images, on the CPU.
         fitted: images that the edit is solved on.
         held: images that the features are compared on.
         carriers: hold-out images whose activations are kept.
         books: codebooks, which share the images that the edit is solved on.
+        bits: of a message, which is as many rows of a codebook.
         messages: runs of an image with something sent.
         scratch: where activations and changes wait on disk, beside a model that is not copied.
         ranks: the processes that compute it together.
@@ -116,12 +122,10 @@ def plan_engine(
     room = CPU_WORKING_SET if device.type == "cpu" else int(GPU_WORKING_SHARE * free) // 6
     batch = ranks.least(max(MIN_IMAGES, min(room // one, MAX_IMAGES, -(-fitted // books))))
     stream = copies * tokens * width * wide
-    model = sum(tensor.numel() * tensor.element_size() for tensor in backbone.model.state_dict().values())
-    # Of both bands and the original weights, of the MLPs; likewise of attention, which one band changes.
-    changes = len(blocks) * width * (hidden * (2 * 4 + wide) + width * (4 + wide))
-    matrix = 3 * 4 * hidden * hidden  # of clean images and of what each band changes
-    solve = matrix + 2 * 8 * hidden * hidden  # in float64 too, and its factor
-    caches = (2 * (fitted + carriers) + held) * tokens * width * wide + fitted * stream
+    changes = len(blocks) * (hidden + width) * books * bits * 8  # of MLPs and attention
+    matrix = int(3 * 4 * hidden * hidden * KEPT_OF_GRAM)  # of clean images and of what each band changes
+    solve = matrix + 8 * hidden * hidden  # in float64 too, where it is factored
+    caches = (fitted + 2 * carriers + held) * tokens * width * wide + fitted * stream
     caches += held * tokens * width * 4  # features of the original
     if device.type == "cpu":
         caches += pixels
@@ -137,8 +141,8 @@ def plan_engine(
         running = [matrix + start * kept + size * most for start, size in batches]
         return max(*running, fitted * kept + solve)
 
-    on_host = device.type == "cuda" and model + changes + block(one) + caches > GPU_RESERVE * free
-    peak = model + changes + (block(0) if on_host else block(one) + caches)
+    on_host = device.type == "cuda" and weights + changes + block(one) + caches > GPU_RESERVE * free
+    peak = weights + changes + (block(0) if on_host else block(one) + caches)
     where = "caches in pinned host memory" if on_host else "caches on the device"
     if scratch is not None:
         # The activations of all images are there once, before they go to disk; of the changes, those of one

@@ -74,8 +74,19 @@ def _edit(
         found = engine.made(f"look-{next(looks)}", look)
         return Fidelity(**{name: (float(pair[0]), float(pair[1])) for name, pair in found.items()})
 
-    history = search_edit(backbone, books, site, output, sent, fidelity, check.margin, wanted, engine, bar)
+    history = search_edit(
+        *(backbone, books, subject.steps, _originals(subject), output, sent),
+        *(fidelity, check.margin, wanted, engine, bar),
+    )
     return check, history
+
+
+def _originals(subject: Subject) -> list[Tensor]:
+    """The unmarked weight of each step: the model's that was given, which is not written to meanwhile."""
+    engine, original = subject.engine, subject.original.encoder
+    names = {module: name for name, module in subject.backbone.encoder.named_modules()}
+    weights = [original.get_parameter(f"{names[step.layer]}.weight").detach() for step in subject.steps]
+    return weights if engine.caches_on_host else [engine.fetch(weight) for weight in weights]
 
 
 def _copies(

@@ -17,7 +17,7 @@ from activemark_fast.files import mapped_bytes, write_whole
 from activemark_fast.key import Key
 
 _INPUTS = "inputs.json"
-_FORMAT = 1
+_FORMAT = 2
 
 Make = Callable[[], dict[str, Tensor]]
 

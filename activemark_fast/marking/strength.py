@@ -12,11 +12,10 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, Codebook
 from activemark_fast.marking.cosine import Fidelity
-from activemark_fast.marking.edit import Changes, edit, edit_steps
+from activemark_fast.marking.edit import Changes, Step, edit
 from activemark_fast.marking.engine import Engine
 from activemark_fast.marking.memory import halving
 from activemark_fast.progress import Progress
-from activemark_fast.site import Site
 
 LOOKS = 4
 """Most strengths of a band whose fidelity is measured."""
@@ -34,7 +33,8 @@ LOUD_MARGIN = 2.5
 def search_edit(
     backbone: Backbone,
     books: Sequence[Codebook],
-    site: Site,
+    steps: Sequence[Step],
+    originals: Sequence[Tensor],
     output: Tensor,
     sent: Sequence[Tensor],
     fidelity: Callable[[], Fidelity],
@@ -53,7 +53,8 @@ def search_edit(
     Args:
         backbone: the model to mark.
         books: on the backbone's device.
-        site: where the mark goes.
+        steps: as `edit_steps` gives them.
+        originals: the unmarked matrix of each step, of whatever shape and wherever it is.
         output: (n, N, D), clean output of the site's block.
         sent: for each codebook (its images, M) of 0 and 1; see `edit`.
         fidelity: measures the edited model.
@@ -65,13 +66,14 @@ def search_edit(
     Returns:
         Every strength tried, and what was measured.
     """
-    steps = edit_steps(backbone, site)
     matrices = [step.matrix for step in steps]
-    originals = [engine.offload(matrix.clone()) for matrix in matrices]
+
+    def original(index: int) -> Tensor:
+        return engine.fetch(originals[index]).view_as(matrices[index])
 
     def solved(batch: int) -> Changes:
-        for matrix, weight in zip(matrices, originals, strict=True):
-            matrix.copy_(engine.fetch(weight))  # an earlier try may have run out of memory half way
+        for index, matrix in enumerate(matrices):
+            matrix.copy_(original(index))  # an earlier try may have run out of memory half way
         bar.stage("edit", len(steps))
         return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
 
@@ -80,10 +82,9 @@ def search_edit(
     history: list[dict[str, float | str]] = []
 
     def apply() -> None:
-        for matrix, weight, change in zip(matrices, originals, changes, strict=True):
-            parts = (factors[band] * engine.fetch(part) for band, part in change.items())
-            edited = engine.fetch(weight).float() + sum(parts)
-            matrix.copy_(edited)
+        for index, (matrix, change) in enumerate(zip(matrices, changes, strict=True)):
+            parts = (factors[band] * part.matrix for band, part in change.items() if factors[band])
+            matrix.copy_(original(index).float() + sum(parts))
 
     lost = 0.0
     for band, share in ((LOUD, LOUD_SHARE), (NATURAL, 1.0)):

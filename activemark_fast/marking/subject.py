@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure
 from activemark_fast.dress import fixed_weight
 from activemark_fast.marking.cosine import FidelityCheck
-from activemark_fast.marking.edit import writable_weights
+from activemark_fast.marking.edit import Step, edit_steps
 from activemark_fast.marking.engine import Engine, plan_engine
 from activemark_fast.marking.memory import halving
 from activemark_fast.marking.quality import Quality
@@ -41,7 +43,9 @@ class Subject:
 
     Attributes:
         backbone: a view of the copy that is marked.
+        original: a view of the model that was given.
         placement: where the mark goes, and why.
+        steps: the layers that an edit changes; none where gradient steps are taken.
         fitted: activations of the clean images that the mark is solved on.
         carriers: of the first hold-out images, which the mark is read on before it is released.
         measured: how tokens vary at the site, on hold-out images.
@@ -51,7 +55,9 @@ class Subject:
     """
 
     backbone: Backbone
+    original: Backbone
     placement: Placement
+    steps: list[Step]
     fitted: SiteActivations
     carriers: SiteActivations
     measured: SiteMeasure
@@ -82,15 +88,30 @@ class Marked:
 
 
 def check_writable(backbone: Backbone) -> None:
-    """Refuses a model with a block that a mark could not be written to."""
+    """Refuses a model with a block that a mark could not be written to, or would say nothing in."""
+    made = next((name for name, p in backbone.encoder.named_parameters() if p.is_inference()), None)
+    if made is not None:
+        raise ValueError(f"model: {made} was made in inference mode: build or load the model outside of it")
     for block in range(1, backbone.depth - 1):
         fixed = fixed_weight(backbone.carrier(block))
         if fixed is not None:
             raise ValueError(f"model: the weight of the last linear layer of block {block} {fixed}")
         backbone.mlp_gain(block)
+    norms = [module for module in backbone.encoder.modules() if isinstance(module, BatchNorm)]
+    if norms and all(map(_unseen, norms)):
+        raise ValueError(
+            "model: its batch norms have never seen an image (all means 0, all variances 1): load trained "
+            "weights"
+        )
 
 
-def _own(tower: nn.Module, weights: list[nn.Parameter], engine: Engine) -> None:
+def _unseen(norm: BatchNorm) -> bool:
+    """Whether the statistics of a batch norm are those that it starts with."""
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and bool((mean == 0).all() & (variance == 1).all())
+
+
+def _own(tower: nn.Module, weights: Sequence[Tensor], engine: Engine) -> None:
     """Gives a tower that shares its parameters its own of these."""
     own = {
         id(weight): nn.Parameter(engine.offload(weight.detach().clone()), weight.requires_grad)
@@ -157,21 +178,39 @@ def prepare(
     if not measured.usable:
         raise ValueError("model: wanted finite activations that vary, got constant or non-finite ones")
     fitted = at_site("fitted", natural.fitted)
+    steps: list[Step] = []
+    if settings.keyed:
+        steps = edit_steps(backbone, site)
+        fitted = SiteActivations(fitted.output, fitted.output)  # an edit takes no more
+    own = [step.layer.weight for step in steps]
+    held = own if shared else [*backbone.model.parameters(), *backbone.model.buffers()]
+    held += [] if original.device == device else own
     engine = plan_engine(
         backbone,
         site,
         settings.precision,
-        sum(part.nbytes for part in (holdout, natural.fitted, natural.held)),
+        sum(tensor.nbytes for tensor in held),
+        holdout.nbytes,
         len(fitted),
         len(natural.held),
         MEASURED_IMAGES,
         sum(band.books for band in BANDS),
+        settings.bits,
         MESSAGES_PER_IMAGE,
         scratch,
         ranks,
     )
     if shared:
-        _own(backbone.model, writable_weights(backbone, site), engine)
+        _own(backbone.model, own, engine)
     return Subject(
-        backbone, placement, fitted, carriers[:CHECKED_IMAGES], measured, fidelity, autocast, engine
+        backbone,
+        original,
+        placement,
+        steps,
+        fitted,
+        carriers[:CHECKED_IMAGES],
+        measured,
+        fidelity,
+        autocast,
+        engine,
     )

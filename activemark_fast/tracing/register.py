@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import hmac
 import json
@@ -19,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from activemark_fast.codec.codebooks import SiteMeasure
+from activemark_fast.dress import copied
 from activemark_fast.files import write_whole
 from activemark_fast.key import Key
 from activemark_fast.tracing.codewords import draw_biases, draw_codewords
@@ -147,7 +147,7 @@ class Register:
         """
         self.check_model(model)
         weights = self.weights(key, model, name)
-        made = copy.deepcopy(model)
+        made = copied(model)
         made.load_state_dict(weights, strict=False)
         return made
 

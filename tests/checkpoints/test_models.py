@@ -189,11 +189,29 @@ def test_failed_fetch_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("no network")
 
     monkeypatch.setattr("timm.create_model", create_model)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [])
     with pytest.raises(CheckpointError, match="cannot be fetched: OSError: no network"):
         load_model("timm:vit_tiny_patch16_224")
     for spec in ("open_clip:ViT-L-14", TINY):
         with pytest.raises(CheckpointError, match="names no weights"):
             load_model(spec)
+
+
+def test_without_a_network_only_the_cache_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it was tried again"))
+    why = r"not in the local cache, and \S+ cannot be reached; say where they are: @path"
+    with pytest.raises(CheckpointError, match=why):
+        load_model("timm:vit_tiny_patch16_224")
 
 
 def test_demo() -> None:

@@ -20,7 +20,7 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, LOUD, Codebook, SiteMeasure, balanced_bits, codebooks
 from activemark_fast.key import Key
 from activemark_fast.marking.cosine import Fidelity, FidelityCheck, feature_cosine
-from activemark_fast.marking.edit import CLEAN_ROWS, DIALS, GROUPS, Changes, Step, edit, edit_steps
+from activemark_fast.marking.edit import CLEAN_ROWS, DIALS, GROUPS, Step, edit, edit_steps
 from activemark_fast.marking.engine import Engine
 from activemark_fast.marking.reading import Channel
 from activemark_fast.marking.strength import (
@@ -98,10 +98,11 @@ class Case:
     def features(self) -> Tensor:
         return final_features(self.backbone, self.unseen, self.site.block, nullcontext)
 
-    def edit(self, using: Engine | None = None) -> Changes:
+    def edit(self, using: Engine | None = None) -> list[dict[str, Tensor]]:
+        held = self.backbone, self.books, edit_steps(self.backbone, self.site), self.seen.output, self.sent
         with Progress(shown=False) as bar:
-            steps = edit_steps(self.backbone, self.site)
-            return edit(self.backbone, self.books, steps, self.seen.output, self.sent, using or engine(), bar)
+            changes = edit(*held, using or engine(), bar)
+        return [{band: part.matrix for band, part in change.items()} for change in changes]
 
     def search(
         self,
@@ -110,7 +111,8 @@ class Case:
         fidelity: Callable[[], Fidelity] | None = None,
         margin: Callable[[], float] = lambda: 0.0,
     ) -> list[dict[str, Any]]:
-        held = (self.backbone, self.books, self.site, self.seen.output, self.sent)
+        steps = edit_steps(self.backbone, self.site)
+        held = (self.backbone, self.books, steps, self.weights(), self.seen.output, self.sent)
         with Progress(shown=False) as bar:
             return search_edit(*held, fidelity or self.check(), margin, wanted, using or engine(), bar)
 

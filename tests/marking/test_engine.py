@@ -26,8 +26,9 @@ CPU = torch.device("cpu")
 def planned(precision: str = "fp32", images: int = 256, fitted: int = 192, messages: int = 2) -> Engine:
     pixels = torch.empty(images, 3, 32, 32)
     backbone = Backbone(vit())
+    weights = sum(weight.nbytes for weight in backbone.model.parameters())
     site = measure(backbone, torch.randn(4, 3, 32, 32)).site().site
-    return plan_engine(backbone, site, precision, pixels.nbytes, fitted, 64, 32, 3, messages)
+    return plan_engine(backbone, site, precision, weights, pixels.nbytes, fitted, 64, 32, 3, 32, messages)
 
 
 def test_the_plan_grows_with_what_it_has_to_hold() -> None:
@@ -66,10 +67,16 @@ def test_memory_is_stated_before_and_kept_to(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("precision", "working_set"), [("fp32", module.CPU_WORKING_SET), ("fp32", 1 << 40), ("bf16", 1 << 40)]
+    ("precision", "working_set", "inplace"),
+    [
+        ("fp32", module.CPU_WORKING_SET, False),
+        ("fp32", module.CPU_WORKING_SET, True),
+        ("fp32", 1 << 40, False),
+        ("bf16", 1 << 40, False),
+    ],
 )
 def test_peak_memory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, working_set: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, working_set: int, inplace: bool
 ) -> None:
     monkeypatch.setattr(module, "CPU_WORKING_SET", working_set)
     model = vit(embed_dim=256, num_heads=4, depth=8)
@@ -80,7 +87,7 @@ def test_peak_memory(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", RuntimeWarning)
-        embedding = embed(model, b"k" * 32, fidelity=0.9, precision=precision)
+        embedding = embed(model, b"k" * 32, fidelity=0.9, precision=precision, inplace=inplace)
     trace = tmp_path / "trace.json"
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
