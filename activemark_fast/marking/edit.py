@@ -35,7 +35,7 @@ from activemark_fast.towers import Stop
 CLEAN_ROWS = 8
 """Rows of clean hidden activations in the solve, at least, for each of its unknowns (where there are any)."""
 COLUMN_PARTS = 4
-ATTENTION_WEIGHT = 8.0
+ATTENTION_WEIGHT = 4.0
 """Attention's output closes so many times the share of the natural band that an MLP does: a thief who zeroes
 all MLPs, or fits new ones, leaves attention as it is."""
 

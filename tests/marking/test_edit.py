@@ -195,7 +195,7 @@ def test_one_block_against_the_formula_in_float64(scale: float | None) -> None:
     changes = marked.edit()
     steps = edit_steps(reference.backbone, reference.site)
     assert [list(step.shares.items()) for step in steps] == [
-        [("natural", 8 / 9)],
+        [("natural", 4 / 5)],
         [("loud", 1.0), ("natural", 1.0)],
     ]
     for step, change in zip(steps, changes, strict=True):
