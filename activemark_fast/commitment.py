@@ -3,7 +3,7 @@
 The owner writes a commitment when a model is marked and publishes it, or has it timestamped, before the model
 is released. Whoever is later given a key and a watermark can check that they are the committed ones. That
 matters because much can be chosen afterwards by somebody who already holds the suspect: learned codecs,
-hold-out images, statistics to align with. What was fixed before the suspect existed was not chosen to fit it.
+trigger images, statistics to align with. What was fixed before the suspect existed was not chosen to fit it.
 
 A model can be committed to by its sketch (`activemark_fast.descent`), with or without a mark: whoever later
 says that a suspect descends from it can show that it was there first. A forger can fine-tune the *suspect*

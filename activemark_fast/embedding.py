@@ -40,9 +40,9 @@ from activemark_fast.marking.subject import (
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_device
 from activemark_fast.tracing import Register
-from activemark_fast.triggers import CleanImages, HoldOut, clean_images, holdout_images
+from activemark_fast.triggers import CleanImages, TriggerImages, clean_images, trigger_images
 from activemark_fast.verifier import Verifier
-from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, fingerprint
+from activemark_fast.watermark import TRIGGER_IMAGES, Watermark, fingerprint
 
 POWER = 0.999
 """Of the verification that an embedding ends with: it reads images until the verdict is settled."""
@@ -129,7 +129,7 @@ def embed(
             `inplace`. What `torch.compile` or `DataParallel` wraps is marked, and returned without the
             wrapper, unless `inplace`.
         key: the owner's secret: bytes, a passphrase (str), a key file (Path) or a `Key`.
-        images: hold-out images to read the mark on (`holdout_images` says in which forms), up to 128;
+        images: trigger images to read the mark on (`trigger_images` says in which forms), up to 128;
             verification needs them again. Without any they are cut from photographs by the key, which is
             better evidence: own images are something the owner chose.
         clean: natural images of the kind the model is used on, 200 or so, in the same forms. The mark is
@@ -198,9 +198,9 @@ def embed(
     secret = Key.of(key)
     device = resolve_device(device, original.device)
     settings.check_for(original, device)
-    holdout = holdout_images(images, secret, original.preprocess, HOLDOUT_IMAGES)
+    triggers = trigger_images(images, secret, original.preprocess, TRIGGER_IMAGES)
     natural = clean_images(clean, original.preprocess, FITTED_IMAGES, HELD_IMAGES)
-    inputs = partial(_inputs, secret, original, model, settings, holdout, natural, device)
+    inputs = partial(_inputs, secret, original, model, settings, triggers, natural, device)
     saved = None if checkpoint is None else TrainingFile(_path("checkpoint", checkpoint), secret, inputs())
     resumed = None if saved is None else saved.load()
     scratch = None if work is None else Scratch(_path("work", work), secret, inputs())
@@ -208,7 +208,7 @@ def embed(
     shared = inplace and settings.keyed and device == original.device
 
     with Progress(progress) as bar:
-        subject = prepare(original, settings, holdout.pixels, natural, device, shared, scratch, ranks, bar)
+        subject = prepare(original, settings, triggers.pixels, natural, device, shared, scratch, ranks, bar)
         source = natural.source
         del natural, inputs  # their pixels
         alignment = None
@@ -221,9 +221,9 @@ def embed(
             marked = mark_learned(subject, reference, secret, settings, saved, resumed, bar)
     encoder = _undressed(subject, original)
     with _released(model, original, encoder, inplace) as released:
-        watermark = _seal(released, original, subject, marked, secret, settings, holdout, alignment)
+        watermark = _seal(released, original, subject, marked, secret, settings, triggers, alignment)
         register = _register_of(released, original, marked, secret)
-        _check_verified(released, watermark, secret, holdout, device, precision, ranks)
+        _check_verified(released, watermark, secret, triggers, device, precision, ranks)
     _warn_of_missed_targets(marked.quality, fidelity)
     if inplace:
         _write_back(encoder, original.encoder)
@@ -248,12 +248,12 @@ def _inputs(
     original: Backbone,
     model: nn.Module,
     settings: Settings,
-    holdout: HoldOut,
+    triggers: TriggerImages,
     natural: CleanImages,
     device: torch.device,
 ) -> dict[str, object]:
     """All that an embedding depends on besides the key: what it goes on from must be of the same."""
-    images = [holdout.pixels, natural.fitted, natural.held]
+    images = [triggers.pixels, natural.fitted, natural.held]
     digests = [secret.mac("resume/images", part.contiguous().numpy().tobytes()).hex() for part in images]
     asked = [*settings.inputs, str(device), original.tower, settings.recipients is not None]
     return {"model": fingerprint(model), "images": digests, "settings": asked}
@@ -299,7 +299,7 @@ def _seal(
     marked: Marked,
     secret: Key,
     settings: Settings,
-    holdout: HoldOut,
+    triggers: TriggerImages,
     alignment: Tensor | None,
 ) -> Watermark:
     """The watermark of `released`."""
@@ -313,8 +313,8 @@ def _seal(
         axis=settings.axis,
         site=site,
         preprocess=original.preprocess,
-        digests=() if holdout.source == "key" else holdout.digests,
-        image_source=holdout.source,
+        digests=() if triggers.source == "key" else triggers.digests,
+        image_source=triggers.source,
         state=marked.state,
         fingerprint=fingerprint(released),
         architecture=settings.architecture,
@@ -359,13 +359,13 @@ def _check_verified(
     marked: nn.Module,
     watermark: Watermark,
     secret: Key,
-    holdout: HoldOut,
+    triggers: TriggerImages,
     device: torch.device,
     precision: str,
     ranks: Ranks,
 ) -> None:
     """Verifies the finished mark as anybody would. A learned codec must be read; it may not be a match."""
-    images = None if holdout.source == "key" else holdout
+    images = None if triggers.source == "key" else triggers
     verifier = Verifier(
         watermark, secret, images, power=POWER, device=device, precision=precision, ranks=ranks
     )

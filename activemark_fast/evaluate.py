@@ -84,7 +84,7 @@ def evaluate(
         watermark: of `marked`.
         key: the owner's.
         out: folder for results.json and results.csv; made if its parent is there.
-        images: the hold-out images, as `verify` takes them.
+        images: the trigger images, as `verify` takes them.
         tasks: "similar" (what the model is for), and if there are any "dissimilar" and "segmentation"; an
             attack whose task is missing is left out, and the header says so.
         data: what the tasks are made of, for the header.

@@ -33,7 +33,7 @@ from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import WEAKEST_NATURAL, look_ends, mark_excluded, out_of_reach
 from activemark_fast.site import Site
 from activemark_fast.tracing import Register, Trace, trace_answers
-from activemark_fast.triggers import holdout_images
+from activemark_fast.triggers import trigger_images
 from activemark_fast.watermark import Watermark
 
 FIRST_SAMPLED = 4
@@ -76,7 +76,7 @@ class Reader:
         secret: its key.
         codec: of a mark of one band, on `device`; None for a mark in two bands, whose directions depend on
             how the suspect's own tokens vary, and are made for each suspect.
-        pixels: (n, 3, H, W), the hold-out images.
+        pixels: (n, 3, H, W), the trigger images.
         preprocess: how images made from the key become model input.
         power: as `Verifier` takes it; None for a codec without p-value.
         traced: whether recipients are to be told apart, too.
@@ -115,7 +115,7 @@ class Reader:
         self._measured_pixels = pixels[:MEASURED_IMAGES].to(device)
         self._sent = [part[order].to(device) for part in sent]
         if traced:
-            made = holdout_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
+            made = trigger_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
             self._traced_pixels = made.to(device)
 
     def read(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, most_bits
+from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, max_bits
 from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.engine import plan_engine
@@ -17,7 +17,7 @@ from activemark_fast.marking.subject import FITTED_IMAGES, HELD_IMAGES, MESSAGES
 from activemark_fast.profiling import measure
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.triggers import clean_images
-from activemark_fast.watermark import HOLDOUT_IMAGES
+from activemark_fast.watermark import TRIGGER_IMAGES
 
 LOOKED_AT = 8
 """Photographs that a model is profiled and timed on."""
@@ -96,8 +96,8 @@ def outlook(
     with autocast(moved.dtype):
         placement = measure(moved, photographs).site()
     seconds = (time.perf_counter() - started) / LOOKED_AT
-    pixels = photographs[0].nbytes * HOLDOUT_IMAGES
-    longest = min(BITS[-1], most_bits(view.width) // BITS.step * BITS.step)
+    pixels = photographs[0].nbytes * TRIGGER_IMAGES
+    longest = min(BITS[-1], max_bits(view.width) // BITS.step * BITS.step)
     engine = plan_engine(
         moved,
         placement.site,

@@ -286,7 +286,7 @@ def profile(
 
     Args:
         model: an image tower, or a model that holds one (`Backbone` says which); it is left as it is.
-        images: images in any of the forms that `holdout_images` lists, up to 256; one is enough. Without
+        images: images in any of the forms that `trigger_images` lists, up to 256; one is enough. Without
             any, 32 are made, the same for everybody.
         k: how many of the largest magnitudes of each image to keep, at least 5. Massive activations are
             looked for among them.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FEWEST_BLOCKS = 3
-LOOKED_FOR = f"a list of at least {FEWEST_BLOCKS} blocks of one class that keep the shape of what they take"
+MIN_BLOCKS = 3
+LOOKED_FOR = f"a list of at least {MIN_BLOCKS} blocks of one class that keep the shape of what they take"
 USUAL_SIZE = (224, 224)
 """Pixels of the images that a model is tried with which does not say its own."""
 _IMAGE_SIZES = (
@@ -218,7 +218,7 @@ def _lists(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
             continue
         children = [c for c in module if type(c) not in (nn.Sequential, nn.ModuleList)]
         common = Counter(type(c) for c in children).most_common(1)
-        if common and common[0][1] >= FEWEST_BLOCKS:
+        if common and common[0][1] >= MIN_BLOCKS:
             blocks = tuple(c for c in children if type(c) is common[0][0])
             if any(p.is_floating_point() for p in blocks[0].parameters()):
                 found[name] = blocks

@@ -1,4 +1,4 @@
-"""The hold-out images: the images on which a mark is embedded and later looked for.
+"""The trigger images: the images on which a mark is embedded and later looked for.
 
 They are the owner's (a folder, a tensor, a data loader) or, without any, are drawn from the key: crops of the
 photographs that the package ships, which the owner can cut again from the key alone.
@@ -43,12 +43,12 @@ SHIPPED_SHARE = 3
 
 
 class ImageMismatchError(ValueError):
-    """The hold-out images are not those on which the mark was embedded."""
+    """The trigger images are not those on which the mark was embedded."""
 
 
 @dataclass(frozen=True, eq=False)
-class HoldOut:
-    """The hold-out images as the model takes them, and what identifies them."""
+class TriggerImages:
+    """The trigger images as the model takes them, and what identifies them."""
 
     pixels: Tensor  # (n, 3, H, W) float32 on the CPU, model input
     digests: tuple[bytes, ...]  # n HMAC-SHA256 under the key: dtype, shape and bytes of the image as given
@@ -71,13 +71,13 @@ def clean_images(images: object, preprocess: Preprocess, fitted: int, held: int)
     few: images of one kind do not show what a mark does to others.
 
     Args:
-        images: in any form `holdout_images` takes, at least 16; None: the shipped photographs alone.
+        images: in any form `trigger_images` takes, at least 16; None: the shipped photographs alone.
         preprocess: how they become the model's input.
         fitted: most images to solve on.
         held: most images to measure on; of the shipped photographs, from other photographs than `fitted`.
 
     Raises:
-        TypeError, ValueError: as `holdout_images`, naming `clean`.
+        TypeError, ValueError: as `trigger_images`, naming `clean`.
     """
     shipped = shipped_photographs()
     most_fitted, most_held = (count - count // SHIPPED_SHARE for count in (fitted, held))
@@ -137,10 +137,10 @@ def photograph_crops(stream: KeyStream, count: int, size: tuple[int, int]) -> It
         yield (crop + 255 * LIGHTER * (2 * lighter - 1)).round().clamp(0, 255).to(torch.uint8)
 
 
-def holdout_images(
+def trigger_images(
     images: object, key: Key, preprocess: Preprocess, count: int = 256, *, synthetic: bool = False
-) -> HoldOut:
-    """The first `count` hold-out images of `images`; fewer where it holds fewer, but at least 16.
+) -> TriggerImages:
+    """The first `count` trigger images of `images`; fewer where it holds fewer, but at least 16.
 
     images:
     - None: `count` crops of the shipped photographs, drawn from the key; or, for marks of older formats
@@ -167,7 +167,7 @@ def holdout_images(
         raise TypeError(f"count: wanted int, got {type(count).__name__}")
     if count < MIN_IMAGES:
         raise ValueError(f"count: wanted at least {MIN_IMAGES} images, got {count}")
-    if isinstance(images, HoldOut):
+    if isinstance(images, TriggerImages):
         return images
 
     def drawn() -> Iterator[Tensor]:
@@ -185,17 +185,17 @@ def holdout_images(
             f"images: wanted at least {MIN_IMAGES}, got {len(pixels)}: with fewer, neither the mark nor the "
             "detection rate can be estimated"
         )
-    return HoldOut(torch.stack(pixels), tuple(digests), source)
+    return TriggerImages(torch.stack(pixels), tuple(digests), source)
 
 
 def public_images(images: object, preprocess: Preprocess, count: int) -> Tensor:
     """The first `count` of `images` as model input, for work that needs no key.
 
-    images: as in `holdout_images`, but one is enough; None: `count` synthetic images, the same for everybody.
+    images: as in `trigger_images`, but one is enough; None: `count` synthetic images, the same for everybody.
 
     Returns (n, 3, H, W) float32 on the CPU, n <= count.
 
-    Raises TypeError or ValueError as `holdout_images` does.
+    Raises TypeError or ValueError as `trigger_images` does.
     """
 
     def drawn() -> Iterator[Tensor]:
@@ -208,13 +208,13 @@ def public_images(images: object, preprocess: Preprocess, count: int) -> Tensor:
     return torch.stack(pixels)
 
 
-def check_digests(holdout: HoldOut, expected: Sequence[bytes]) -> None:
-    """Raises ImageMismatchError unless the digests of `holdout` are `expected`, in the same order."""
-    if len(holdout.digests) != len(expected):
+def check_digests(triggers: TriggerImages, expected: Sequence[bytes]) -> None:
+    """Raises ImageMismatchError unless the digests of `triggers` are `expected`, in the same order."""
+    if len(triggers.digests) != len(expected):
         raise ImageMismatchError(
-            f"images: wanted the {len(expected)} images the mark was embedded on, got {len(holdout.digests)}"
+            f"images: wanted the {len(expected)} images the mark was embedded on, got {len(triggers.digests)}"
         )
-    for index, (digest, wanted) in enumerate(zip(holdout.digests, expected, strict=True)):
+    for index, (digest, wanted) in enumerate(zip(triggers.digests, expected, strict=True)):
         if digest != wanted:
             raise ImageMismatchError(
                 f"images: image {index} is not the one the mark was embedded on (or the key is another)"

@@ -150,7 +150,7 @@ class Verdict:
         """What a match proves to somebody who does not trust the owner; None if it is no match.
 
         The p-value bounds chance. It does not bound an owner who had the suspect first and chose something to
-        fit it: a learned codec, the hold-out images, activations to align with. Only time excludes that.
+        fit it: a learned codec, the trigger images, activations to align with. Only time excludes that.
         """
         if self.decision != "match":
             return None

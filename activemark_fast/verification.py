@@ -48,7 +48,7 @@ def verify(
             for their number.
         watermark: what `embed` returned, or `Watermark.load`.
         key: the key it was made with, in any form `embed` takes.
-        images: the hold-out images of the embedding; None, and nothing else, if they were made from the key.
+        images: the trigger images of the embedding; None, and nothing else, if they were made from the key.
         alpha: p-value at or below which a keyed mark is a match; above 0, at most 0.001.
         tau: most wrong bits of an image that counts as detected; by default what one fair-coin message in
             10,000 stays within (5 of 32 bits).

@@ -26,7 +26,7 @@ from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import look_penalties
 from activemark_fast.site import Site, sites_in
 from activemark_fast.tracing import Register, RegisterError
-from activemark_fast.triggers import HoldOut, ImageMismatchError, check_digests, holdout_images
+from activemark_fast.triggers import ImageMismatchError, TriggerImages, check_digests, trigger_images
 from activemark_fast.verdict import NO_MATCH_ABOVE, Decision, Verdict, default_tau, rank
 from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
 
@@ -35,7 +35,7 @@ class Verifier:
     """Judges suspects under one watermark and key.
 
     All that does not depend on the suspect is checked and prepared once, when the object is made: the key,
-    the hold-out images and what they carry. The directions of a mark in bands depend on how the suspect's
+    the trigger images and what they carry. The directions of a mark in bands depend on how the suspect's
     own tokens vary, so they are made for each suspect.
 
     Args:
@@ -90,7 +90,7 @@ class Verifier:
         self._opening = None if commitment is None else Opening.of(commitment, secret, watermark)
         known = known_normalisation(watermark.preprocess) if watermark.two_bands else None
         preprocess = watermark.preprocess if known is None else known
-        holdout = _holdout(images, watermark, secret, preprocess)
+        triggers = _triggers(images, watermark, secret, preprocess)
         codec = None if watermark.two_bands else watermark.restore_codec(secret).to(self.device)
         exact = codec is None or codec.exact
         power = power if exact else None
@@ -98,7 +98,7 @@ class Verifier:
             watermark,
             secret,
             codec,
-            holdout.pixels,
+            triggers.pixels,
             preprocess,
             power,
             register is not None,
@@ -352,8 +352,8 @@ def _check_settings(
         raise TypeError(f"register: wanted a Register, got {type(register).__name__}")
 
 
-def _holdout(images: object, watermark: Watermark, secret: Key, preprocess: Preprocess) -> HoldOut:
-    """The hold-out images of the embedding. Raises ImageMismatchError for others."""
+def _triggers(images: object, watermark: Watermark, secret: Key, preprocess: Preprocess) -> TriggerImages:
+    """The trigger images of the embedding. Raises ImageMismatchError for others."""
     if images is None and watermark.image_source != "key":
         raise ImageMismatchError(
             f"images: wanted the {len(watermark.digests)} images of the embedding "
@@ -362,10 +362,10 @@ def _holdout(images: object, watermark: Watermark, secret: Key, preprocess: Prep
     if images is not None and watermark.image_source == "key":
         raise ImageMismatchError("images: wanted none, for this mark's are made from the key, got some")
     old = watermark.version < TWO_BANDS
-    holdout = holdout_images(images, secret, preprocess, watermark.images, synthetic=old)
+    triggers = trigger_images(images, secret, preprocess, watermark.images, synthetic=old)
     if watermark.image_source != "key" or old:
-        check_digests(holdout, watermark.digests)
-    return holdout
+        check_digests(triggers, watermark.digests)
+    return triggers
 
 
 def _chosen(

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from activemark_fast.codec import CODECS, Codec, KeyedCodec
-from activemark_fast.codec.codebooks import most_bits
+from activemark_fast.codec.codebooks import max_bits
 from activemark_fast.dress import unwrapped
 from activemark_fast.files import write_whole
 from activemark_fast.freedoms import BITS
@@ -35,7 +35,7 @@ FORMAT_VERSION = 3
 nothing that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
 TWO_BANDS = 3
 """The first format of marks in two bands."""
-HOLDOUT_IMAGES = 128
+TRIGGER_IMAGES = 128
 """Images from the key that a mark in two bands is read on."""
 DEEPEST = 4096
 MAX_HASHED_AT_ONCE = 8
@@ -59,7 +59,7 @@ class Watermark:
         axis: "token" or "channel": what the codec injects at.
         site: where the mark is.
         preprocess: how images become the model's input.
-        digests: one 32-byte keyed digest for each hold-out image, in order; none for images made from the
+        digests: one 32-byte keyed digest for each trigger image, in order; none for images made from the
             key, but in older formats.
         image_source: "key" (made from the key), "tensor", "folder" or "iterable".
         state: the codec's tensors (`Codec.state`).
@@ -98,8 +98,8 @@ class Watermark:
 
     @property
     def images(self) -> int:
-        """Number of hold-out images."""
-        return len(self.digests) or HOLDOUT_IMAGES
+        """Number of trigger images."""
+        return len(self.digests) or TRIGGER_IMAGES
 
     def check(self, key: Key) -> None:
         """Raises WatermarkError unless the watermark was made with `key`, and says what `embed` could say."""
@@ -137,13 +137,13 @@ class Watermark:
             raise WatermarkError(
                 f"digests: {made} {len(self.digests)} for image_source {self.image_source!r}"
             )
-        if self.digests and not MIN_IMAGES <= len(self.digests) <= HOLDOUT_IMAGES:
+        if self.digests and not MIN_IMAGES <= len(self.digests) <= TRIGGER_IMAGES:
             raise WatermarkError(
-                f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {HOLDOUT_IMAGES}"
+                f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {TRIGGER_IMAGES}"
             )
         if not self.two_bands:
             return
-        if self.bits not in BITS or self.bits > most_bits(site.width):
+        if self.bits not in BITS or self.bits > max_bits(site.width):
             raise WatermarkError(f"bits: {made} {self.bits} for a width of {site.width}")
         if self.axis != "token":
             raise WatermarkError(f"axis: {made} {self.axis!r} for a keyed mark")

@@ -46,7 +46,7 @@ from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure,
 from activemark_fast.marking.suffix import run_to_taps, site_activations
 from activemark_fast.p_value import bit_scores, sign_flip_p_value
 from activemark_fast.runtime import resolve_autocast
-from activemark_fast.triggers import holdout_images
+from activemark_fast.triggers import trigger_images
 
 KEY = Key(b"benchmark: a key of no secrecy")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +114,7 @@ def plain_recipe(path: Path, watermark: Watermark) -> float:
     backbone = Backbone(load_model(path, device=DEVICE))
     autocast = resolve_autocast("auto", DEVICE)
     site, bits, stretched = watermark.site, watermark.bits, KEY.stretched()
-    pixels = holdout_images(None, KEY, watermark.preprocess, watermark.images).pixels
+    pixels = trigger_images(None, KEY, watermark.preprocess, watermark.images).pixels
     sent = draw_sent(stretched, "verify", len(pixels), bits)
     scores: dict[str, list[int]] = {band.name: [] for band in BANDS}
     with torch.no_grad():

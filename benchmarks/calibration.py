@@ -53,10 +53,10 @@ from activemark_fast.marking.suffix import site_activations
 from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.profiling import measure
 from activemark_fast.synthetic import synthetic_images
-from activemark_fast.triggers import holdout_images
+from activemark_fast.triggers import trigger_images
 from activemark_fast.verdict import Verdict
 from activemark_fast.verifier import Verifier
-from activemark_fast.watermark import HOLDOUT_IMAGES
+from activemark_fast.watermark import TRIGGER_IMAGES
 
 IMAGES = 16
 BITS = 32
@@ -177,7 +177,7 @@ class Judge:
             axis="token",
             site=self.site,
             preprocess=self.preprocess,
-            digests=holdout_images(self.pixels, key, self.preprocess, IMAGES).digests,
+            digests=trigger_images(self.pixels, key, self.preprocess, IMAGES).digests,
             image_source="tensor",
             state={},
             fingerprint="0" * 64,
@@ -227,8 +227,8 @@ def power(model: nn.Module) -> dict[str, list[list[float]]]:
     embedding = marked(model, OWNER)
     watermark, stretched = embedding.watermark, OWNER.stretched()
     site = watermark.site
-    pixels = holdout_images(None, OWNER, watermark.preprocess, HOLDOUT_IMAGES).pixels
-    sent = draw_sent(stretched, "verify", HOLDOUT_IMAGES, BITS)
+    pixels = trigger_images(None, OWNER, watermark.preprocess, TRIGGER_IMAGES).pixels
+    sent = draw_sent(stretched, "verify", TRIGGER_IMAGES, BITS)
     by_images, by_bits = [], []
     for strength in POWER_NOISE:
         backbone = Backbone(noise(embedding.model, None, 0, strength) if strength else embedding.model)

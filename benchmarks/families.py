@@ -33,7 +33,7 @@ from activemark_fast.attacks.noise import noise
 from activemark_fast.backbone import Backbone
 from activemark_fast.embedding import UnverifiedMarkError
 from activemark_fast.towers import NotAViTError, feed
-from activemark_fast.triggers import holdout_images
+from activemark_fast.triggers import trigger_images
 
 KEY = Key(b"benchmarks/families.py: a key of no worth")
 BITS, FIDELITY, NOISE = 24, 0.97, 0.02
@@ -101,7 +101,7 @@ def trained(model: nn.Module, seed: int) -> nn.Module:
 
 def _show_photographs(view: Backbone, norms: list[BatchNorm]) -> None:
     """Gives batch norms the statistics that they would have after training."""
-    images = holdout_images(None, KEY, view.preprocess, SEEN).pixels
+    images = trigger_images(None, KEY, view.preprocess, SEEN).pixels
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches, of which there is one

@@ -198,7 +198,7 @@ def page(benches: list[Bench]) -> str:
     parts = [
         "# Results\n",
         "Made by the commands below, nothing is written by hand. The suite is `activemark evaluate`'s. R is "
-        "the share of hold-out images of which at most 5 of 32 bits are read wrongly, p the exact p-value, "
+        "the share of trigger images of which at most 5 of 32 bits are read wrongly, p the exact p-value, "
         "before what an owner could choose is paid for. The images are small and few: accuracies are good to "
         "about three points.\n",
     ]

@@ -20,12 +20,12 @@ from activemark_fast.normalisation import Preprocess
 from activemark_fast.photographs import shipped_photographs
 from activemark_fast.synthetic import synthetic_images
 from activemark_fast.triggers import (
-    HoldOut,
     ImageMismatchError,
+    TriggerImages,
     check_digests,
     clean_images,
-    holdout_images,
     photograph_crops,
+    trigger_images,
 )
 
 KEY = Key.of(bytes(range(32)))
@@ -202,25 +202,25 @@ def test_synthetic_images_refuse(
         draw(count, size)
 
 
-# --- where hold-out images come from ---
+# --- where trigger images come from ---
 
 
 def test_from_the_key() -> None:
-    holdout = holdout_images(None, KEY, PREPROCESS, count=20, synthetic=True)  # as older marks take them
+    triggers = trigger_images(None, KEY, PREPROCESS, count=20, synthetic=True)  # as older marks take them
     expected = synthetic_images(KEY.stream("triggers/synthetic"), 20, (32, 32))
-    assert holdout.source == "key"
-    assert torch.equal(holdout.pixels, PREPROCESS(expected))
-    check_digests(holdout, holdout_images(expected, KEY, PREPROCESS).digests)
+    assert triggers.source == "key"
+    assert torch.equal(triggers.pixels, PREPROCESS(expected))
+    check_digests(triggers, trigger_images(expected, KEY, PREPROCESS).digests)
 
 
 def test_from_the_key_they_are_crops_of_photographs() -> None:
-    holdout = holdout_images(None, KEY, PREPROCESS, count=40)
-    assert holdout.source == "key"
-    assert torch.equal(holdout.pixels, holdout_images(None, KEY, PREPROCESS, count=40).pixels)
-    assert torch.equal(holdout.pixels[:5], PREPROCESS(crops(40))[:5])
+    triggers = trigger_images(None, KEY, PREPROCESS, count=40)
+    assert triggers.source == "key"
+    assert torch.equal(triggers.pixels, trigger_images(None, KEY, PREPROCESS, count=40).pixels)
+    assert torch.equal(triggers.pixels[:5], PREPROCESS(crops(40))[:5])
     assert len({image.numpy().tobytes() for image in crops(40)}) == 40
-    other = holdout_images(None, Key(b"another owner's key, 16 bytes"), PREPROCESS, count=40)
-    assert not torch.equal(holdout.pixels, other.pixels)
+    other = trigger_images(None, Key(b"another owner's key, 16 bytes"), PREPROCESS, count=40)
+    assert not torch.equal(triggers.pixels, other.pixels)
 
 
 def crops(count: int) -> torch.Tensor:
@@ -264,25 +264,25 @@ def test_few_clean_images_are_refused() -> None:
 
 def test_from_model_input() -> None:
     pixels = PREPROCESS(draw(20))
-    holdout = holdout_images(pixels, KEY, PREPROCESS, count=17)
-    assert holdout.source == "tensor"
-    assert torch.equal(holdout.pixels, pixels[:17])
-    assert len(holdout.digests) == 17
+    triggers = trigger_images(pixels, KEY, PREPROCESS, count=17)
+    assert triggers.source == "tensor"
+    assert torch.equal(triggers.pixels, pixels[:17])
+    assert len(triggers.digests) == 17
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_model_input_is_cast_to_float32_without_gradient(dtype: torch.dtype) -> None:
     pixels = PREPROCESS(draw(16)).to(dtype).requires_grad_()
-    holdout = holdout_images(pixels, KEY, PREPROCESS)
-    assert not holdout.pixels.requires_grad
-    assert torch.equal(holdout.pixels, pixels.detach().float())
+    triggers = trigger_images(pixels, KEY, PREPROCESS)
+    assert not triggers.pixels.requires_grad
+    assert torch.equal(triggers.pixels, pixels.detach().float())
 
 
 def test_one_image_has_one_digest_wherever_it_comes_from(tmp_path: Path) -> None:
     images = draw(16, (40, 50))
     folder = write_folder(tmp_path / "images", images)
     pictures = [Image.fromarray(as_array(image)) for image in images]
-    expected = holdout_images(images, KEY, PREPROCESS)
+    expected = trigger_images(images, KEY, PREPROCESS)
     batches = DataLoader(TensorDataset(images, torch.arange(16)), batch_size=5)
     sources: dict[str, list[object]] = {
         "folder": [folder, str(folder)],
@@ -297,20 +297,20 @@ def test_one_image_has_one_digest_wherever_it_comes_from(tmp_path: Path) -> None
     }
     for source, alternatives in sources.items():
         for alternative in alternatives:
-            holdout = holdout_images(alternative, KEY, PREPROCESS)
-            assert holdout.source == source
-            assert torch.equal(holdout.pixels, expected.pixels)
-            check_digests(holdout, expected.digests)
+            triggers = trigger_images(alternative, KEY, PREPROCESS)
+            assert triggers.source == source
+            assert torch.equal(triggers.pixels, expected.pixels)
+            check_digests(triggers, expected.digests)
 
 
 def test_images_of_unlike_sizes_and_kinds_may_be_mixed() -> None:
     mixed = [*draw(8, (40, 50)), *PREPROCESS(draw(4)), draw(4, (33, 80)), as_array(draw(1)[0])]
-    assert holdout_images(mixed, KEY, PREPROCESS).pixels.shape == (17, 3, 32, 32)
+    assert trigger_images(mixed, KEY, PREPROCESS).pixels.shape == (17, 3, 32, 32)
 
 
 def test_grey_and_transparent_pictures_become_rgb() -> None:
     grey = Image.fromarray(as_array(draw(1)[0])).convert("L")
-    pixels = holdout_images([grey, grey.convert("RGBA"), grey.convert("P")] * 6, KEY, PREPROCESS).pixels
+    pixels = trigger_images([grey, grey.convert("RGBA"), grey.convert("P")] * 6, KEY, PREPROCESS).pixels
     assert torch.equal(pixels[0], pixels[1])
     assert pixels.shape == (18, 3, 32, 32)
 
@@ -323,7 +323,7 @@ def test_iterable_is_read_only_as_far_as_needed() -> None:
             yield image
         raise AssertionError("read too far")
 
-    assert len(holdout_images(forever(), KEY, PREPROCESS, count=18).digests) == 18
+    assert len(trigger_images(forever(), KEY, PREPROCESS, count=18).digests) == 18
 
 
 def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -332,9 +332,9 @@ def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     (folder / "000.png").rename(folder / "zzz.PNG")
     (folder / "notes.txt").write_text("no image")
     (folder / "sub").mkdir()
-    holdout = holdout_images(folder, KEY, PREPROCESS, count=19)
-    assert torch.equal(holdout.pixels, PREPROCESS(images[1:20]))
-    last = holdout_images(folder, KEY, PREPROCESS).pixels[19]
+    triggers = trigger_images(folder, KEY, PREPROCESS, count=19)
+    assert torch.equal(triggers.pixels, PREPROCESS(images[1:20]))
+    last = trigger_images(folder, KEY, PREPROCESS).pixels[19]
     assert torch.equal(last, PREPROCESS(images[:1])[0])
 
 
@@ -342,7 +342,7 @@ def test_jpeg_and_webp_are_decoded(tmp_path: Path) -> None:
     images = draw(16)
     for suffix in (".jpg", ".webp", ".bmp"):
         folder = write_folder(tmp_path / suffix[1:], images, suffix)
-        assert holdout_images(folder, KEY, PREPROCESS).pixels.shape == (16, 3, 32, 32)
+        assert trigger_images(folder, KEY, PREPROCESS).pixels.shape == (16, 3, 32, 32)
 
 
 # --- what is refused ---
@@ -359,7 +359,7 @@ def test_broken_file_is_named(tmp_path: Path, damage: str) -> None:
     else:
         broken.write_bytes(content[:-200] if damage == "truncated" else b"not an image")
     with pytest.raises(ValueError, match=r"^images: .*003\.png.*cannot be decoded"):
-        holdout_images(folder, KEY, PREPROCESS)
+        trigger_images(folder, KEY, PREPROCESS)
 
 
 def with_value(value: float) -> Tensor:
@@ -393,17 +393,17 @@ def with_value(value: float) -> Tensor:
 )
 def test_images_are_refused(images: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^images: .*{message}"):
-        holdout_images(images(), KEY, PREPROCESS)
+        trigger_images(images(), KEY, PREPROCESS)
 
 
 def test_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^images: .*none"):
-        holdout_images(tmp_path, KEY, PREPROCESS)
+        trigger_images(tmp_path, KEY, PREPROCESS)
     with pytest.raises(ValueError, match=r"^images: wanted a folder.*nowhere"):
-        holdout_images(tmp_path / "nowhere", KEY, PREPROCESS)
+        trigger_images(tmp_path / "nowhere", KEY, PREPROCESS)
     few = write_folder(tmp_path / "few", draw(15))
     with pytest.raises(ValueError, match=r"^images: .*at least 16, got 15"):
-        holdout_images(few, KEY, PREPROCESS)
+        trigger_images(few, KEY, PREPROCESS)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_folders_are_refused(tmp_path: Path) -> None:
 )
 def test_other_arguments_are_refused(arguments: tuple, error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=f"^{name}: "):
-        holdout_images(None, *arguments)
+        trigger_images(None, *arguments)
 
 
 # --- digests ---
@@ -435,7 +435,7 @@ def test_digest_tells_key_dtype_shape_and_content() -> None:
         (zeros.byte().reshape(16, 3, 64, 16), KEY),
         (zeros + 1, KEY),
     ]
-    digests = [holdout_images(images, key, PREPROCESS).digests[0] for images, key in variants]
+    digests = [trigger_images(images, key, PREPROCESS).digests[0] for images, key in variants]
     assert len(set(digests)) == len(variants)
     assert {len(digest) for digest in digests} == {32}
 
@@ -443,28 +443,28 @@ def test_digest_tells_key_dtype_shape_and_content() -> None:
 def test_digest_known_answer() -> None:
     images = torch.arange(16 * 3 * 8 * 9).reshape(16, 3, 8, 9).byte()
     expected = KEY.mac("triggers/digest", b"torch.uint8 (3, 8, 9)\n" + bytes(images[5].flatten().tolist()))
-    assert holdout_images(images, KEY, PREPROCESS).digests[5] == expected
+    assert trigger_images(images, KEY, PREPROCESS).digests[5] == expected
 
 
 @given(st.integers(0, 15), st.integers(0, 2), st.integers(0, 31), st.integers(0, 31))
 @settings(max_examples=20, deadline=None)
 def test_one_changed_value_is_found(index: int, channel: int, row: int, column: int) -> None:
     images = draw(16)
-    expected = holdout_images(images, KEY, PREPROCESS).digests
+    expected = trigger_images(images, KEY, PREPROCESS).digests
     images[index, channel, row, column] ^= 1
     with pytest.raises(ImageMismatchError, match=rf"^images: image {index} is not"):
-        check_digests(holdout_images(images, KEY, PREPROCESS), expected)
+        check_digests(trigger_images(images, KEY, PREPROCESS), expected)
 
 
 def test_order_and_count_of_images_are_checked() -> None:
-    holdout = holdout_images(None, KEY, PREPROCESS, count=16)
-    check_digests(holdout, list(holdout.digests))
+    triggers = trigger_images(None, KEY, PREPROCESS, count=16)
+    check_digests(triggers, list(triggers.digests))
     with pytest.raises(ImageMismatchError, match=r"wanted the 15 images .* got 16"):
-        check_digests(holdout, holdout.digests[:15])
-    swapped = HoldOut(
-        holdout.pixels, (*holdout.digests[:14], holdout.digests[15], holdout.digests[14]), "key"
+        check_digests(triggers, triggers.digests[:15])
+    swapped = TriggerImages(
+        triggers.pixels, (*triggers.digests[:14], triggers.digests[15], triggers.digests[14]), "key"
     )
     with pytest.raises(ImageMismatchError, match="image 14") as caught:
-        check_digests(swapped, holdout.digests)
+        check_digests(swapped, triggers.digests)
     assert isinstance(caught.value, ValueError)
-    assert holdout.digests[14].hex() not in str(caught.value)
+    assert triggers.digests[14].hex() not in str(caught.value)

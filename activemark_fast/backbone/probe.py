@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from activemark_fast.backbone.calls import Call, removing
 from activemark_fast.backbone.layout import Layout
 from activemark_fast.backbone.visits import Visit, longest_run, visits_of, why_no_run
-from activemark_fast.towers import FEWEST_BLOCKS, LOOKED_FOR, NotAViTError, Stop, feed, random_images
+from activemark_fast.towers import LOOKED_FOR, MIN_BLOCKS, NotAViTError, Stop, feed, random_images
 
 Layer = nn.Linear | nn.Conv2d
 """What writes to the residual stream: a linear layer or a 1 x 1 convolution."""
@@ -64,7 +64,7 @@ def probe(
     layers: list[tuple[nn.Module, torch.Size]] = []
     visits = visits_of(encoder, lists, noise, layers)
     run = longest_run(visits)
-    if len(run) < FEWEST_BLOCKS:
+    if len(run) < MIN_BLOCKS:
         longest = max(lists, key=lambda path: len(lists[path]))
         why = why_no_run([visit for visit in visits if visit.path == longest])
         raise NotAViTError(f"looked for {LOOKED_FOR}; found {described(encoder, lists[longest])}, {why}")

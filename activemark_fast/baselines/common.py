@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.key import Key
-from activemark_fast.triggers import MIN_IMAGES, holdout_images
+from activemark_fast.triggers import MIN_IMAGES, trigger_images
 from activemark_fast.utility import BATCH, features, linear_probe
 
 THRESHOLD = 0.5
@@ -115,7 +115,7 @@ class Classifier(nn.Module):
     def base_images(self, images: object, key: Key, count: int) -> Tensor:
         """(n, 3, H, W) in [0, 1], on the device: up to `count` of `images`, in any form `embed` takes."""
         view = self._backbone
-        pixels = holdout_images(images, key, view.preprocess, max(count, MIN_IMAGES)).pixels[:count]
+        pixels = trigger_images(images, key, view.preprocess, max(count, MIN_IMAGES)).pixels[:count]
         return (pixels.to(view.device) * self._std + self._mean).clamp(0, 1)
 
 

@@ -24,7 +24,7 @@ from activemark_fast.marking.suffix import read_mark, site_activations
 from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
-from activemark_fast.triggers import holdout_images
+from activemark_fast.triggers import trigger_images
 from activemark_fast.verdict import default_tau
 
 IMAGES = 256
@@ -45,7 +45,7 @@ class Mark:
         model: the marked model.
         codec: encoder and decoder.
         site: where the mark is.
-        pixels: (n, 3, H, W), the hold-out images as model input.
+        pixels: (n, 3, H, W), the trigger images as model input.
         messages: (n, M), one for each.
         cost: what the training took.
     """
@@ -81,7 +81,7 @@ def generate(
         model: a plain ViT; not changed.
         key: the owner's secret, as in `embed`: draws the codec's first weights, the messages, and the images
             where there are none.
-        images: hold-out images, in any form `embed` takes, up to 256.
+        images: trigger images, in any form `embed` takes, up to 256.
         bits: message length.
         block: the block to inject after; by default where massive activations emerge.
         epochs: passes.
@@ -97,7 +97,7 @@ def generate(
     secret = Key.of(key)
     marked, original = (Backbone(copy.deepcopy(model).eval().requires_grad_(False)) for _ in range(2))
     device = original.device
-    pixels = holdout_images(images, secret, original.preprocess, IMAGES).pixels.to(device, original.dtype)
+    pixels = trigger_images(images, secret, original.preprocess, IMAGES).pixels.to(device, original.dtype)
     site = measure(original, pixels[:PROFILED_IMAGES]).site("reference", block=block).site
     codec = LearnedCodec.create(secret, site, bits, pixels, "token").to(device)
     last = codec.taps[-1]

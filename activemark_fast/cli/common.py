@@ -131,7 +131,7 @@ def copy_paths(
 
 def add_images(command: argparse.ArgumentParser, what: str) -> None:
     """The option --images; `what` ends its help."""
-    command.add_argument("--images", type=Path, metavar="DIR", help=f"folder of hold-out images: {what}")
+    command.add_argument("--images", type=Path, metavar="DIR", help=f"folder of trigger images: {what}")
 
 
 def add_compute(command: argparse.ArgumentParser) -> None:

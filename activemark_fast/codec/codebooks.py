@@ -36,7 +36,7 @@ from activemark_fast.key import Key, KeyStream
 from activemark_fast.site import Site
 
 MEASURED_IMAGES = 32
-"""So many of the hold-out images, the first, tell how the suspect's tokens vary."""
+"""So many of the trigger images, the first, tell how the suspect's tokens vary."""
 FLOOR = 1e-3
 """Added to the eigenvalues of the covariance, over their mean."""
 
@@ -142,7 +142,7 @@ class Codebook(KeyedCodec):
         }
 
 
-def most_bits(width: int) -> int:
+def max_bits(width: int) -> int:
     """The longest message for a model of this width: U, P and the all-ones vector are orthogonal."""
     return (width - 1) // 2
 
@@ -155,7 +155,7 @@ def codebooks(
     Args:
         key: stretched (`Key.stretched`).
         site: where the mark is.
-        bits: message length M, at most `most_bits(site.width)`.
+        bits: message length M, at most `max_bits(site.width)`.
         measured: on the suspect.
         bands: an owner's by default.
     """

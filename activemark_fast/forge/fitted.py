@@ -19,7 +19,7 @@ from activemark_fast.forge.thief import Attempt, Thief
 from activemark_fast.key import Key
 from activemark_fast.marking.suffix import SiteActivations, message_loss, run_to_taps
 from activemark_fast.normalisation import Preprocess
-from activemark_fast.triggers import MIN_IMAGES, HoldOut, holdout_images
+from activemark_fast.triggers import MIN_IMAGES, TriggerImages, trigger_images
 from activemark_fast.watermark import Watermark
 
 BATCH = 32
@@ -43,7 +43,7 @@ def learned_codec(thief: Thief, deadline: float) -> list[Attempt]:
     """
     started = thief.now()
     key = thief.key.subkey("learned codec")
-    activations = thief.at_site(thief.holdout(key))
+    activations = thief.at_site(thief.triggers(key))
     count = len(activations)
     message = torch.from_numpy(key.stream("messages/verify").bits((count, 1, thief.bits)))[:, 0]
     message = message.to(thief.device)
@@ -65,12 +65,12 @@ def learned_codec(thief: Thief, deadline: float) -> list[Attempt]:
         thief.bar.advance(1, loss=loss)
     state = codec.state() | {"original_rate": torch.zeros(())}
     watermark = thief.seal(key, codec=LearnedCodec.name, state=state)
-    tried = "encoder and decoder trained on the hold-out images of the key"
+    tried = "encoder and decoder trained on the trigger images of the key"
     return [thief.present("learned codec", tried, steps, started, key, watermark)]
 
 
 def own_images(thief: Thief, deadline: float) -> list[Attempt]:
-    """Hold-out images are optimised until the suspect's answer to them agrees with one key.
+    """Trigger images are optimised until the suspect's answer to them agrees with one key.
 
     They are presented three times: as the owner's own; handed over for a watermark whose images come from
     the key; and with a commitment that was timestamped now, against a model that somebody makes of the
@@ -81,7 +81,7 @@ def own_images(thief: Thief, deadline: float) -> list[Attempt]:
     pixels = thief.photographs[:MIN_IMAGES].clone().requires_grad_()
     steps = _fit(thief, key, [pixels], lambda: pixels, PIXEL_LR, deadline)
     images = pixels.detach().cpu()
-    given = holdout_images(images, key, thief.preprocess)
+    given = trigger_images(images, key, thief.preprocess)
     watermark = thief.seal(key, digests=given.digests, image_source=given.source)
     way = "own images"
     return [
@@ -100,7 +100,7 @@ def own_images(thief: Thief, deadline: float) -> list[Attempt]:
 
 
 def _claim_on_what_comes_later(
-    thief: Thief, key: Key, watermark: Watermark, given: HoldOut, steps: int, started: float
+    thief: Thief, key: Key, watermark: Watermark, given: TriggerImages, steps: int, started: float
 ) -> Attempt:
     """The forger commits to what was fitted to the suspect, then accuses whoever goes on from the suspect."""
     later = copy.deepcopy(thief.suspect)
@@ -130,7 +130,7 @@ def own_normalisation(thief: Thief, deadline: float) -> list[Attempt]:
     started = thief.now()
     key = thief.key.subkey("normalisation")
     own = thief.preprocess
-    shown = thief.holdout(key, Preprocess(own.size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    shown = thief.triggers(key, Preprocess(own.size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     mean = torch.tensor(own.mean, device=thief.device).requires_grad_()
     std = torch.tensor(own.std, device=thief.device).requires_grad_()
 

@@ -17,7 +17,7 @@ from activemark_fast.marking.reading import Channel, row_scores
 from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.site import Site
-from activemark_fast.triggers import holdout_images
+from activemark_fast.triggers import trigger_images
 
 IMAGES = 64
 MEASURE_SHARE, CLIMB_SHARE = 0.25, 0.85
@@ -41,8 +41,8 @@ def massive_channels(thief: Thief, deadline: float) -> list[Attempt]:
     """
     started = thief.now()
     key = thief.key.subkey("massive channels")
-    holdout = holdout_images(None, key, thief.preprocess, IMAGES, synthetic=True)
-    activations = thief.at_site(holdout.pixels.to(thief.device))
+    triggers = trigger_images(None, key, thief.preprocess, IMAGES, synthetic=True)
+    activations = thief.at_site(triggers.pixels.to(thief.device))
     slots = torch.from_numpy(keyed_slots(key, thief.site)).to(thief.device)
     bits = min(thief.bits, int(ROOM * (thief.site.width - 1) / (1 + len(thief.site.taps))))
     share = deadline - started
@@ -63,7 +63,7 @@ def massive_channels(thief: Thief, deadline: float) -> list[Attempt]:
             break
     fields = {
         "bits": bits,
-        "digests": holdout.digests,
+        "digests": triggers.digests,
         "state": {"scale": scale},
         "site": replace(site, depth=0),
         "version": 2,

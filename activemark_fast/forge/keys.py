@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec.codebooks import BANDS, SiteMeasure, codebooks, most_bits
+from activemark_fast.codec.codebooks import BANDS, SiteMeasure, codebooks, max_bits
 from activemark_fast.forge.jacobian import expected_scores, lead, mean_jacobian
 from activemark_fast.forge.thief import Attempt, Thief
 from activemark_fast.freedoms import BITS, EVIDENCE_AT
@@ -32,7 +32,7 @@ def keys_read(thief: Thief, deadline: float) -> list[Attempt]:
     best, found, tries = math.inf, thief.key, 0
     while not tries or thief.now() < deadline:
         key = thief.key.subkey(f"key {tries}")
-        p_value = thief.p_value(key.stretched(), thief.bits, thief.holdout(key))
+        p_value = thief.p_value(key.stretched(), thief.bits, thief.triggers(key))
         if p_value < best:
             best, found = p_value, key
         tries += 1
@@ -117,7 +117,7 @@ def paid_settings(thief: Thief, deadline: float) -> list[Attempt]:
         )
         setting = _Setting(block, depth, *others)
         suspect, site, preprocess = _as_set(thief, setting)
-        pixels = thief.holdout(key, preprocess)
+        pixels = thief.triggers(key, preprocess)
         p_value = thief.p_value(stretched, setting.bits, pixels, site, Backbone(suspect))
         tries += 1
         if p_value < best:
@@ -153,7 +153,7 @@ def _choices(thief: Thief) -> dict[str, list[Any]]:
             for of in range(block + 3, 2 * depth + 3)
             if taps_after(block, of)[0] < depth
         ],
-        "bits": [bits for bits in BITS if bits <= most_bits(width)],
+        "bits": [bits for bits in BITS if bits <= max_bits(width)],
         "normalisation": list(range(len(NORMALISATIONS))),
         "heads": heads,
         "size": [(height + down, wide + across) for down in range(patch) for across in range(patch)],

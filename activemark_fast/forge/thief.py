@@ -21,7 +21,7 @@ from activemark_fast.codec.codebooks import (
     SiteMeasure,
     codebooks,
     draw_sent,
-    most_bits,
+    max_bits,
 )
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
@@ -36,7 +36,7 @@ from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
 from activemark_fast.triggers import ImageMismatchError, photograph_crops
 from activemark_fast.verification import verify
-from activemark_fast.watermark import HOLDOUT_IMAGES, Watermark, WatermarkError, fingerprint
+from activemark_fast.watermark import TRIGGER_IMAGES, Watermark, WatermarkError, fingerprint
 
 USUAL_BITS = 32
 PUBLIC_IMAGES = 32
@@ -130,7 +130,7 @@ class Thief:
         photographs = preprocess(shipped_photographs().images[:PUBLIC_IMAGES]).to(device)
         with torch.no_grad(), autocast(backbone.dtype):
             site = measure(backbone, photographs).site().site
-        room = [bits for bits in BITS if bits <= min(USUAL_BITS, most_bits(site.width))]
+        room = [bits for bits in BITS if bits <= min(USUAL_BITS, max_bits(site.width))]
         if not room:
             raise ValueError(f"suspect: wanted room for {BITS[0]} bits, got a width of {site.width}")
         return cls(
@@ -156,10 +156,10 @@ class Thief:
         """Where the suspect is."""
         return self.photographs.device
 
-    def holdout(self, key: Key, preprocess: Preprocess | None = None) -> Tensor:
+    def triggers(self, key: Key, preprocess: Preprocess | None = None) -> Tensor:
         """(n, 3, H, W) on the device: what `verify` makes of a key when the images come from it."""
         preprocess = self.preprocess if preprocess is None else preprocess
-        crops = photograph_crops(key.stream("triggers/photographs"), HOLDOUT_IMAGES, preprocess.size)
+        crops = photograph_crops(key.stream("triggers/photographs"), TRIGGER_IMAGES, preprocess.size)
         return preprocess(torch.stack(list(crops))).to(self.device)
 
     def at_site(

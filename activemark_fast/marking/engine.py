@@ -97,10 +97,10 @@ def plan_engine(
         site: where the mark goes.
         precision: as in `embed`.
         weights: bytes of all weights besides those of the model that was given.
-        pixels: bytes of the hold-out images, on the CPU.
+        pixels: bytes of the trigger images, on the CPU.
         fitted: images that the edit is solved on.
         held: images that the features are compared on.
-        carriers: hold-out images whose activations are kept.
+        carriers: trigger images whose activations are kept.
         books: codebooks, which share the images that the edit is solved on.
         bits: of a message, which is as many rows of a codebook.
         messages: runs of an image with something sent.

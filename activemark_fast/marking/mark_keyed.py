@@ -21,7 +21,7 @@ from activemark_fast.marking.traced import SHARE as TRACED_SHARE
 from activemark_fast.marking.traced import example, row_answers, search_changes, traced_channels
 from activemark_fast.progress import Progress
 from activemark_fast.tracing import Register, changed
-from activemark_fast.triggers import holdout_images
+from activemark_fast.triggers import trigger_images
 
 
 def mark_keyed(subject: Subject, secret: Key, settings: Settings, bar: Progress) -> Marked:
@@ -105,7 +105,7 @@ def _copies(
     assert settings.recipients is not None
     engine = subject.engine
     backbone, site, bits = subject.backbone, subject.placement.site, settings.bits
-    images = holdout_images(None, secret, backbone.preprocess, TRACED_IMAGES).pixels
+    images = trigger_images(None, secret, backbone.preprocess, TRACED_IMAGES).pixels
     channels = traced_channels(stretched, site, bits, subject.measured, backbone.device)
     changes, tried = search_changes(
         backbone,

@@ -9,7 +9,7 @@ import torch
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import CODECS, KeyedCodec
-from activemark_fast.codec.codebooks import most_bits
+from activemark_fast.codec.codebooks import max_bits
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.steps import COMPILE
 from activemark_fast.tracing import check_names
@@ -91,7 +91,7 @@ class Settings:
         """Raises ValueError for what this model, or the device, has no room for."""
         if self.compile == "graph" and device.type != "cuda":
             raise ValueError(f"compile: 'graph' needs a CUDA device, got {str(device)!r}")
-        most = most_bits(original.width)
+        most = max_bits(original.width)
         if self.keyed and self.bits > most:
             raise ValueError(
                 f"bits: wanted at most {most} for a model of width {original.width}, got {self.bits}"

@@ -32,7 +32,7 @@ PROFILED_IMAGES = 32
 FITTED_IMAGES, HELD_IMAGES = 192, 64
 """Clean images that a mark is solved on, and that its cost is measured on, at most."""
 CHECKED_IMAGES = 16
-"""Hold-out images that the mark is read on before it is released."""
+"""Trigger images that the mark is read on before it is released."""
 MESSAGES_PER_IMAGE = 2
 """An image runs with a message and with its opposite."""
 
@@ -47,8 +47,8 @@ class Subject:
         placement: where the mark goes, and why.
         steps: the layers that an edit changes; none where gradient steps are taken.
         fitted: activations of the clean images that the mark is solved on.
-        carriers: of the first hold-out images, which the mark is read on before it is released.
-        measured: how tokens vary at the site, on hold-out images.
+        carriers: of the first trigger images, which the mark is read on before it is released.
+        measured: how tokens vary at the site, on trigger images.
         fidelity: compares the copy with what it was.
         autocast: mixed precision of the forward passes.
         engine: how an edit is computed.
@@ -126,7 +126,7 @@ def _own(tower: nn.Module, weights: Sequence[Tensor], engine: Engine) -> None:
 def prepare(
     original: Backbone,
     settings: Settings,
-    holdout: Tensor,
+    triggers: Tensor,
     natural: CleanImages,
     device: torch.device,
     shared: bool,
@@ -139,7 +139,7 @@ def prepare(
     Args:
         original: a view of the model, which is left alone.
         settings: what was asked for.
-        holdout: (n, 3, H, W), the hold-out images.
+        triggers: (n, 3, H, W), the trigger images.
         natural: clean images.
         device: where the copy goes.
         shared: the copy has its own of those parameters only that an edit may change.
@@ -172,7 +172,7 @@ def prepare(
         bar.advance()
         return found
 
-    carriers = at_site("carriers", holdout[:MEASURED_IMAGES])
+    carriers = at_site("carriers", triggers[:MEASURED_IMAGES])
     measured = SiteMeasure.of(carriers.output, site.prefix_tokens)
     fidelity = FidelityCheck(backbone, at_site("held", natural.held).output, site.block, autocast, ranks)
     if not measured.usable:
@@ -190,7 +190,7 @@ def prepare(
         site,
         settings.precision,
         sum(tensor.nbytes for tensor in held),
-        holdout.nbytes,
+        triggers.nbytes,
         len(fitted),
         len(natural.held),
         MEASURED_IMAGES,

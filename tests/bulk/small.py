@@ -33,7 +33,7 @@ class Marked:
 
 
 def mark(count: int = 64) -> Marked:
-    """count: hold-out images."""
+    """count: trigger images."""
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -16,7 +16,7 @@ from activemark_fast.codec.codebooks import (
     balanced_bits,
     codebooks,
     draw_sent,
-    most_bits,
+    max_bits,
 )
 from activemark_fast.codec.keyed import orthonormal
 from activemark_fast.key import Key
@@ -145,5 +145,5 @@ def test_what_is_sent_follows_from_key_and_purpose() -> None:
 
 
 def test_there_is_room_for_both_sets_of_rows() -> None:
-    assert most_bits(WIDTH) == 31
-    codebooks(KEY, SITE, most_bits(WIDTH), SiteMeasure.of(activations(), 1))
+    assert max_bits(WIDTH) == 31
+    codebooks(KEY, SITE, max_bits(WIDTH), SiteMeasure.of(activations(), 1))
