@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -160,15 +161,8 @@ def prepare(
     bar.stage("prefix", 3)
 
     def at_site(name: str, pixels: Tensor) -> SiteActivations:
-        def run() -> dict[str, Tensor]:
-            return vars(
-                halving(
-                    lambda batch: site_activations(backbone, pixels, site.block, autocast, batch, ranks),
-                    BATCH,
-                )
-            )
-
-        found = SiteActivations(**made(scratch, name, run))
+        read = partial(site_activations, backbone, pixels, site.block, autocast, ranks=ranks)
+        found = SiteActivations(**made(scratch, name, lambda: vars(halving(read, BATCH))))
         bar.advance()
         return found
 
