@@ -162,4 +162,4 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], architecture: str
 
 
 def _is_head(name: str) -> bool:
-    return name.partition(".")[0] in _HEADS
+    return name.partition(".")[0] in _HEADS or "lm_head" in name.split(".")

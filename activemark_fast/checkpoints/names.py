@@ -94,7 +94,7 @@ _TOKENS = re.compile(r"token_embedding|embed_tokens|word_embeddings|\bwte\b")
 _LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight)([^.]+))?(?:\.weight)?")
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module|_orig_mod|module|base_layer|"
-    r"modules_to_save\.[^.]+)\."
+    r"modules_to_save\.[^.]+|(?<=language_model\.)model)\."  # transformers writes it of a model around an LLM
 )
 _ROLES = tuple(
     (re.compile(pattern), whole, role)
