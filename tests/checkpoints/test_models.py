@@ -138,6 +138,22 @@ def test_published_transformers_names_are_read(classifier: bool, tmp_path: Path)
     torch.testing.assert_close(loaded(images).last_hidden_state, expected)
 
 
+def test_a_model_around_a_language_model_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image = text | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 8}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**image),
+        text_config=transformers.LlamaConfig(num_key_value_heads=2, vocab_size=10, **text),
+        image_token_index=9,
+    )
+    written = transformers.LlavaForConditionalGeneration(config)
+    written.save_pretrained(tmp_path)
+    read_back = load_model(tmp_path).state_dict()
+    expected = written.model.state_dict()
+    assert read_back.keys() == expected.keys()
+    assert all(torch.equal(read_back[name], tensor) for name, tensor in expected.items())
+
+
 def test_transformers_mismatch_is_refused(tmp_path: Path) -> None:
     config = HF_CONFIGS["dinov2"]()
     config.save_pretrained(tmp_path)
