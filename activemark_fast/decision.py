@@ -107,7 +107,7 @@ class Policy:
         Args:
             p_value: so far, as of a `Reading`.
             excluded: likewise.
-            hopeless: whether a match is out of reach of all images (`sequential.out_of_reach`).
+            hopeless: whether it is, and a match is out of reach of all images (`sequential.out_of_reach`).
         """
         given_up = p_value > NO_MATCH_ABOVE and excluded
         if self.power == 1:

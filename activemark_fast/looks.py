@@ -297,9 +297,11 @@ class Reader:
                 p_value = min(p_value, weights[look] * min(p_values))
                 miss = policy.miss(look)
                 excluded = mark_excluded(agreement(errors, self._watermark.bits), miss) and all(
-                    mark_excluded(_single(kept), miss, WEAKEST_NATURAL) for kept in agreements[1:]
+                    mark_excluded(_right(kept).mean(axis=2), miss, WEAKEST_NATURAL) for kept in agreements[1:]
                 )
-                hopeless = all(out_of_reach(_rows(kept), self.ends[-1], wanted) for kept in agreements)
+                hopeless = excluded and all(
+                    out_of_reach(_right(kept).reshape(end, -1), self.ends[-1], wanted) for kept in agreements
+                )
                 if policy.settled(p_value, excluded, hopeless):
                     break
         return Reading(p_value, p_values, errors, excluded, alignment)
@@ -310,13 +312,7 @@ def other_width(backbone: Backbone, site: Site) -> str:
     return f"the suspect has width {backbone.width}, the marked model {site.width}"
 
 
-def _single(agreements: Sequence[Tensor]) -> np.ndarray:
-    """Of a band's (taps, n, reads, M): (n, taps), the mean of +1 for a right bit and -1 for a wrong one."""
-    right = torch.stack([torch.sign(part).double().mean(dim=(2, 3)) for part in agreements])
-    return np.asarray(right.mean(dim=0).T.cpu())
-
-
-def _rows(agreements: Sequence[Tensor]) -> np.ndarray:
-    """Of a band's (taps, n, reads, M): (n, rows), of each image +1 for a right bit and -1 for a wrong one."""
-    right = [torch.sign(part).double().mean(dim=2).transpose(0, 1).flatten(1) for part in agreements]
-    return np.asarray(torch.cat(right, dim=1).cpu())
+def _right(agreements: Sequence[Tensor]) -> np.ndarray:
+    """Of a band's (taps, n, reads, M): (n, taps, rows), mean over reads of +1 for right and -1 for wrong."""
+    right = torch.stack([torch.sign(part).double().mean(dim=2) for part in agreements])
+    return np.asarray(right.permute(2, 1, 0, 3).flatten(2).cpu())

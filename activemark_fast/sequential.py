@@ -50,12 +50,7 @@ def mark_excluded(agreement: npt.NDArray[np.float64], miss: float, weakest: floa
         miss: between 0 and 1.
         weakest: mean agreement of the mark that is to be excluded.
     """
-    from scipy.special import stdtrit  # scipy takes longer to import than all the rest
-
-    n = len(agreement)
-    error = agreement.std(axis=0, ddof=1) / np.sqrt(n)
-    limit = agreement.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error
-    return bool((limit < weakest).all())
+    return bool((_upper_limit(agreement, miss) < weakest).all())
 
 
 def images_to_exclude(agreement: npt.NDArray[np.float64], miss: float) -> int | None:
@@ -85,9 +80,18 @@ def out_of_reach(scores: npt.NDArray[np.float64], images: int, wanted: float) ->
         images: how many there are, at least n.
         wanted: the p-value, with nothing paid, from which all of them would make a match.
     """
-    from scipy.special import ndtri, stdtrit  # scipy takes longer to import than all the rest
+    from scipy.special import ndtri  # scipy takes longer to import than all the rest
 
-    n, sums, rows = len(scores), scores.sum(axis=1), scores.mean(axis=0)
-    highest = sums.mean() + stdtrit(n - 1, 1 - LEAST_CHANCE) * sums.std(ddof=1) / np.sqrt(n)
-    squares = (rows**2 - scores.var(axis=0, ddof=1) * (1 / n - 1 / images)).sum()
+    averaged_out = scores.var(axis=0, ddof=1) * (1 / len(scores) - 1 / images)
+    squares = (scores.mean(axis=0) ** 2 - averaged_out).sum()
+    highest = _upper_limit(scores.sum(axis=1), LEAST_CHANCE)
     return bool(highest < -ndtri(wanted) * np.sqrt(max(squares, 0.0)))
+
+
+def _upper_limit(draws: npt.NDArray[np.float64], miss: float) -> npt.NDArray[np.float64]:
+    """Upper confidence limit of the mean over the first axis: Student's t, level 1 - `miss`."""
+    from scipy.special import stdtrit  # scipy takes longer to import than all the rest
+
+    n = len(draws)
+    error = draws.std(axis=0, ddof=1) / np.sqrt(n)
+    return np.asarray(draws.mean(axis=0) + stdtrit(n - 1, 1 - miss) * error)

@@ -16,7 +16,6 @@ import datetime
 import itertools
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import ROOT, commit, output
 from matplotlib.figure import Figure
 
 import activemark_fast
@@ -79,18 +79,14 @@ def cpu_seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=FOLDER.parent)
-    return done.stdout.strip()
-
-
 def record() -> Path:
     """Measures the commit that is checked out; what was not committed is refused."""
-    if git("status", "--porcelain", "--untracked-files=no"):
+    measured = commit()
+    if measured == "-" or measured.endswith("-dirty"):
         sys.exit("wanted a clean working tree: a figure belongs to a commit")
     content = {
-        "commit": git("rev-parse", "--short=10", "HEAD"),
-        "number": int(git("rev-list", "--count", "HEAD")),
+        "commit": measured,
+        "number": int(output("git", "-C", str(ROOT), "rev-list", "--count", "HEAD")),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -126,8 +122,8 @@ def draw(commits: list[dict[str, Any]]) -> Figure:
     """Every work's ratio, a line each."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    names = [f"{commit['date']}\n{commit['commit'][:7]}" for commit in commits]
-    for work in dict.fromkeys(work for commit in commits for work in commit["ratios"]):
+    names = [f"{each['date']}\n{each['commit'][:7]}" for each in commits]
+    for work in dict.fromkeys(work for each in commits for work in each["ratios"]):
         known = [(i, c["ratios"][work]) for i, c in enumerate(commits) if work in c["ratios"]]
         axes.plot(*zip(*known, strict=True), marker="o", markersize=4, label=work)
     axes.set_yscale("log")
@@ -145,7 +141,7 @@ def main() -> None:
     if verb == "measure":
         print(record())
     elif verb == "plot":
-        draw(history()).savefig(FOLDER.parent.parent / "docs" / "history.svg")
+        draw(history()).savefig(ROOT / "docs" / "history.svg")
     else:
         sys.exit("\n".join(dearer(history())) or 0)
 

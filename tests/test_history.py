@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-HISTORY = Path(__file__).parent.parent / "benchmarks" / "history.py"
+from benchmark_module import benchmark_module
 
 
 @pytest.fixture(scope="module")
 def history() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("history", HISTORY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("history")
 
 
 def write(folder: Path, number: int, ratios: dict[str, float]) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_module import benchmark_module
 from PIL import Image
 
 from activemark_fast import photographs
@@ -25,12 +24,7 @@ def shipped() -> Photographs:
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("photographs_maker", ROOT / "benchmarks" / "photographs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("photographs")
 
 
 def test_hundreds_of_crops_in_little_space(shipped: Photographs) -> None:

@@ -377,6 +377,7 @@ class _Gram:
     def mean(self) -> Tensor:
         """(), of the diagonal."""
         diagonal = torch.cat([block.diagonal() for block in self.blocks])
+        # With a stride it is summed in the order of a whole matrix's diagonal: marks keep their bits.
         return diagonal[:, None].expand(-1, 2).contiguous()[:, 0].mean()
 
 
