@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from activemark_fast.cli import main
 from activemark_fast.embedding import embed
 from activemark_fast.giants import embed_stored, verify_stored, work_folder
 from activemark_fast.key import Key
-from activemark_fast.marking import scratch
 from activemark_fast.marking.scratch import Scratch, kept
 from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark, fingerprint
 
-KEY = Key(b"the key of the giants' tests, 32")
+SECRET = b"the key of the giants' tests, 32"
+KEY = Key(SECRET)
 SHAPE = {
     "img_size": 32,
     "patch_size": 8,
@@ -160,28 +161,36 @@ def test_marking_in_place_takes_copies_of_what_changes_alone() -> None:
     assert all(name.endswith(("mlp.fc2.weight", "attn.proj.weight")) for name in changed)
 
 
+CUT_OFF = """
+import os, signal, sys
+from activemark_fast.giants import embed_stored
+from activemark_fast.key import Key
+from activemark_fast.marking import scratch
+
+spec, out, watermark, kill_at = sys.argv[1:]
+files = 0
+move = os.replace
+
+def counted(source, target):
+    global files
+    move(source, target)
+    files += 1
+    if files == int(kill_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+scratch.os.replace = counted
+embed_stored(spec, out, watermark, Key(sys.stdin.buffer.read()))
+"""
+
+
 def run_and_kill(folder: Path, kill_at: int) -> int:
-    """Marks in a process of its own that kills itself after so many files of its work; how it ended."""
+    """Marks in a process of its own that kills itself after so many files of its work; how it ended.
 
-    def run() -> None:
-        files = 0
-        move = os.replace
-
-        def counted(source: Any, target: Any) -> None:
-            nonlocal files
-            move(source, target)
-            files += 1
-            if files == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        scratch.os.replace = counted
-        embed_stored(f"{ARCHITECTURE}@{folder / 'model'}", folder / "out", folder / "watermark", KEY)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+    A new process, not a fork: one cannot differentiate in the fork of a process that did.
+    """
+    arguments = [f"{ARCHITECTURE}@{folder / 'model'}", folder / "out", folder / "watermark", kill_at]
+    command = [sys.executable, "-c", CUT_OFF, *map(str, arguments)]
+    return subprocess.run(command, input=SECRET, check=False).returncode
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_files(tmp_path: Path) -> None:
