@@ -30,6 +30,7 @@ from activemark_fast.evaluate import cost
 from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
 from activemark_fast.report import frontier_figure
+from activemark_fast.runtime import resolve_autocast
 from activemark_fast.utility import features, probe_accuracy
 from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
@@ -91,7 +92,9 @@ class Bench:
             model = attack.run(model, self.thief, 0, attack.strength, **attack.settings)
         seconds = time.perf_counter() - started
         verdict = self.verifier.judge(model)
-        train, test = (features(model, part.images) for part in (self.task.train, self.task.test))
+        view = Backbone(model)
+        with resolve_autocast("auto", view.device)(view.dtype):
+            train, test = (features(model, part.images) for part in (self.task.train, self.task.test))
         return {
             "attack": attack.name,
             "family": attack.family,

@@ -15,8 +15,8 @@ from activemark_fast.codec import Codec
 from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.ops.decode import Decoded
 
-BATCH = 128
-"""Images run through the model at a time."""
+BATCH = 32
+"""Images run through the model at a time: few, so that several processes have as much to do each."""
 
 Autocast = Callable[[torch.dtype], AbstractContextManager[object]]
 """Makes the context that blocks with weights of a dtype run in: mixed precision, or nothing."""

@@ -15,6 +15,7 @@ from activemark_fast.attacks.matrices import reset_parameters
 from activemark_fast.attacks.prune import attention_out
 from activemark_fast.backbone import Backbone, evaluating
 from activemark_fast.datasets import Labelled
+from activemark_fast.runtime import resolve_autocast
 
 PARTS = ("mlp", "attention", "block")
 BATCH = 48
@@ -45,7 +46,8 @@ def replace(
     First each new part learns, on what the old one was given on clean images, what it returned (mean squared
     error over the mean square of what it returned); an MLP on a random share of the tokens. All parts learn
     at once, from one pass of the old model. Then all learn together to give the old model's final features
-    (1 - cosine, of every token after the final norm). AdamW, each stage with cosine decay to 0.
+    (1 - cosine, of every token after the final norm). AdamW, each stage with cosine decay to 0, in mixed
+    precision where the device multiplies bf16.
 
     Args:
         model: a plain ViT.
@@ -84,6 +86,7 @@ def replace(
         module.requires_grad_(True)
     trained = [p for module in new for p in module.parameters()]
     together = round(strength * end_share)
+    autocast = resolve_autocast("auto", teacher.device)
 
     def batches(each: int) -> Iterator[Tensor]:
         while True:
@@ -103,18 +106,21 @@ def replace(
 
     def apart() -> Iterator[Tensor]:
         for batch in batches(batch_size):
-            seen = _seen(teacher, old, batch)
+            with autocast(teacher.dtype):
+                seen = _seen(teacher, old, batch)
             for _ in range(PASSES if parts == "mlp" else 1):
                 pairs = [_some(*pair, generator) for pair in seen] if parts == "mlp" else seen
-                errors = [_error(module, *pair) for module, pair in zip(new, pairs, strict=True)]
+                with autocast(teacher.dtype):  # anew each step: it keeps what it has cast
+                    errors = [_error(module, *pair) for module, pair in zip(new, pairs, strict=True)]
                 yield torch.stack(errors).mean()
 
     def end_to_end() -> Iterator[Tensor]:
         for batch in batches(max(1, batch_size // 2)):
-            with torch.no_grad():
+            with torch.no_grad(), autocast(teacher.dtype):
                 start = teacher.run(teacher.stem(batch), 0, first)
                 wanted = teacher.norm(teacher.run(start, first, teacher.depth))
-            found = student.norm(student.run(start, first, student.depth))
+            with autocast(teacher.dtype):
+                found = student.norm(student.run(start, first, student.depth))
             yield 1 - cosine_similarity(found, wanted, dim=-1).mean()
 
     with evaluating(attacked), evaluating(teacher.model):
@@ -173,4 +179,5 @@ def _some(given: Tensor, returned: Tensor, generator: torch.Generator) -> tuple[
 def _error(module: nn.Module, given: Tensor, returned: Tensor) -> Tensor:
     found = module(given)
     found = found[0] if isinstance(found, tuple) else found
+    found, returned = found.float(), returned.float()
     return (found - returned).square().mean() / returned.square().mean()

@@ -13,6 +13,7 @@ from activemark_fast.attacks.adaptive.spectral import principal
 from activemark_fast.attacks.matrices import block_matrices
 from activemark_fast.backbone import Backbone, evaluating
 from activemark_fast.datasets import Labelled
+from activemark_fast.runtime import resolve_autocast
 
 ANSWERS = ("pass", "nothing")
 DIRECTIONS = 32
@@ -51,7 +52,8 @@ def vaccinate(
     the mean over those tokens of (h+ - h-) / 2: after each later block it is to be v ("pass") or 0
     ("nothing"), by the loss log(1 + |mean - wanted|^2 / |v|^2 / 0.01), which the smallest answers still
     count in. The other term is the distance of clean features to `model`'s own
-    (1 - cosine, of every token after the final norm). AdamW on the matrices, cosine decay to 0.
+    (1 - cosine, of every token after the final norm). AdamW on the matrices, cosine decay to 0, in mixed
+    precision where the device multiplies bf16.
 
     Long, for draws, loss and step share the optimiser and the models it steps on.
 
@@ -93,11 +95,17 @@ def vaccinate(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, round(strength))
+    autocast = resolve_autocast("auto", teacher.device)
+
+    def run(view: Backbone, stream: Tensor, start: int, stop: int) -> Tensor:
+        # In a context of its own: what autocast has cast it keeps, without gradients, and while weights move.
+        with autocast(view.dtype):
+            return view.run(stream, start, stop)
 
     def answered(start: Tensor) -> Tensor:
         site = int(torch.randint(first, student.depth - 1, (), generator=generator))
         with torch.no_grad():
-            output = student.run(start[:INJECTED], first, site + 1)
+            output = run(student, start[:INJECTED], first, site + 1)
             vectors, taken = _injection(student, output, within, generator)
             injected = torch.zeros_like(output)
             injected[:, taken] = vectors[:, None]
@@ -105,7 +113,7 @@ def vaccinate(
         wanted = vectors if answer == "pass" else torch.zeros_like(vectors)
         losses = []
         for block in range(site + 1, student.depth):
-            pair = student.run(pair, block, block + 1)
+            pair = run(student, pair, block, block + 1)
             plus, minus = pair.chunk(2)
             answers = (plus - minus)[:, taken].mean(dim=1) / 2 - wanted
             ratios = answers.square().sum(dim=1) / vectors.square().sum(dim=1)
@@ -117,12 +125,12 @@ def vaccinate(
             chosen = torch.randint(len(pixels), (batch_size,), generator=generator)
             batch = pixels[chosen].to(teacher.device, teacher.dtype)
             with torch.no_grad():
-                start = teacher.run(teacher.stem(batch), 0, first)
+                start = run(teacher, teacher.stem(batch), 0, first)
             loss = answered(start)
             if clean_weight > 0:
                 with torch.no_grad():
-                    features = teacher.norm(teacher.run(start, first, teacher.depth))
-                found = student.norm(student.run(start, first, student.depth))
+                    features = teacher.norm(run(teacher, start, first, teacher.depth))
+                found = student.norm(run(student, start, first, student.depth))
                 loss = loss + clean_weight * (1 - cosine_similarity(found, features, dim=-1).mean())
             optimizer.zero_grad()
             loss.backward()
