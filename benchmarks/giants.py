@@ -7,8 +7,8 @@
 
 `make` writes random weights, in bfloat16 and shards. `run` marks FOLDER into OUT and verifies it, each in a
 process of its own, whose private memory (RssAnon: all but mapped files, which are page cache) is looked at
-20 times a second; with `--again` it goes on with what an earlier one left. `cut` marks once whole, and once
-killed after so many seconds, again and again, and compares the files. `compare` measures `embed` of the model
+20 times a second; with `--again` it goes on with what an earlier one left. `cut` marks once whole into
+OUT-whole, unless that is there, and once killed after so many seconds, again and again, and compares the files. `compare` measures `embed` of the model
 in memory beside it.
 """
 
@@ -176,11 +176,12 @@ def run(folder: Path, out: Path, again: bool) -> None:
 
 
 def cut(folder: Path, out: Path, after: float) -> None:
-    """Marks once whole and once with kills; the files must be the same."""
+    """Marks once whole, unless that is there, and once with kills; the files must be the same."""
     whole = Path(f"{out}-whole")
-    for path in (out, whole):
-        remove(path)
-    told("whole", *watched(MARK, [spec_of(folder), str(whole), KEY.decode()]))
+    remove(out)
+    if not Path(f"{whole}.watermark").exists():
+        remove(whole)
+        told("whole", *watched(MARK, [spec_of(folder), str(whole), KEY.decode()]))
     status, kills = -1, 0
     while status != 0:
         status, seconds, peak = watched(MARK, [spec_of(folder), str(out), KEY.decode()], after)

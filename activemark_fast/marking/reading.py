@@ -12,7 +12,7 @@ from torch import Tensor
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
 from activemark_fast.marking.ranks import ALONE, Ranks
-from activemark_fast.marking.suffix import Autocast, SiteActivations, read_mark
+from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, read_mark
 from activemark_fast.p_value import bit_scores
 
 
@@ -42,15 +42,18 @@ class Channel:
         activations: of these k images at the site.
         ranks: the processes that read it together.
         """
-        sent = self.sent[start : start + len(activations)]
+        images = len(activations)
+        sent = self.sent[start : start + images].transpose(0, 1)
 
-        def one(index: int) -> list[Tensor]:
-            read = read_mark(backbone, self.codec, activations, sent[:, index], block, autocast)
-            signs = 2 * sent[:, index].to(next(iter(read.values())).logits.dtype) - 1
-            return [torch.stack([at_tap.logits * signs for at_tap in read.values()])]
+        def some(messages: Tensor) -> list[Tensor]:
+            reads = len(messages)
+            many = SiteActivations(*(part.repeat(reads, 1, 1) for part in vars(activations).values()))
+            read = read_mark(backbone, self.codec, many, messages.flatten(0, 1), block, autocast)
+            logits = torch.stack([at_tap.logits for at_tap in read.values()]).unflatten(1, (reads, images))
+            return [logits * (2 * messages.to(logits.dtype) - 1)]
 
-        tasks = [partial(one, index) for index in range(sent.shape[1])]
-        return torch.stack([part for (part,) in ranks.each(tasks, backbone.device)], dim=2)
+        tasks = [partial(some, messages) for messages in sent.split(max(1, BATCH // images))]
+        return torch.cat([part for (part,) in ranks.each(tasks, backbone.device)], dim=1).transpose(1, 2)
 
 
 def wrong_bits(agreement: Tensor) -> Tensor:
