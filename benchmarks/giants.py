@@ -8,8 +8,8 @@
 `make` writes random weights, in bfloat16 and shards. `run` marks FOLDER into OUT and verifies it, each in a
 process of its own, whose private memory (RssAnon: all but mapped files, which are page cache) is looked at
 20 times a second; with `--again` it goes on with what an earlier one left. `cut` marks once whole into
-OUT-whole, unless that is there, and once killed after so many seconds, again and again, and compares the files. `compare` measures `embed` of the model
-in memory beside it.
+OUT-whole, unless that is there, and once killed after so many seconds, again and again, and compares the
+files. `compare` measures `embed` of the model in memory beside it.
 """
 
 from __future__ import annotations
