@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors
@@ -28,6 +30,8 @@ from activemark_fast.checkpoints.errors import CheckpointError, shown
 from activemark_fast.checkpoints.files import Checkpoint
 from activemark_fast.checkpoints.names import clean_name
 from activemark_fast.checkpoints.plan import Plan, plans
+from activemark_fast.checkpoints.steps import Part, Step
+from activemark_fast.checkpoints.stored import Source
 from activemark_fast.checkpoints.wanted import Wanted
 from activemark_fast.dress import unwrapped
 
@@ -77,14 +81,33 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def exact_plan(model: nn.Module, checkpoint: Checkpoint) -> Plan:
-    """The plan that makes every tensor of the model; `model` may be on "meta"."""
-    wanted = Wanted.all_of(model.state_dict())
+    """The plan that makes every tensor of the model; `model` may be on "meta".
+
+    Integers that the checkpoint has under the model's own names are taken from it, too.
+    """
+    state = model.state_dict()
+    wanted = Wanted.all_of(state)
     every = plans(wanted, checkpoint.entries, checkpoint.lora_config, checkpoint.unread)
     chosen = min(every, key=lambda plan: len(_problems(plan, checkpoint)))
     problems = _problems(chosen, checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint.path}: does not fit the architecture; {'; '.join(problems)}")
-    return chosen
+    integers = tuple(_integers(state, chosen.root, checkpoint))
+    names = (*chosen.names, *(name for step in integers for name in step.names()))
+    return replace(chosen, names=names, steps=(*chosen.steps, *integers))
+
+
+def _integers(state: Mapping[str, Tensor], root: str, checkpoint: Checkpoint) -> Iterator[Step]:
+    """Steps for the model's integers, such as the batches that a norm has seen, as far as they are stored."""
+    stored = {clean_name(name)[0]: name for name in checkpoint.entries}
+    for name, tensor in state.items():
+        at = stored.get(root + clean_name(name)[0])
+        if tensor.is_floating_point() or at is None:
+            continue
+        entry = checkpoint.entries[at]
+        if (entry.dtype, tuple(entry.shape)) == (tensor.dtype, tuple(tensor.shape)):
+            source = Source({"": at}, entry.shape, entry.dtype, lambda parts: parts[""])
+            yield Step(name, entry.shape, (Part(at, source),))
 
 
 def _problems(plan: Plan, checkpoint: Checkpoint) -> list[str]:

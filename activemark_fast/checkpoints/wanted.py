@@ -42,13 +42,18 @@ class Wanted:
 
     @classmethod
     def all_of(cls, state: Mapping[str, Tensor]) -> Wanted:
-        """Every tensor of a state dict, which may be on "meta", in its own shape."""
+        """Every tensor of numbers in a state dict, which may be on "meta", in its own shape.
+
+        Integers are none: they count (batches that a norm has seen) or index, and a checkpoint may lack them.
+        """
         clean = {name: clean_name(name) for name in state}
         found = towers((whole for whole, role in clean.values() if not role), ())
         tower = found[0] if found else ""
         groups: dict[int | None, Group] = {None: {}}
         own = {}
         for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                continue
             whole, role = clean[name]
             whole = name if role not in ("", "scale") else whole
             inside = whole.startswith(tower)

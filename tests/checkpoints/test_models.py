@@ -91,6 +91,19 @@ def test_round_trip_timm(tmp_path: Path) -> None:
     round_trip(TINY, tmp_path / "model.safetensors")
 
 
+def test_counters_of_batch_norms_are_read_and_may_be_missing(tmp_path: Path) -> None:
+    model = build_model("timm:test_resnet")
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            tensor.fill_(7)
+    save_model(model, tmp_path / "whole", "timm:test_resnet")
+    assert same(load_model(tmp_path / "whole"), model)
+    floating = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    torch.save(floating, tmp_path / "floating.pt")
+    loaded = load_model(f"timm:test_resnet@{tmp_path / 'floating.pt'}").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in floating.items())
+
+
 def test_round_trip_open_clip(open_clip_tiny: str, tmp_path: Path) -> None:
     round_trip(open_clip_tiny, tmp_path / "model.bin")
 
