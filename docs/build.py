@@ -77,8 +77,8 @@ def reference() -> str:
     """The page of the public names, each from its docstring."""
     init = ast.parse((ROOT / "activemark_fast" / "__init__.py").read_text())
     parts = []
-    for node in init.body:
-        if isinstance(node, ast.ImportFrom):
+    for node in ast.walk(init):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("activemark_fast."):
             for alias in node.names:
                 kind = "class" if alias.name[0].isupper() else "function"
                 options = ":members:\n" if kind == "class" else ""

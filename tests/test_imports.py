@@ -121,7 +121,7 @@ SCRIPT = """
 import sys
 import torch
 before = set(sys.modules)
-import activemark_fast
+from activemark_fast import *
 added = set(sys.modules) - before
 for name in sorted(added):
     print(name)
@@ -131,7 +131,7 @@ print("CUDA", torch.cuda.is_initialized())
 
 @pytest.fixture(scope="module")
 def added_by_the_import() -> list[str]:
-    """What `import activemark_fast` adds to a process that has imported torch."""
+    """What all public names of the package add to a process that has imported torch."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     return done.stdout.split("\n")
 
@@ -150,7 +150,16 @@ def test_the_import_leaves_the_gpu_alone(added_by_the_import: list[str]) -> None
     assert "CUDA False" in added_by_the_import
 
 
+def test_help_needs_no_torch() -> None:
+    script = "import sys; from activemark_fast.cli import main\ntry: main(['embed', '--help'])\nfinally: "
+    script += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
 def test_public_names() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = activemark_fast.nothing
     for name in activemark_fast.__all__:
         assert getattr(activemark_fast, name) is not None
     assert callable(activemark_fast.embed)
