@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from activemark_fast.align import Alignment
-from activemark_fast.freedoms import EVIDENCE_AT, paid
-from activemark_fast.sequential import images_to_exclude
+from activemark_fast.codec.codebooks import BANDS, MAX_BOOKS
+from activemark_fast.defaults import ALPHA
+from activemark_fast.freedoms import BITS, EVIDENCE_AT, alternatives, paid
+from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties
+from activemark_fast.site import Site, taps_after
 from activemark_fast.verdict import NO_MATCH_ABOVE, Decision, Verdict
 
 LEARNED_MATCH_RATE = 0.5
@@ -97,6 +100,10 @@ class Policy:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""
         return paid(p_value, self.alternatives) <= self.alpha
 
+    def can_match(self, taps: int, aligned: bool, bands: int) -> bool:
+        """Whether a mark of which all images are read, at so many taps, without an error is a match."""
+        return self.matches(self.weights(aligned, bands)[-1] * 2.0 ** -(taps * self.bits * self.books))
+
     def unpaid(self, weight: float) -> float:
         """The p-value, with nothing paid, that makes a match at a look of this weight."""
         return self.alpha / math.prod(self.alternatives.values()) / weight
@@ -122,14 +129,12 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
         return _decide_learned(reading.errors[-1], policy.tau, policy.original_rate)
     taps, images = reading.errors.shape
     p_value = min(1.0, reading.p_value)
-    bits = taps * policy.bits * policy.books
-    smallest = policy.weights(reading.alignment is not None, len(reading.bands))[-1] * 2.0**-bits
     if policy.matches(p_value):
         return "match", "the suspect carries the mark"
-    if not policy.matches(smallest):
+    if not policy.can_match(taps, reading.alignment is not None, len(reading.bands)):
         return "inconclusive", (
-            f"{bits} bits are too few for a match at alpha = {policy.alpha:g}, whatever they read: "
-            "more bits or taps would be needed"
+            f"{taps * policy.bits * policy.books} bits are too few for a match at alpha = {policy.alpha:g}, "
+            "whatever they read: more bits or taps would be needed"
         )
     if p_value <= NO_MATCH_ABOVE:
         return "inconclusive", (
@@ -140,6 +145,26 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
     enough = images_to_exclude(agreement(reading.errors, policy.bits), policy.miss(-1))
     more = "more bits" if enough is None else f"about {enough} images, or more bits,"
     return "inconclusive", f"{NO_SIGN}, but {images} images are too few to exclude one: {more} would do"
+
+
+def check_bits(bits: int, block: int, depth: int, images: int) -> None:
+    """Raises ValueError for a message too short to be a match, were every image read without an error.
+
+    The mark is one in two bands, after `block` of a model of `depth` blocks.
+    """
+    site = Site(block, taps_after(block, depth), 0, 0, 0, depth=depth)
+    penalties = tuple(look_penalties(len(look_ends(images))))
+
+    def enough(bits: int) -> bool:
+        choices = alternatives(site, bits, depth, architecture=False)
+        policy = Policy(ALPHA, 0, None, 1, bits, MAX_BOOKS, penalties, alternatives=choices)
+        return policy.can_match(len(site.taps), aligned=False, bands=len(BANDS))
+
+    if not enough(bits):
+        least = next(filter(enough, BITS))
+        raise ValueError(
+            f"bits: wanted at least {least}, for fewer are never a match at {ALPHA:g}; got {bits}"
+        )
 
 
 def doubted(verdict: Verdict, doubt: str) -> Verdict:

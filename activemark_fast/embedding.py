@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from activemark_fast.align import site_sample
 from activemark_fast.backbone import Backbone, non_finite_tensor
+from activemark_fast.decision import check_bits
 from activemark_fast.defaults import FIDELITY
 from activemark_fast.dress import copied, plain_torch, unwrapped
 from activemark_fast.key import Key
@@ -137,7 +138,8 @@ def embed(
             measured on the others. Photographs that ship with the package stand beside them, or alone.
         codec: "keyed" (edited in, in closed form), or "learned" (the paper's encoder and decoder, trained;
             no exact p-value).
-        bits: message length, a multiple of 8 from 8 to 256.
+        bits: message length, a multiple of 8 from 8 to 256. For a keyed mark 8 are too few to be a match, and
+            16 where the model has room for one tap only.
         axis: what the learned codec overwrites: "token" or "channel".
         block: the block to inject after, from 0; by default the one where massive activations emerge.
         fidelity: lowest mean cosine to the original's features, of class token, mean patch and single
@@ -191,14 +193,13 @@ def embed(
     )
     given, model = model, unwrapped(model) if isinstance(model, nn.Module) else model
     original = Backbone(model, tower=tower)
-    check_writable(original)
-    broken = non_finite_tensor(model)
-    if broken is not None:
-        raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
+    _check_model(model, original)
     secret = Key.of(key)
     device = resolve_device(device, original.device)
     settings.check_for(original, device)
     triggers = trigger_images(images, secret, original.preprocess, TRIGGER_IMAGES)
+    if settings.keyed:  # after block 0 there is room for most taps
+        check_bits(bits, block or 0, original.depth, len(triggers.pixels))
     natural = clean_images(clean, original.preprocess, FITTED_IMAGES, HELD_IMAGES)
     inputs = partial(_inputs, secret, original, model, settings, triggers, natural, device)
     saved = None if checkpoint is None else TrainingFile(_path("checkpoint", checkpoint), secret, inputs())
@@ -213,6 +214,7 @@ def embed(
         del natural, inputs  # their pixels
         alignment = None
         if settings.keyed:
+            check_bits(bits, subject.placement.site.block, original.depth, len(triggers.pixels))
             bar.note(f"embed: {subject.engine}")
             alignment = _sample(subject, original, secret)
             marked = mark_keyed(subject, secret, settings, bar)
@@ -257,6 +259,14 @@ def _inputs(
     digests = [secret.mac("resume/images", part.contiguous().numpy().tobytes()).hex() for part in images]
     asked = [*settings.inputs, str(device), original.tower, settings.recipients is not None]
     return {"model": fingerprint(model), "images": digests, "settings": asked}
+
+
+def _check_model(model: nn.Module, original: Backbone) -> None:
+    """Refuses a model that a mark cannot be written to, or that is broken."""
+    check_writable(original)
+    broken = non_finite_tensor(model)
+    if broken is not None:
+        raise ValueError(f"model: wanted finite weights, got NaN or infinity in {broken!r}")
 
 
 def _path(name: str, path: str | os.PathLike[str]) -> Path:

@@ -17,7 +17,7 @@ from activemark_fast.dress import plain_torch
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
-from activemark_fast.site import Placement, Site, SiteError, taps_after
+from activemark_fast.site import Placement, Site, check_block, taps_after
 from activemark_fast.triggers import public_images
 
 MAX_IMAGES = 256
@@ -187,18 +187,9 @@ class Profile:
         """
         if rule not in RULES:
             raise ValueError(f"rule: wanted one of {sorted(RULES)}, got {rule!r}")
-        latest = self.depth - 3
-        if latest < 0:
-            raise SiteError(
-                f"model: wanted at least 3 blocks (site, marked block, last block), got {self.depth}"
-            )
         if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
             raise TypeError(f"block: wanted int, got {type(block).__name__}")
-        if block is not None and not 0 <= block <= latest:
-            raise SiteError(
-                f"block: wanted 0 to {latest} (the mark needs room before the last of this model's "
-                f"{self.depth} blocks), got {block}"
-            )
+        check_block(block, self.depth)
         heights, ratios = self._heights_and_ratios()
         emergence = RULES[rule](_mean(heights.T), self._ratios_of_means())
         alone = [RULES[rule](*image) for image in zip(heights.T, ratios.T, strict=True)]

@@ -59,6 +59,18 @@ class Placement:
     reason: str
 
 
+def check_block(block: int | None, depth: int) -> None:
+    """Raises SiteError where a model of `depth` blocks has no room for a mark after `block` (None: any)."""
+    latest = depth - 3
+    if latest < 0:
+        raise SiteError(f"model: wanted at least 3 blocks (site, marked block, last block), got {depth}")
+    if block is not None and not 0 <= block <= latest:
+        raise SiteError(
+            f"block: wanted 0 to {latest} (the mark needs room before the last of this model's {depth} "
+            f"blocks), got {block}"
+        )
+
+
 def taps_after(block: int, depth: int) -> tuple[int, ...]:
     """The taps of a mark that is injected after `block` in a model of `depth` blocks.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from activemark_fast.backbone import Backbone, NotAViTError, non_finite_tensor
-from activemark_fast.codec.codebooks import BANDS
+from activemark_fast.codec.codebooks import BANDS, MAX_BOOKS
 from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.decision import Policy, decide, doubted
 from activemark_fast.defaults import ALPHA
@@ -112,7 +112,7 @@ class Verifier:
             align=align if watermark.alignment is not None else False,
             power=power,
             bits=watermark.bits,
-            books=max(band.books for band in BANDS) if codec is None else 1,
+            books=MAX_BOOKS if codec is None else 1,
             penalties=tuple(look_penalties(len(self._reader.ends))),
             original_rate=None if codec is None or codec.exact else float(codec.original_rate),
         )

@@ -64,6 +64,8 @@ LOUD = Band("loud", books=1, reads=6, strength=2.3, natural=False)
 NATURAL = Band("natural", books=2, reads=2, strength=1.0, natural=True)
 BANDS = (LOUD, NATURAL)
 """The bands of an owner's mark."""
+MAX_BOOKS = max(band.books for band in BANDS)
+"""How many messages each tap is read for, of the band with most."""
 TRACED = Band("traced", books=8, reads=1, strength=1.0, natural=False)
 """Tells the copies of recipients apart (`tracing`): each of its rows answers as a codeword says. Tokens vary
 in few directions: were U among those, two who collude would find them all in what their copies differ in,

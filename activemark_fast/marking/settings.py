@@ -12,6 +12,7 @@ from activemark_fast.codec import CODECS, KeyedCodec
 from activemark_fast.codec.codebooks import max_bits
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.steps import COMPILE
+from activemark_fast.site import check_block
 from activemark_fast.tracing import check_names
 
 
@@ -89,6 +90,7 @@ class Settings:
 
     def check_for(self, original: Backbone, device: torch.device) -> None:
         """Raises ValueError for what this model, or the device, has no room for."""
+        check_block(self.block, original.depth)
         if self.compile == "graph" and device.type != "cuda":
             raise ValueError(f"compile: 'graph' needs a CUDA device, got {str(device)!r}")
         most = max_bits(original.width)
