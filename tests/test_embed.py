@@ -361,7 +361,12 @@ def overflowing() -> nn.Module:
         (vit, {"bits": 7}, ValueError, "bits: wanted a multiple of 8, 8 to 256, got 7"),
         (vit, {"bits": 264}, ValueError, "bits: wanted a multiple of 8, 8 to 256, got 264"),
         (vit, {"bits": 64}, ValueError, "bits: wanted at most 63 for a model of width 128"),
-        (vit, {"bits": 8}, ValueError, "bits: wanted at least 16, for fewer are never a match at 1e-06; got 8"),
+        (
+            vit,
+            {"bits": 8},
+            ValueError,
+            "bits: wanted at least 16, .* never a match at 1e-06; got 8",
+        ),
         (vit, {"bits": 16, "block": 3}, ValueError, "bits: wanted at least 24, .*; got 16"),
         (lambda: vit(depth=4), {"bits": 16}, ValueError, "bits: wanted at least 24, .*; got 16"),
         (vit, {"bits": 32.0}, TypeError, "bits: wanted int, got float"),
@@ -410,7 +415,7 @@ def test_what_the_shape_of_a_model_forbids_is_refused_before_any_work(
     settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("activemark_fast.embedding.prepare")
-    with pytest.raises(ValueError, match="^(bits|block): wanted"):
+    with pytest.raises(ValueError, match=r"^(bits|block): wanted"):
         embed(vit(), KEY, images(16), **settings)  # type: ignore[arg-type]
 
 
