@@ -65,6 +65,7 @@ def test_a_sweep(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "suspects": 6,
     }
     assert "marked.pth" in text
+    assert f"\nerror: {ready / 'suspects'}/broken\\x1b[31m.bin: neither a " in text
     assert text.endswith("not looked at: 1 files with other suffixes (.md)\n")
     assert "\x1b" not in text
     with (tmp_path / "results.csv").open(newline="") as file:

@@ -85,7 +85,8 @@ class BlockSequence:
             raise NotAViTError(f"model: {hindered}")
         found = {one.name: one for one in find_towers(model, image_size)}
         if tower is not None and tower not in found:
-            raise ValueError(f"tower: wanted one of {', '.join(map(repr, found))}, got {tower!r}")
+            names = ", ".join(repr(name) if name else "'' (the model itself)" for name in found)
+            raise ValueError(f"tower: wanted one of {names}, got {tower!r}")
         self.towers = tuple(found)
         self.tower = self.towers[0] if tower is None else tower
         chosen = found[self.tower]

@@ -228,8 +228,8 @@ def fetch(architecture: str) -> nn.Module:
     except Exception as error:
         why = reason(error)
         if hub and family != "torchvision" and isinstance(error, OSError):
-            why = f"they are not in the local cache, and {hub} cannot be reached; say where they are: @path"
-        raise CheckpointError(f"{architecture}: its weights cannot be fetched: {why}") from error
+            why = f"not in the local cache, and {hub} cannot be reached; say where its weights are: @path"
+        raise CheckpointError(f"{architecture}: cannot be fetched: {why}") from error
 
 
 def _unknown_hub() -> str | None:

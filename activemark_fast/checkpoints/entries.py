@@ -96,7 +96,7 @@ class Entry:
         entry = cls(dtype, shape, file, offset, strides)
         whole = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in (*shape, offset))
         if not whole or offset + entry.nbytes > stop:
-            raise CheckpointError("is truncated, or describes a tensor that cannot be")
+            raise CheckpointError("is truncated, or describes a tensor that lies beyond its end")
         return entry
 
     @classmethod

@@ -48,8 +48,8 @@ def read_safetensors(file: Opened) -> Contents:
             dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
             entry = Entry.within(file.size, dtype, shape, file, 8 + length + begin)
             if begin < 0 or end - begin != entry.nbytes:
-                raise CheckpointError("its header describes a tensor that cannot be")
+                raise CheckpointError("its header describes a tensor that is not possible")
         except (KeyError, TypeError) as error:
-            raise CheckpointError("its header describes a tensor that cannot be") from error
+            raise CheckpointError("its header describes a tensor that is not possible") from error
         found.entries[name] = entry
     return found

@@ -39,7 +39,7 @@ INTERRUPTED = 130
 EXIT_CODES = (
     "Exit codes: 0 done, or the answer is yes (a match, a descent, as expected); 1 the answer is no, and "
     "never a failure; 2 error; 3 inconclusive; 4 a match, of verify-many --fail-on-match; 130 interrupted. "
-    "Each command's --help says which it has."
+    "--help of a command that answers says what its answers are."
 )
 
 

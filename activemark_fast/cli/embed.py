@@ -24,6 +24,7 @@ from activemark_fast.cli.common import (
     check_folder,
     chosen_device,
     copy_paths,
+    one_line,
     read_key,
     read_names,
     shows_progress,
@@ -52,7 +53,7 @@ def add_to(commands: Subparsers) -> None:
         help="what verification needs besides the key",
     )
     add_key(embed)
-    add_images(embed, "up to 64 of them, to read the mark on; without, the key cuts them from photographs")
+    add_images(embed, "16 to 128 of them, to read the mark on; without, the key cuts them from photographs")
     embed.add_argument(
         "--clean",
         type=Path,
@@ -311,8 +312,13 @@ def _save_all(embedding: Embedding, architecture: str, key: Key, args: argparse.
         moves = []
         for target, write in writers.items():
             beside = tempfile.TemporaryDirectory(dir=target.parent, prefix=".activemark-")
-            moves.append((Path(stack.enter_context(beside), "written"), target))
-            write(moves[-1][0])
+            written = Path(stack.enter_context(beside), "written")
+            try:
+                write(written)
+            except OSError as error:  # it names a file that nobody asked for
+                why = error.strerror or one_line(error).removeprefix(f"{written}: ")
+                raise OSError(f"{target}: {why}") from error
+            moves.append((written, target))
         try:
             for written, target in moves:
                 os.replace(written, target)

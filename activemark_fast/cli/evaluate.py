@@ -20,6 +20,7 @@ from activemark_fast.cli.common import (
     chosen_device,
     read_key,
     shows_progress,
+    write_figure,
 )
 from activemark_fast.defaults import ALPHA
 
@@ -117,7 +118,7 @@ def _evaluate(args: argparse.Namespace) -> Outcome:
         from activemark_fast.report import frontier_figure
 
         points = evaluation.frontier()
-        frontier_figure(points).savefig(args.out / "frontier.png", dpi=150)
+        write_figure(frontier_figure(points), args.out / "frontier.png")
         files += ", frontier.png"
         told += f"\n{_frontier(points)}"
         record["frontier"] = points

@@ -31,7 +31,8 @@ from activemark_fast.cli.open import add_timestamp, read_commitment
 
 MATCHED = 4
 _OUTCOMES = ("match", "no match", "inconclusive", "not a model", "error")
-_MATCHES_SHOWN = 50
+_SHOWN = 50
+"""Matches that are named, and errors; the journal has them all."""
 _SUFFIXES_SHOWN = 10
 
 
@@ -163,9 +164,8 @@ def _verify_many(args: argparse.Namespace) -> Outcome:
         "seconds": time.perf_counter() - started,
     }
     code = MATCHED if args.fail_on_match and counts["match"] else 2 if counts["error"] else 0
-    hint = (
-        f"not looked at: {sum(passed_by.values())} files with other suffixes ({', '.join(sorted(passed_by))})"
-    )
+    suffixes = sorted(suffix for suffix, _ in passed_by.most_common(_SUFFIXES_SHOWN))
+    hint = f"not looked at: {sum(passed_by.values())} files with other suffixes ({', '.join(suffixes)})"
     return Outcome(code, record, _table(records, counts), hint if passed_by else "")
 
 
@@ -189,18 +189,24 @@ def _outcome(record: dict[str, Any]) -> str:
 
 
 def _table(records: list[dict[str, Any]], counts: Counter[str]) -> str:
-    """The counts and the suspects that match, as text."""
+    """The counts, the suspects that match and what could not be read, as text."""
     lines = [f"{name:<12} {counts[name]:>7}" for name in _OUTCOMES]
     lines.append(f"{'suspects':<12} {len(records):>7}")
     matches = [record for record in records if _outcome(record) == "match"]
-    for record in matches[:_MATCHES_SHOWN]:
+    for record in matches[:_SHOWN]:
         p_value = record["verdict"]["p_value"]
         lines.append(
             f"match{'' if p_value is None else f', p = {p_value:.2g}'}: {_printable(record['suspect'])}"
             f"{_accused(record)}"
         )
-    if len(matches) > _MATCHES_SHOWN:
-        lines.append(f"and {len(matches) - _MATCHES_SHOWN} more matches in the journal")
+    if len(matches) > _SHOWN:
+        lines.append(f"and {len(matches) - _SHOWN} more matches in the journal")
+    errors = [record for record in records if _outcome(record) == "error"]
+    for record in errors[:_SHOWN]:
+        told = record["error"].removeprefix(f"{record['suspect']}: ")
+        lines.append(f"error: {_printable(record['suspect'])}: {_printable(told)}")
+    if len(errors) > _SHOWN:
+        lines.append(f"and {len(errors) - _SHOWN} more errors in the journal")
     return "\n".join(lines)
 
 

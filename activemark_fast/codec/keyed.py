@@ -13,7 +13,7 @@ from typing_extensions import Self
 from activemark_fast.key import Key
 from activemark_fast.ops.bits import pack_bits
 from activemark_fast.ops.decode import Decoded, decode_keyed
-from activemark_fast.ops.inject import inject_keyed, inject_keyed_
+from activemark_fast.ops.inject import inject_keyed
 from activemark_fast.site import Site
 
 MAX_SLOTS = 64
@@ -97,10 +97,6 @@ class KeyedCodec:
     def inject(self, output: Tensor, source: Tensor, message: Tensor) -> Tensor:
         """See `Codec.inject`: first the images with their message, then with its complement."""
         return inject_keyed(output, self.inject_directions, self.scale, pack_bits(message), self.slots)
-
-    def inject_once_(self, output: Tensor, message: Tensor) -> None:
-        """Writes the (B, M) messages into `output` (B, N, D) itself, without their complements."""
-        inject_keyed_(output, self.inject_directions, self.scale, pack_bits(message), self.slots)
 
     def decode(self, tapped: Tensor, tap: int, message: Tensor) -> Decoded:
         """See `Codec.decode`: P (h⁺ - h⁻), mean over the slots, 1 being as much as was injected."""

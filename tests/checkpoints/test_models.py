@@ -238,7 +238,7 @@ def test_without_a_network_only_the_cache_is_looked_at(
     monkeypatch.setattr("socket.getaddrinfo", unknown)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it was tried again"))
-    why = r"not in the local cache, and \S+ cannot be reached; say where they are: @path"
+    why = r"not in the local cache, and \S+ cannot be reached; say where its weights are: @path"
     with pytest.raises(CheckpointError, match=why):
         load_model("timm:vit_tiny_patch16_224")
 

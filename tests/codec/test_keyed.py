@@ -124,8 +124,6 @@ def test_inject_changes_the_slots_only_and_by_opposite_vectors(batch: int, dtype
     expected = expected.expand(-1, len(mark.slots), -1)
     tolerance = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     torch.testing.assert_close(added, torch.cat([expected, -expected]), rtol=0, atol=tolerance)
-    mark.inject_once_(output, message)
-    assert torch.equal(output, injected[:batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float32])
