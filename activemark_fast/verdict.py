@@ -123,11 +123,6 @@ class Verdict:
     bands: Mapping[str, float] = field(default_factory=dict)
     trace: Trace | None = None
 
-    def rank(self) -> tuple[int, float]:
-        """Smaller for verdicts that say more of a mark."""
-        weight = ("match", "inconclusive", "no match").index(self.decision)
-        return weight, 1.0 if self.p_value is None else self.p_value
-
     @property
     def paid_p_value(self) -> float | None:
         """The p-value times what is paid for everything that an owner could choose (a union bound)."""

@@ -84,6 +84,7 @@ def test_the_marked_folder_holds_marked_weights_only_and_nothing_is_left(marked:
     assert {path.name for path in folder.iterdir()} == {"model", "out", "watermark"}
     names = {path.name for path in (folder / "model").iterdir()} - {"pytorch_model.bin"}
     assert {path.name for path in (folder / "out").iterdir()} == names
+    assert {path.stat().st_mode & 0o777 for path in (folder / "out").iterdir()} == {0o600}
 
 
 def test_a_verdict_over_files_is_that_on_the_model(marked: Any) -> None:

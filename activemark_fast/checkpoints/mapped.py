@@ -54,7 +54,7 @@ class MappedModel:
     def write(self, out: Path, partial: Path) -> list[str]:
         """Writes a checkpoint like the one that was mapped, with the model's weights as they are now.
 
-        The files are copied by the system, and what differs is written over it.
+        The files are copied by the system, readable by their owner only, and what differs is written over it.
 
         Args:
             out: a file or a folder, as the checkpoint is; a file or an empty folder is replaced.
@@ -80,6 +80,7 @@ class MappedModel:
             targets = {path: partial / path.name for path in sorted({*self.modified, *beside})}
         for source, target in targets.items():
             shutil.copyfile(source, target)
+            target.chmod(0o600)
         state = self.model.state_dict()
         written = []
         stored = {path: mapped_bytes(path) for path in {_path(entry) for entry in self.places.values()}}
