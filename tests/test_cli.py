@@ -221,7 +221,7 @@ def test_a_checkpoint_is_used_and_goes(ready: Ready, run: Callable[..., Result],
     args = ready.embed_args(tmp_path, "--codec", "learned", "--max-steps", 2)
     wrong = run(*args, "--checkpoint", tmp_path / "nowhere" / "state")
     assert (wrong.code, names(tmp_path)) == (2, [])
-    assert "checkpoint: wanted a file in a folder that is there" in wrong.err
+    assert "checkpoint: wanted a file in a folder to write to" in wrong.err
     (tmp_path / "state").write_bytes(b"something else")
     wrong = run(*args, "--checkpoint", tmp_path / "state")
     assert (wrong.code, names(tmp_path)) == (2, ["state"])

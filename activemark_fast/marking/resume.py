@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,10 @@ class TrainingFile:
     def __init__(self, path: Path, key: Key, inputs: dict[str, object]) -> None:
         """inputs: all that the training depends on besides the key, as JSON types.
 
-        Raises ValueError if `path` is a folder or lies in none.
+        Raises ValueError if `path` is a folder, or lies in none that can be written to.
         """
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"checkpoint: wanted a file in a folder that is there, got {str(path)!r}")
+        if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ValueError(f"checkpoint: wanted a file in a folder to write to, got {str(path)!r}")
         self._path = path
         self._inputs = key.mac("training state", json.dumps(inputs, sort_keys=True).encode()).hex()
         self._saved = time.monotonic()

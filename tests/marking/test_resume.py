@@ -71,8 +71,12 @@ def test_an_embedding_that_is_not_interrupted_leaves_nothing(tmp_path: Path) -> 
 
 def test_files_it_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path, tmp_path / "no such folder" / "state"):
-        with pytest.raises(ValueError, match=r"^checkpoint: wanted a file in a folder that is there, got "):
+        with pytest.raises(ValueError, match=r"^checkpoint: wanted a file in a folder to write to"):
             trained(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda *_: False)
+        with pytest.raises(ValueError, match=r"^checkpoint: wanted a file in a folder to write to"):
+            trained(tmp_path / "state")
     junk = tmp_path / "junk"
     for content in (b"", b"junk", bytes(8) + b"{}", (2).to_bytes(8, "little") + b"{}"):
         junk.write_bytes(content)
