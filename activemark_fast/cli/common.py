@@ -235,3 +235,8 @@ def one_line(message: object) -> str:
     if isinstance(message, OSError) and message.filename is not None and message.strerror is not None:
         message = f"{message.filename}: {message.strerror}"
     return " ".join(str(message).split())
+
+
+def printable(name: str) -> str:
+    """A file's name as a terminal may see it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

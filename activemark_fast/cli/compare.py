@@ -15,6 +15,7 @@ from activemark_fast.cli.common import (
     check_folder,
     check_output,
     one_line,
+    printable,
     shows_progress,
     write_figure,
 )
@@ -143,17 +144,12 @@ def _table(rows: list[dict[str, Any]], unread: dict[str, str]) -> str:
         score, p_value = (f"{row['score']:.2f}", f"{row['p_value']:.1g}") if full else ("-", "-")
         verdict = row["decision"] if full else "not opened"
         lines.append(
-            f"{row['likeness']:>6.2f}  {score:>5}  {p_value:>8}  {verdict}: {_printable(row['path'])}"
+            f"{row['likeness']:>6.2f}  {score:>5}  {p_value:>8}  {verdict}: {printable(row['path'])}"
         )
     if len(rows) > SHOWN:
         lines.append(f"and {len(rows) - SHOWN} more, less alike")
-    lines += [f"not read: {_printable(name)}: {why}" for name, why in list(unread.items())[:SHOWN]]
+    lines += [f"not read: {printable(name)}: {why}" for name, why in list(unread.items())[:SHOWN]]
     lines.append(
         "A sketch does not see through a permuted or rotated residual stream; comparing two models does."
     )
     return "\n".join(lines)
-
-
-def _printable(name: str) -> str:
-    """A file's name as a terminal may see it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -23,6 +23,7 @@ from activemark_fast.cli.common import (
     check_folder,
     chosen_device,
     decision_settings,
+    printable,
     read_key,
     read_register,
     shows_progress,
@@ -196,7 +197,7 @@ def _table(records: list[dict[str, Any]], counts: Counter[str]) -> str:
     for record in matches[:_SHOWN]:
         p_value = record["verdict"]["p_value"]
         lines.append(
-            f"match{'' if p_value is None else f', p = {p_value:.2g}'}: {_printable(record['suspect'])}"
+            f"match{'' if p_value is None else f', p = {p_value:.2g}'}: {printable(record['suspect'])}"
             f"{_accused(record)}"
         )
     if len(matches) > _SHOWN:
@@ -204,7 +205,7 @@ def _table(records: list[dict[str, Any]], counts: Counter[str]) -> str:
     errors = [record for record in records if _outcome(record) == "error"]
     for record in errors[:_SHOWN]:
         told = record["error"].removeprefix(f"{record['suspect']}: ")
-        lines.append(f"error: {_printable(record['suspect'])}: {_printable(told)}")
+        lines.append(f"error: {printable(record['suspect'])}: {printable(told)}")
     if len(errors) > _SHOWN:
         lines.append(f"and {len(errors) - _SHOWN} more errors in the journal")
     return "\n".join(lines)
@@ -219,11 +220,6 @@ def _accused(record: dict[str, Any]) -> str:
     return f", of {names}" if names else ", nobody's copy"
 
 
-def _printable(name: str) -> str:
-    """A file's name as a terminal may see it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def _csv(records: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     columns = ("decision", "p_value", "detection_rate", "images", "identical", "reason")
@@ -233,7 +229,7 @@ def _csv(records: list[dict[str, Any]]) -> str:
         verdict = record["verdict"] or {}
         table.writerow(
             [
-                _printable(record["suspect"]),
+                printable(record["suspect"]),
                 *(verdict.get(column) for column in columns),
                 *(record.get(column) for column in ("error", "skipped", "size", "modified", "seconds")),
             ]
