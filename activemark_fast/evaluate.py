@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +156,8 @@ def evaluate(
     evaluation = Evaluation(header, known)
     with Progress(progress) as bar, _threads(1):
         bar.stage("attacks", len(left))
-        for rows in _in_parallel([partial(bench.rows, attack, subject) for attack, subject in left], jobs):
+        work = [partial(bench.rows, attack, subject) for attack, subject in left]
+        for rows in _in_parallel(work, jobs, bar):
             both = [*evaluation.rows, *rows]
             both.sort(key=lambda row: (order[row["attack"], row["subject"]], row["key"] != "owner"))
             evaluation = Evaluation(header, both)
@@ -340,7 +341,7 @@ def _told(verdict: Verdict, expected: str | None, note: str) -> Row:
     }
 
 
-def _in_parallel(work: list[Callable[[], list[Row]]], jobs: int) -> Iterator[list[Row]]:
+def _in_parallel(work: Sequence[Callable[[], list[Row]]], jobs: int, bar: Progress) -> Iterator[list[Row]]:
     """The results of `work` as they come. On an error or an interrupt nothing further is begun."""
     if jobs == 1:
         for task in work:
@@ -351,6 +352,9 @@ def _in_parallel(work: list[Callable[[], list[Row]]], jobs: int) -> Iterator[lis
         futures: list[Future[list[Row]]] = [pool.submit(task) for task in work]
         for future in as_completed(futures):
             yield future.result()
+    except KeyboardInterrupt:
+        bar.note("evaluate: interrupted; the attacks that run are waited for, which may take minutes")
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
