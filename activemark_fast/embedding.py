@@ -177,8 +177,9 @@ def embed(
         the same weights, bit for bit, on one machine's CPU with as many threads.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the model has non-finite weights, is no plain
-            ViT (`NotAViTError`), has no room for the mark (`SiteError`) or weights that cannot be written to.
+        TypeError, ValueError: an argument is not as described; the model has non-finite weights, no image
+            tower of blocks that could be marked (`NotAViTError`), no room for the mark (`SiteError`) or
+            weights that cannot be written to.
         UnverifiedMarkError: `verify` does not find the finished mark. The model is as it was.
 
     Warns:

@@ -112,6 +112,7 @@ def test_the_verdict_comes_first_in_plain_words() -> None:
         "Match: this model carries the owner's mark",
         "descends from the owner's marked model",
         "at most once in 1.8·10¹⁹ cases",
+        "If the owner is not to be trusted: an owner who lies would have to try about 1.8·10¹⁹ keys",
         "p = 5.4·10⁻²⁰",
         "R = 1.000",
         "What was read, and where",

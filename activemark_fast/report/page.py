@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -130,7 +131,8 @@ def _in_plain_words(verdict: Verdict) -> list[str]:
         odds += " Its weights are, bit for bit, those that the watermark file names."
     if verdict.aligned is not None:
         odds += f" A {verdict.aligned} of its activations, which hides a mark, was undone before reading."
-    said_by_owner = f"If the owner is not to be trusted: {verdict.evidence}."
+    lies = re.sub(r"\d[\d.]*e[+-]\d+", lambda number: _number(float(number[0])), str(verdict.evidence))
+    said_by_owner = f"If the owner is not to be trusted: {lies}."
     if verdict.chosen:
         return [said, said_by_owner, _bound(verdict)]
     return [said, odds, said_by_owner, _bound(verdict)]
@@ -161,10 +163,10 @@ def _superscript(number: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    """A small number as people write it: 5.4·10⁻²⁰."""
+    """A number as people write it: 5.4·10⁻²⁰."""
     if value is None:
         return "-"
-    if value == 0 or value >= 0.001:
+    if value == 0 or 0.001 <= value < 1e6:
         return f"{value:.3g}"
     exponent = math.floor(math.log10(value) + 1e-9)
     return f"{value / 10.0**exponent:.2g}·10{_superscript(exponent)}"
