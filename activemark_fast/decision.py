@@ -147,8 +147,8 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
     return "inconclusive", f"{NO_SIGN}, but {images} images are too few to exclude one: {more} would do"
 
 
-def check_bits(bits: int, block: int, depth: int, images: int) -> None:
-    """Raises ValueError for a message too short to be a match, were every image read without an error.
+def least_bits(block: int, depth: int, images: int) -> int:
+    """The shortest message that is a match where every one of so many images is read without an error.
 
     The mark is one in two bands, after `block` of a model of `depth` blocks.
     """
@@ -160,8 +160,13 @@ def check_bits(bits: int, block: int, depth: int, images: int) -> None:
         policy = Policy(ALPHA, 0, None, 1, bits, MAX_BOOKS, penalties, alternatives=choices)
         return policy.can_match(len(site.taps), aligned=False, bands=len(BANDS))
 
-    if not enough(bits):
-        least = next(filter(enough, BITS))
+    return next(filter(enough, BITS))
+
+
+def check_bits(bits: int, block: int, depth: int, images: int) -> None:
+    """Raises ValueError for a message of fewer than `least_bits`."""
+    least = least_bits(block, depth, images)
+    if bits < least:
         raise ValueError(
             f"bits: wanted at least {least}, for fewer are never a match at {ALPHA:g}; got {bits}"
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, max_bits
+from activemark_fast.decision import least_bits
 from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import BITS
 from activemark_fast.marking.engine import plan_engine
@@ -98,6 +99,12 @@ def outlook(
     seconds = (time.perf_counter() - started) / LOOKED_AT
     pixels = photographs[0].nbytes * TRIGGER_IMAGES
     longest = min(BITS[-1], max_bits(view.width) // BITS.step * BITS.step)
+    least = least_bits(placement.site.block, view.depth, TRIGGER_IMAGES)
+    if longest < least:
+        raise ValueError(
+            f"model: wanted room for a message of at least {least} bits, got a width of {view.width}, which "
+            f"has it for {longest}"
+        )
     engine = plan_engine(
         moved,
         placement.site,

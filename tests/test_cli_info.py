@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tiny import vit
 
 import activemark_fast
 from activemark_fast.cli import main
@@ -63,3 +64,12 @@ def test_what_stands_in_the_way(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr("activemark_fast.checkpoints.load_model", lambda spec: torch.nn.Linear(3, 3))
     assert main(["info", "demo"]) == 1
     assert "cannot be marked: looked for a list of at least 3 blocks" in capsys.readouterr().out
+
+
+def test_a_model_too_narrow_for_any_match(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("activemark_fast.checkpoints.load_model", lambda _: vit(embed_dim=32, num_heads=2))
+    assert main(["info", "narrow"]) == 1
+    told = "at least 16 bits, got a width of 32, which has it for 8"
+    assert told in capsys.readouterr().out
