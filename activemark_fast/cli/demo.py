@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 def add_to(commands: Subparsers) -> None:
     """Adds `demo` to the command line."""
     demo = add_command(
-        commands, "demo", _demo, "mark a small model and verify suspects; takes about two minutes"
+        commands,
+        "demo",
+        _demo,
+        "mark a small model and verify suspects; takes about two minutes",
+        epilog="Exit codes: 0 every verdict as expected, 1 some not, 2 error.",
     )
     demo.add_argument(
         "--out",
