@@ -38,6 +38,10 @@ class NotAViTError(ValueError):
     """The model cannot be viewed as a tower of blocks; the message says what was looked for and found."""
 
 
+class NoSuchTowerError(ValueError):
+    """The model has no image tower of the name asked for; the message says which it has."""
+
+
 class Stop(Exception):
     """Ends a forward pass, and carries what a module was called with, or made, out of it."""
 

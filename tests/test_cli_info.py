@@ -66,6 +66,11 @@ def test_what_stands_in_the_way(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "cannot be marked: looked for a list of at least 3 blocks" in capsys.readouterr().out
 
 
+def test_a_tower_that_there_is_not_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "demo", "--tower", "vision"]) == 2
+    assert "tower: wanted one of '' (the model itself), got 'vision'" in capsys.readouterr().err
+
+
 def test_a_model_too_narrow_for_any_match(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from activemark_fast.backbone.probe import enter, probe
 from activemark_fast.dress import hindrance, unwrapped
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.towers import (
+    NoSuchTowerError,
     NotAViTError,
     Stop,
     evaluating,
@@ -66,7 +67,7 @@ class BlockSequence:
     Raises:
         TypeError: `model` is not a module, or `image_size` not a pair of integers.
         NotAViTError: nothing in the model can be seen so.
-        ValueError: there is no such `tower`.
+        NoSuchTowerError: there is no such `tower`.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class BlockSequence:
         found = {one.name: one for one in find_towers(model, image_size)}
         if tower is not None and tower not in found:
             names = ", ".join(repr(name) if name else "'' (the model itself)" for name in found)
-            raise ValueError(f"tower: wanted one of {names}, got {tower!r}")
+            raise NoSuchTowerError(f"tower: wanted one of {names}, got {tower!r}")
         self.towers = tuple(found)
         self.tower = self.towers[0] if tower is None else tower
         chosen = found[self.tower]

@@ -61,12 +61,15 @@ def _info(args: argparse.Namespace) -> Outcome:
 
 def _model(args: argparse.Namespace) -> Outcome:
     """Where a model can be marked, or what stands in the way."""
+    from activemark_fast.backbone import NoSuchTowerError
     from activemark_fast.checkpoints import load_model
     from activemark_fast.outlook import outlook
 
     model, device = load_model(args.model), chosen_device(args.device)
     try:
         found = outlook(model, tower=args.tower, device=device, precision=args.precision)
+    except NoSuchTowerError:
+        raise
     except ValueError as error:
         return Outcome(1, {"markable": False, "reason": str(error)}, f"cannot be marked: {error}")
     return Outcome(0, {"markable": True, **asdict(found)}, str(found))
