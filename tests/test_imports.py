@@ -160,6 +160,7 @@ def test_help_needs_no_torch() -> None:
 def test_public_names() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = activemark_fast.nothing
+    assert set(activemark_fast.__all__) <= set(dir(activemark_fast))
     for name in activemark_fast.__all__:
         assert getattr(activemark_fast, name) is not None
     assert callable(activemark_fast.embed)
