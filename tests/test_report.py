@@ -293,7 +293,8 @@ def test_the_command(
     page = Path("page.html").read_text(encoding="utf-8")
     assert "Match: this model carries" in page
     assert Path("owner.key").read_text().strip() not in page
-    assert "activemark verify marked.safetensors --watermark wm.safetensors --key owner.key" in page
+    again = "activemark verify marked.safetensors --watermark wm.safetensors --key owner.key --exhaustive"
+    assert again in page
     assert "Descent, by the weights alone" not in page
 
     code, out, _ = run(

@@ -153,6 +153,8 @@ def _command(args: argparse.Namespace) -> str:
     for name in ("register", "images", "architecture", "commitment", "timestamp", "authority"):
         if getattr(args, name) is not None:
             words += [f"--{name}", str(getattr(args, name))]
+    if args.journal is None:  # the page's figures are of all images
+        words.append("--exhaustive")
     return shlex.join(words)
 
 
