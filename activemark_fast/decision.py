@@ -138,7 +138,7 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
         )
     if p_value <= NO_MATCH_ABOVE:
         return "inconclusive", (
-            "signs of the mark, but not enough to exclude chance: more trigger images or bits might"
+            "signs of the mark, but not enough to exclude chance: more hold-out images or bits might"
         )
     if reading.excluded:
         return "no match", NO_SIGN
