@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Has what the system says of a write, such as a full disk, name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) -> None:
@@ -16,7 +28,10 @@ def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) ->
     What was there is replaced. Raises OSError where it cannot be written.
     """
     target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+    with (
+        naming(path),
+        tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file,
+    ):
         temporary = Path(file.name)
         try:
             file.write(data)
@@ -31,4 +46,6 @@ def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) ->
 
 def mapped_bytes(path: Path, *, shared: bool = False) -> Tensor:
     """(size,) uint8, the bytes of a file; what is written to them reaches the file if `shared`."""
+    import torch  # takes longer to import than all the rest, and keys are made without it
+
     return torch.from_file(str(path), shared=shared, size=path.stat().st_size, dtype=torch.uint8)

@@ -22,6 +22,8 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from activemark_fast.files import naming
+
 MIN_MATERIAL_BYTES = 16
 MIN_PASSPHRASE_CHARACTERS = 8
 PASSPHRASE_N, GRINDING_N = 2**17, 2**15
@@ -110,8 +112,12 @@ class Key:
                 f"key: wanted 32 bytes of key material for a key file, got {len(self._material)}"
             )
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii", newline="\n") as file:
-            file.write(self._material.hex() + "\n")
+        try:
+            with naming(path), os.fdopen(descriptor, "w", encoding="ascii", newline="\n") as file:
+                file.write(self._material.hex() + "\n")
+        except BaseException:  # half a key is none
+            os.unlink(path)
+            raise
 
     def subkey(self, label: str) -> Key:
         """An independent key for `label`: it tells nothing about this key, nor about other labels'."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import hmac
+import os
 import pickle
 import stat
 import traceback
@@ -122,6 +123,17 @@ def test_key_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "owner.key"
     Key.write_new(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_key_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, *_: object, **__: object) -> None:
+        os.close(descriptor)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*owner.key'"):
+        Key.write_new(tmp_path / "owner.key")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_key_file_is_never_overwritten(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from typing_extensions import Self
 
+from activemark_fast.files import naming
+
 FORMAT_VERSION = 1
 _HEADER = "activemark_journal"
 
@@ -96,9 +98,10 @@ class Journal:
 
     def _write(self, line: dict[str, object]) -> None:
         data = _line(line)
-        while data:
-            data = data[self._file.write(data) :]
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
 
 
 def _line(content: dict[str, object]) -> bytes:
