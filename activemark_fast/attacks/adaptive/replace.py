@@ -49,6 +49,8 @@ def replace(
     (1 - cosine, of every token after the final norm). AdamW, each stage with cosine decay to 0, in mixed
     precision where the device multiplies bf16.
 
+    Long, for both stages share the models, the optimiser's parameters and the draws.
+
     Args:
         model: a plain ViT.
         data: clean images.
