@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,43 @@ def overlapping(path: Path) -> None:
         record = next(r for r in archive.infolist() if r.filename.endswith("data/0"))
         archive.filelist += [record] * 200
         archive._didModify = True  # type: ignore[attr-defined]
+
+
+def twice(path: Path) -> None:
+    """Two records of one name: torch reads the first, Python the last."""
+    torch.save({"a": torch.ones(100)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    records += [(name, bytes(len(content))) for name, content in records if name.endswith("data/0")]
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for name, content in records:
+            archive.writestr(name, content)
+
+
+def one_behind_the_other(path: Path) -> None:
+    """Two archives of one layout: torch reads the first, Python the last."""
+    torch.save({"a": torch.zeros(100)}, path)
+    behind = path.read_bytes()
+    torch.save({"a": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes() + behind)
+
+
+def in_the_comment(path: Path) -> None:
+    """The second archive is the comment of the first."""
+    one_behind_the_other(path)
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes(content[: half - 2] + half.to_bytes(2, "little") + content[half:])
+
+
+@pytest.mark.parametrize("write", [twice, one_behind_the_other, in_the_comment])
+def test_what_torch_reads_otherwise_is_refused(write: Callable[[Path], None], tmp_path: Path) -> None:
+    """A thief's file that torch loads as the marked model would be judged by what else is in it."""
+    write(tmp_path / "a.pt")
+    assert bool(torch.load(tmp_path / "a.pt", weights_only=True)["a"].all())
+    with pytest.raises(CheckpointError, match=r"two records of one name|before or behind it"):
+        read(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
