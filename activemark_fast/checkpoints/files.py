@@ -79,6 +79,11 @@ class Checkpoint:
             for file in files or self._weights():
                 with _naming(file):
                     found = self._contents(self._open(file))
+                    twice = sorted(found.entries.keys() & self.entries.keys())
+                    if twice:
+                        raise CheckpointError(
+                            f"holds {twice[0][:100]!r} as another file of the model does: which of them counts?"
+                        )
                 self.entries |= found.entries
                 self.unread |= found.unread
                 self.metadata |= found.metadata

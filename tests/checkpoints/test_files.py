@@ -243,6 +243,13 @@ def test_hostile_indexes(index: str, tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    for number, value in ((1, 1.0), (2, 7.0)):
+        save_file({"a": torch.full((4,), value)}, tmp_path / f"m-0000{number}-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="'a' as another file of the model does"):
+        read(tmp_path)
+
+
 def test_every_truncation_of_a_file_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for write in (lambda: save_file(tensors(), path), lambda: torch.save(tensors(), path)):
