@@ -82,7 +82,7 @@ class Checkpoint:
                     twice = sorted(found.entries.keys() & self.entries.keys())
                     if twice:
                         raise CheckpointError(
-                            f"holds {twice[0][:100]!r} as another file of the model does: which of them counts?"
+                            f"holds {twice[0][:100]!r} as another file of the model does: which counts?"
                         )
                 self.entries |= found.entries
                 self.unread |= found.unread
