@@ -5,6 +5,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,54 @@ def in_the_comment(path: Path) -> None:
     content = path.read_bytes()
     half = len(content) // 2
     path.write_bytes(content[: half - 2] + half.to_bytes(2, "little") + content[half:])
+
+
+REAL, DECOY = torch.ones(3), torch.full((3,), 7.0)
+OF_DECOY = DECOY.__reduce_ex__(2)[1]
+OF_REAL = REAL.__reduce_ex__(2)[1]
+
+
+class Reduced:
+    """Pickled as it is told."""
+
+    def __init__(self, *reduced: object) -> None:
+        self.reduced = reduced
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.reduced
+
+
+REBUILD, PARAMETER = torch._utils._rebuild_tensor_v2, torch._utils._rebuild_parameter_with_state
+SAVED = {
+    "negated": {"a": torch._neg_view(-REAL)},
+    "nested": {"a.b": REAL, "a": {"b": DECOY}},
+    "bytes": {"a": REAL, b"a": DECOY},
+    "number": {"1": REAL, 1: DECOY},
+    "filled anew": {"a": Reduced(REBUILD, OF_DECOY, OF_REAL[:4])},
+    "data": {"a": Reduced(PARAMETER, (DECOY, False, OrderedDict(), {"data": REAL}))},
+    "data of a type": {
+        "a": Reduced(torch._tensor._rebuild_from_type_v2, (REBUILD, torch.Tensor, OF_DECOY, {"data": REAL}))
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_torch_makes_of_a_pickle_is_not_read_otherwise(name: str, tmp_path: Path) -> None:
+    path, first = tmp_path / "a.pt", next(iter(SAVED[name]))
+    torch.save(SAVED[name], path)
+    assert torch.equal(torch.load(path, weights_only=True)[first], REAL)
+    try:
+        found = read(path)
+    except CheckpointError:
+        return
+    assert found == {}
+
+
+def test_attributes_of_a_tensor_change_nothing(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(REAL)
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    torch.save({"a": parameter}, tmp_path / "a.pt")
+    assert torch.equal(read(tmp_path / "a.pt")["a"], REAL)
 
 
 @pytest.mark.parametrize("write", [twice, one_behind_the_other, in_the_comment])
