@@ -192,6 +192,23 @@ def test_decoys_beside_a_marked_model_do_not_clear_it(
     assert result.verdict.decision == decision
 
 
+def test_an_adapter_beside_a_marked_model_does_not_clear_it(marked: Marked, tmp_path: Path) -> None:
+    """Whoever loads the model's own file never sees the adapter."""
+    torch.manual_seed(0)
+    save(marked.model, tmp_path / "model" / "model.safetensors")
+    loud = {}
+    for name, tensor in marked.model.state_dict().items():
+        if re.fullmatch(r"blocks\.\d\..*(fc1|fc2|proj|qkv)\.weight", name):
+            place = f"base_model.model.{name.removesuffix('weight')}"
+            loud[f"{place}lora_A.weight"] = torch.randn(4, tensor.shape[1])
+            loud[f"{place}lora_B.weight"] = torch.randn(tensor.shape[0], 4)
+    save_file(loud, tmp_path / "model" / "adapter_model.safetensors")
+    (tmp_path / "model" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "r": 4}))
+    (result,) = sweep(tmp_path / "model", marked)
+    assert result.verdict is not None
+    assert result.verdict.decision == "match"
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
