@@ -197,7 +197,7 @@ def sorted_out(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], Adapter
     """
     base: dict[str, dict[str, str]] = {}
     adapters: Adapters = {}
-    for name in sorted(names, key=len):
+    for name in sorted(names, key=lambda name: (len(name), "/" in name)):
         if ".original_module." in name:
             continue
         clean, role = clean_name(name)
