@@ -11,10 +11,10 @@ from typing import Any
 from activemark_fast.checkpoints.mapped import map_model
 from activemark_fast.embedding import Embedding, embed
 from activemark_fast.key import Key
-from activemark_fast.marking.scratch import kept
+from activemark_fast.marking.scratch import held, kept
 from activemark_fast.verdict import Verdict
 from activemark_fast.verification import verify
-from activemark_fast.watermark import Watermark
+from activemark_fast.watermark import Watermark, WatermarkError
 
 
 def work_folder(out: Path) -> Path:
@@ -49,29 +49,44 @@ def embed_stored(
 
     Raises:
         CheckpointError: as `map_model` says.
-        TypeError, ValueError, UnverifiedMarkError: as `embed` does, or `out` or `watermark` is there.
+        TypeError, ValueError, UnverifiedMarkError: as `embed` does; or `out` or `watermark` is there, or
+            one within the other, or another process is at the same work.
         OSError: a file cannot be read or written.
     """
     out, watermark = Path(out), Path(watermark)
     work = work_folder(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"out: wanted a name that is free, got {out}, which is there")
+    place = watermark.resolve()
+    if not {out.resolve(), work.resolve()}.isdisjoint([place, *place.parents]):
+        raise ValueError(f"watermark: wanted a file outside of {out} and {work}, got {watermark}")
     if watermark.exists() and not work.exists():  # with the folder, it is by a run that was cut off
         raise ValueError(f"watermark: wanted a name that is free, got {watermark}, which is there")
     stored = map_model(model)
-    embedding = embed(
-        stored.model,
-        key,
-        images,
-        inplace=True,
-        architecture=stored.architecture,
-        work=work,
-        **settings,
-    )
-    embedding.watermark.save(watermark)
-    stored.write(out, work / "written")
-    shutil.rmtree(work)
+    with held(work):
+        embedding = embed(
+            stored.model,
+            key,
+            images,
+            inplace=True,
+            architecture=stored.architecture,
+            work=work,
+            **settings,
+        )
+        if watermark.exists() and not _holds(watermark, embedding.watermark):
+            raise ValueError(f"watermark: wanted a name that is free, got {watermark}, which is there")
+        embedding.watermark.save(watermark)
+        stored.write(out, work / "written")
+        shutil.rmtree(work)
     return embedding
+
+
+def _holds(path: Path, watermark: Watermark) -> bool:
+    """Whether a file is this watermark's."""
+    try:
+        return Watermark.load(path).digest() == watermark.digest()
+    except (WatermarkError, OSError):
+        return False
 
 
 def verify_stored(

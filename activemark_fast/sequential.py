@@ -13,6 +13,9 @@ WEAKEST_NATURAL = 0.1
 """The same for single readings in the natural band: 45 of 100 wrong."""
 LEAST_CHANCE = 1e-3
 """A mark that all images would prove is given up, at a look, about this rarely."""
+LEAST_IMAGES = 32
+"""Before so many are read no mark is out of reach: one that shows on no more than a fifth of all images goes
+unseen until then with a probability of less than `LEAST_CHANCE`."""
 
 
 def look_ends(images: int) -> list[int]:
@@ -73,7 +76,8 @@ def out_of_reach(scores: npt.NDArray[np.float64], images: int, wanted: float) ->
     z = T / sqrt(sum of the squared scores) under a standard normal distribution. Given the suspect, its
     images are independent draws: the sum of the rows of one image has an upper confidence limit (Student's
     t, level 1 - `LEAST_CHANCE`), and the squares are those seen, less what the images that are still to be
-    read average out. The suspect is given up where z would not even be enough at that limit.
+    read average out. The suspect is given up where z would not even be enough at that limit, but never before
+    `LEAST_IMAGES`: the limit cannot tell of images unlike all that were read.
 
     Args:
         scores: (n, rows), agreement of each image with what was sent, row by row; n >= 2.
@@ -82,6 +86,8 @@ def out_of_reach(scores: npt.NDArray[np.float64], images: int, wanted: float) ->
     """
     from scipy.special import ndtri  # scipy takes longer to import than all the rest
 
+    if len(scores) < min(LEAST_IMAGES, images):
+        return False
     averaged_out = scores.var(axis=0, ddof=1) * (1 / len(scores) - 1 / images)
     squares = (scores.mean(axis=0) ** 2 - averaged_out).sum()
     highest = _upper_limit(scores.sum(axis=1), LEAST_CHANCE)

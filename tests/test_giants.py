@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import vit
 from torch import Tensor, nn
@@ -252,6 +253,99 @@ def test_names_that_are_taken_are_refused_before_work(tmp_path: Path) -> None:
         embed(vit(num_classes=0), KEY, work=tmp_path / "other")
     with pytest.raises(TypeError, match="work: wanted a path, got int"):
         embed(vit(num_classes=0), KEY, work=3)  # type: ignore[arg-type]
+
+
+def test_nothing_is_put_where_it_would_be_lost(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for watermark in (out, out / "w", work_folder(out) / "w", tmp_path / "." / "out"):
+        with pytest.raises(ValueError, match="watermark: wanted a file outside of"):
+            embed_stored("demo", out, watermark, KEY)
+    out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="out: wanted a name that is free"):
+        embed_stored("demo", out, tmp_path / "w", KEY)
+
+
+def test_what_others_could_see_or_change_is_not_worked_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="work: wanted a folder, or a name for one"):
+        Scratch(tmp_path / "link", KEY, {})
+    opened = tmp_path / "open"
+    opened.mkdir(mode=0o777)
+    Scratch(opened, KEY, {})
+    assert opened.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(ValueError, match="work: wanted a folder of your own"):
+        Scratch(opened, KEY, {})
+
+
+def test_damaged_work_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = Scratch(tmp_path / "work", KEY, {})
+    step = {"a": torch.arange(100.0)}
+    scratch.made("step", lambda: step)
+    path = tmp_path / "work" / "step.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"work: .*is damaged"):
+        scratch.made("step", lambda: step)
+    path.unlink()
+    os.mkfifo(path)  # would be waited for
+    assert torch.equal(scratch.made("step", lambda: step)["a"], step["a"])
+
+    def full(*_args: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("activemark_fast.marking.scratch.save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written: .*No space left"):
+        scratch.made("next", lambda: step)
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"inputs.json", "step.safetensors"}
+
+
+def test_one_process_at_a_time_and_no_other_watermark_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(vit(num_classes=0), tmp_path / "m.safetensors", ARCHITECTURE)
+    (tmp_path / "m.safetensors").chmod(0o644)
+    out, mine = tmp_path / "out.safetensors", tmp_path / "another models watermark"
+    mine.write_bytes(b"precious")
+    work_folder(out).mkdir()  # as a run leaves it that was cut off
+    with pytest.raises(ValueError, match="watermark: wanted a name that is free"):
+        embed_stored(tmp_path / "m.safetensors", out, mine, KEY)
+    assert mine.read_bytes() == b"precious"
+    copy = shutil.copyfile
+    said: list[str] = []
+
+    def meanwhile(source: Path, target: Path) -> None:
+        with pytest.raises(ValueError, match="work: another process") as caught:
+            embed_stored(tmp_path / "m.safetensors", out, tmp_path / "w", KEY)
+        said.append(str(caught.value))
+        copy(source, target)
+        os.utime(source, ns=(1, len(said)))
+
+    monkeypatch.setattr(shutil, "copyfile", meanwhile)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        embed_stored(tmp_path / "m.safetensors", out, tmp_path / "w", KEY)
+    assert not out.exists()
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    embed_stored(tmp_path / "m.safetensors", out, tmp_path / "w", KEY)
+    assert len(said) == 1
+    assert out.stat().st_mode & 0o077 == 0
+
+
+def test_tensors_that_share_bytes_are_not_marked(tmp_path: Path) -> None:
+    save_model(vit(num_classes=0), tmp_path / "m.safetensors", ARCHITECTURE)
+    content = (tmp_path / "m.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    first, second = (f"blocks.{index}.mlp.fc2.weight" for index in (2, 3))
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    changed = json.dumps(header).encode().ljust(length)
+    (tmp_path / "m.safetensors").write_bytes(
+        len(changed).to_bytes(8, "little") + changed + content[8 + length :]
+    )
+    with pytest.raises(CheckpointError, match="wanted tensors apart, got"):
+        map_model(tmp_path / "m.safetensors")
 
 
 def test_the_command_line_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

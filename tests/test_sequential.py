@@ -89,7 +89,7 @@ def z(scores: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shown", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("end", [16, 32, 64])
+@pytest.mark.parametrize("end", [32, 64])
 def test_a_mark_that_would_be_found_is_hardly_ever_given_up_for_out_of_reach(shown: float, end: int) -> None:
     made = suspects(400, 64, shown, 0.08 + shown, seed=0)
     wanted = stats.norm.sf(np.median(z(made)))  # by what half of them reach
@@ -101,8 +101,22 @@ def test_a_mark_that_would_be_found_is_hardly_ever_given_up_for_out_of_reach(sho
 
 def test_most_innocents_are_out_of_reach_after_few_images() -> None:
     steady, fickle = (suspects(200, 64, shown, 0, seed=1) for shown in (0.5, 0.0))
-    assert np.mean([out_of_reach(scores[:16], 128, 1e-9) for scores in steady]) > 0.95
+    assert np.mean([out_of_reach(scores[:32], 128, 1e-9) for scores in steady]) > 0.95
     assert np.mean([out_of_reach(scores[:64], 128, 1e-9) for scores in fickle]) > 0.7
+
+
+def test_a_mark_that_a_fifth_of_the_images_show_is_hardly_ever_given_up() -> None:
+    """As a model would have it that was taught not to answer, on most kinds of images."""
+    draws = np.random.default_rng(3)
+    innocent, marked = suspects(400, 64, 0.1, 0, seed=4), suspects(400, 64, 0.1, 0.8, seed=5)
+    shows = np.arange(128) < 26
+    given_up = found = 0
+    for with_mark, without in zip(marked, innocent, strict=True):
+        scores = np.where(draws.permutation(shows)[:, None], with_mark, without)
+        found += stats.norm.sf(z(scores)) <= 1e-9
+        given_up += any(out_of_reach(scores[:end], 128, 1e-9) for end in look_ends(128)[:-1])
+    assert found > 350
+    assert given_up <= 2
 
 
 def test_with_all_images_read_a_match_is_out_of_reach_or_there() -> None:
@@ -110,5 +124,6 @@ def test_with_all_images_read_a_match_is_out_of_reach_or_there() -> None:
     reached = stats.norm.sf(z(scores))
     assert not out_of_reach(scores, 128, reached)
     assert out_of_reach(np.broadcast_to(scores.mean(axis=0), scores.shape), 128, reached / 2)
-    assert not out_of_reach(np.ones((2, 3)), 128, 0.3)
-    assert out_of_reach(-np.ones((2, 3)), 128, 0.3)
+    assert not out_of_reach(np.ones((32, 3)), 128, 0.3)
+    assert out_of_reach(-np.ones((32, 3)), 128, 0.3)
+    assert not out_of_reach(-np.ones((16, 3)), 128, 0.3)

@@ -69,6 +69,27 @@ def check(suspect: nn.Module, keyed: Embedding, **settings: Any) -> Verdict:
     return verdict
 
 
+def test_every_tower_of_a_model_is_paid_for(keyed: Embedding) -> None:
+    alone = check(keyed.model, keyed, exhaustive=True)
+    several = nn.ModuleDict({str(index): copy.deepcopy(keyed.model) for index in range(5)})
+    among = check(several, keyed, exhaustive=True)
+    assert alone.p_value is not None
+    assert among.p_value == pytest.approx(5 * alone.p_value)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 2, 0), (2, 1, 0)])
+def test_queries_keys_and_values_in_another_order_hide_no_mark(
+    order: tuple[int, int, int], keyed: Embedding
+) -> None:
+    """As other code may keep them in one matrix: read in the usual order they are wrong."""
+    state = keyed.model.state_dict()
+    for name in [name for name in state if ".attn.qkv." in name]:
+        state[name] = torch.cat([state[name].chunk(3)[part] for part in order])
+    suspect = vit()
+    suspect.load_state_dict(state)
+    assert check(suspect, keyed).decision == "match"
+
+
 def test_the_marked_model(keyed: Embedding) -> None:
     verdict = check(keyed.model, keyed, exhaustive=True)
     assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")

@@ -17,6 +17,8 @@ _NPY = re.compile(
     rb"'shape': \(([\d, ]*)\),? *\} *\n",
     re.DOTALL,
 )
+_END, _LOCATOR, _END_64 = 22, 20, 56
+"""Bytes of what ends a zip archive: its last record; in large ones, theirs, and what tells its place."""
 
 
 def read_archive(file: Opened) -> Contents:
@@ -24,8 +26,9 @@ def read_archive(file: Opened) -> Contents:
 
     Raises:
         UnreadFormError: records are compressed: a small file may unpack to a large one.
-        CheckpointError: it is damaged, or another archive.
+        CheckpointError: it is damaged, another archive, or may be read in several ways.
     """
+    _check_end(file)
     try:
         with zipfile.ZipFile(file.file) as archive:
             every = archive.infolist()
@@ -37,6 +40,8 @@ def read_archive(file: Opened) -> Contents:
     packed = {record.filename for record in every} - {record.filename for record in stored}
     if not every:
         raise CheckpointError("is a zip archive without a pickle")
+    if len({record.filename.lower() for record in every}) < len(every):
+        raise CheckpointError("holds two records of one name: readers differ on which of them counts")
     if any(name.endswith((".npy", ".pkl")) or "/data/" in name for name in packed):
         raise UnreadFormError("holds compressed records: unpack and save it again")
     records = {record.filename: record for record in every}
@@ -48,6 +53,24 @@ def read_archive(file: Opened) -> Contents:
             raise UnreadFormError("is an archive of torch.export: save the state dict of its module")
         raise UnreadFormError("is a zip archive of other files: unpack it first")
     return _torch_archive(file, records, main)
+
+
+def _check_end(file: Opened) -> None:
+    """Raises CheckpointError for a directory that torch and Python may look for at different places.
+
+    Python trusts its length, torch its offset: of two archives, one after the other, each may read another.
+    """
+    at = file.size - _END
+    end = file.read(at, _END)
+    length, start = (int.from_bytes(end[place : place + 4], "little") for place in (12, 16))
+    locator = file.read(at - _LOCATOR, _LOCATOR) if at >= _LOCATOR + _END_64 else b""
+    large = locator[:4] == b"PK\x06\x07"
+    if large:  # as torch always writes them
+        at -= _LOCATOR + _END_64
+        length, start = (int.from_bytes(file.read(at + place, 8), "little") for place in (40, 48))
+        large = locator[8:16] != at.to_bytes(8, "little") or file.read(at, 4) != b"PK\x06\x06"
+    if end[:4] != b"PK\x05\x06" or end[20:] != b"\0\0" or large or start + length != at:
+        raise CheckpointError("a damaged or truncated zip archive, or one with something before or behind it")
 
 
 def _torch_archive(file: Opened, records: dict[str, zipfile.ZipInfo], main: str) -> Contents:

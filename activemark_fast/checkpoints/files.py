@@ -22,7 +22,13 @@ from typing_extensions import Self
 from activemark_fast.checkpoints.archives import read_archive
 from activemark_fast.checkpoints.entries import Contents, Entry, HostBuffer, Opened
 from activemark_fast.checkpoints.errors import CheckpointError, NotAModelError, UnreadFormError
-from activemark_fast.checkpoints.folders import ADAPTER, beside, other_models, weight_files
+from activemark_fast.checkpoints.folders import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    beside,
+    other_models,
+    weight_files,
+)
 from activemark_fast.checkpoints.msgpack import read_flax
 from activemark_fast.checkpoints.onnx import read_onnx
 from activemark_fast.checkpoints.safetensors import read_safetensors
@@ -76,9 +82,15 @@ class Checkpoint:
         self.files: list[Opened] = []
         self._stack = ExitStack()
         try:
-            for file in files or self._weights():
+            self._weight_files = list(files or self._weights())
+            for file in self._weight_files:
                 with _naming(file):
                     found = self._contents(self._open(file))
+                    twice = sorted(found.entries.keys() & self.entries.keys())
+                    if twice:
+                        raise CheckpointError(
+                            f"holds {twice[0][:100]!r} as another file of the model does: which counts?"
+                        )
                 self.entries |= found.entries
                 self.unread |= found.unread
                 self.metadata |= found.metadata
@@ -144,10 +156,17 @@ class Checkpoint:
         return tensors
 
     def others(self) -> list[Checkpoint]:
-        """Further models in the folder, open as long as this one; what cannot be opened is in `unread`."""
+        """Further models in the folder, open as long as this one; what cannot be opened is in `unread`.
+
+        The base of an adapter is one: whoever loads the folder may pass over the adapter.
+        """
         found = []
         used = {opened.path.name for opened in self.files}
-        for name, files in other_models(self.path, used).items() if self.path.is_dir() else ():
+        others = other_models(self.path, used) if self.path.is_dir() else {}
+        base = [file for file in self._weight_files if file.name not in ADAPTER_WEIGHTS]
+        if len(base) < len(self._weight_files):
+            others[base[0].name] = base
+        for name, files in others.items():
             try:
                 other = Checkpoint(self.path / name, self.max_bytes, files)
                 found.append(self._stack.enter_context(other))

@@ -56,7 +56,7 @@ _OTHER_FORMS = (
     ),
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def weight_files(folder: Path, json_of: Callable[[Path], dict[str, Any]], base: object) -> list[Path]:
@@ -76,7 +76,7 @@ def weight_files(folder: Path, json_of: Callable[[Path], dict[str, Any]], base: 
     found = [name for name in _WEIGHTS if name in names][:1] or _shards(names)
     if not found and len(others := list(other_models(folder, set()).values())) == 1:
         found = [path.name for path in others[0]]
-    adapter = [name for name in _ADAPTER_WEIGHTS if name in names][:1]
+    adapter = [name for name in ADAPTER_WEIGHTS if name in names][:1]
     if adapter and not found:
         raise UnreadFormError(
             f"is an adapter alone: put the weights of its base model, {str(base)[:100]!r}, "
@@ -101,7 +101,7 @@ def other_models(folder: Path, used: set[str]) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        known = path.name in used or path.name in _ADAPTER_WEIGHTS or BESIDE_MODELS.fullmatch(path.name)
+        known = path.name in used or path.name in ADAPTER_WEIGHTS or BESIDE_MODELS.fullmatch(path.name)
         if path.suffix in SUFFIXES and not known and path.is_file():
             shard = _SHARD.fullmatch(path.name)
             found.setdefault(shard[1] + path.suffix if shard else path.name, []).append(path)

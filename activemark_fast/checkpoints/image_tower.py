@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -49,19 +50,23 @@ class ImageTower:
 
     def __init__(self, prefix: str, held: Held, wanted: Wanted) -> None:
         self.held = held
+        self._own = wanted.own
         self.prefix = prefix
         self.root = prefix.removesuffix(wanted.tower)
         self.found: dict[str, str] = {}
         for clean in sorted(held.base, key=lambda name: "decoder." in name):
             if clean.startswith(prefix):
-                relative = clean.removeprefix(prefix)
-                common = wanted.own.get(relative) or common_name(relative)
+                common = self.common(clean.removeprefix(prefix))
                 self.found[common if common not in self.found else ELSEWHERE + clean] = clean
             elif clean.startswith(self.root) and prefix.endswith(wanted.tower):
                 self.found[ELSEWHERE + clean.removeprefix(self.root)] = clean
         if wanted.tower == "":
             self.found |= {name: f"{prefix}{name}" for name in wanted.own if f"{prefix}{name}" in held.base}
         self._tell_three_matrices_apart()
+
+    def common(self, relative: str) -> str:
+        """The common name of what is called `relative` in the tower, by the marked model or others."""
+        return self._own.get(relative) or common_name(relative)
 
     @property
     def indices(self) -> list[int]:
@@ -88,7 +93,13 @@ class ImageTower:
         if not math.prod(source.shape) and clean.endswith(".weight"):
             return "empty, as DeepSpeed ZeRO leaves it: gather the weights with its zero_to_fp32.py"
         module, _, kind = clean.rpartition(".")
-        return Part(clean, source, self._lora(module, source.shape) if kind == "weight" else None)
+        lora = self._lora(module, source.shape) if kind == "weight" else None
+        of_peft = self.held.lora_config or any(
+            re.search(r"^base_model\.|base_layer\.", n) for n in parts.values()
+        )
+        if lora is not None and not of_peft:  # what loads the model may never look at it
+            source = replace(source, doubtful=True)
+        return Part(clean, source, lora)
 
     def shape(self, common: str) -> tuple[int, ...]:
         """Of a tensor; () where there is none."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from activemark_fast.checkpoints.architectures import build, existing, resolve
-from activemark_fast.checkpoints.entries import Entry
+from activemark_fast.checkpoints.entries import Entry, Opened
 from activemark_fast.checkpoints.errors import CheckpointError
 from activemark_fast.checkpoints.files import Checkpoint
 from activemark_fast.checkpoints.models import exact_plan
@@ -42,14 +43,14 @@ class MappedModel:
         architecture: what `build_model` builds it from.
         path: the checkpoint, a file or a folder.
         places: name of a tensor of the model → where its bytes are.
-        modified: newest modification time of the files, in nanoseconds.
+        files: as they were when they were mapped.
     """
 
     model: nn.Module
     architecture: str
     path: Path
     places: dict[str, Entry]
-    modified: dict[Path, int]
+    files: list[Opened]
 
     def write(self, out: Path, partial: Path) -> list[str]:
         """Writes a checkpoint like the one that was mapped, with the model's weights as they are now.
@@ -70,14 +71,12 @@ class MappedModel:
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
-        for path, modified in self.modified.items():
-            if os.stat(path).st_mtime_ns != modified:
-                raise CheckpointError(f"{path}: was changed while it was read")
         targets = {self.path: partial}
         if self.path.is_dir():
-            partial.mkdir()
+            partial.mkdir(mode=0o700)
             beside = {path for path in self.path.iterdir() if path.suffix in _BESIDE and path.is_file()}
-            targets = {path: partial / path.name for path in sorted({*self.modified, *beside})}
+            beside |= {opened.path for opened in self.files}
+            targets = {path: partial / path.name for path in sorted(beside)}
         for source, target in targets.items():
             shutil.copyfile(source, target)
             target.chmod(0o600)
@@ -96,6 +95,9 @@ class MappedModel:
         for target in targets.values():
             with open(target, "rb") as file:
                 os.fsync(file.fileno())
+        for opened in self.files:
+            if opened.was_changed():
+                raise CheckpointError(f"{opened.path}: was changed while it was read")
         os.replace(partial, out)
         return written
 
@@ -146,9 +148,18 @@ def map_model(spec: str | os.PathLike[str], offload: Callable[[Tensor], Tensor] 
                 values[step.target] = offload(
                     made.to(entry.dtype if entry.dtype.is_floating_point else made.dtype)
                 )
-        modified = {opened.path: opened.facts.st_mtime_ns for opened in checkpoint.files}
+    if offload is None:
+        _check_apart(places)
     _fill(model, values, {k: v for k, v in plan.neutral.items() if k not in plan.fit.missing})
-    return MappedModel(model, architecture, path, places, modified)
+    return MappedModel(model, architecture, path, places, checkpoint.files)
+
+
+def _check_apart(places: dict[str, Entry]) -> None:
+    """Raises CheckpointError where two tensors share bytes: whoever marks one would change the other."""
+    spans = sorted((_path(entry), entry.offset, entry.nbytes, name) for name, entry in places.items())
+    for (path, offset, size, name), (other, start, _, after) in pairwise(spans):
+        if path == other and start < offset + size:
+            raise CheckpointError(f"{path}: wanted tensors apart, got {name!r} and {after!r} in one place")
 
 
 def _path(entry: Entry) -> Path:

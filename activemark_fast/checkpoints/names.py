@@ -171,6 +171,11 @@ def clean_name(name: str) -> tuple[str, str]:
     return _part_of(_WRAPPERS.sub("", name))
 
 
+def without_wrappers(clean: str) -> str:
+    """What a name of `sorted_out` would be, had no other tensor that name."""
+    return _WRAPPERS.sub("", clean.partition(" ")[0])
+
+
 def _part_of(name: str) -> tuple[str, str]:
     """See `clean_name`; without wrappers."""
     for pattern, whole, role in _ROLES:
@@ -187,16 +192,19 @@ Adapters = dict[str, dict[str, dict[str, str]]]
 def sorted_out(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], Adapters]:
     """Clean name → part → stored name; and the adapters, apart.
 
-    Of tensors which only their wrappers tell apart, one has the clean name and the others keep theirs.
+    Of tensors which only their wrappers tell apart, one has the clean name and the others keep theirs; what
+    has the name of another even so gets its own behind it, after a space (`without_wrappers` takes it off).
     """
     base: dict[str, dict[str, str]] = {}
     adapters: Adapters = {}
-    for name in sorted(names, key=len):
+    for name in sorted(names, key=lambda name: (len(name), "/" in name)):
         if ".original_module." in name:
             continue
         clean, role = clean_name(name)
         if role in base.get(clean, {}):
             clean, role = _part_of(name.replace("/", "."))
+        if role in base.get(clean, {}):
+            clean = f"{clean} {name}"
         lora = _LORA.fullmatch(clean)
         if lora:
             adapters.setdefault(lora[1], {}).setdefault(lora[3] or "default", {})[lora[2]] = name

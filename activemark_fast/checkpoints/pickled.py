@@ -11,6 +11,8 @@ import torch
 _MAX_DEPTH = 40
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _NUMPY = ("numpy.core", "numpy._core")
+_REPLACING = frozenset({"data", "real", "imag"})
+"""Attributes of a tensor which, when set, change its numbers."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,14 @@ def _stands_for_a_tensor(stub: Stub) -> bool:
 
 
 def storage_of(pid: Any) -> object:
-    """Torch's persistent ids: ("storage", type, key, location, count, view)."""
-    if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Global):
+    """Torch's persistent ids: ("storage", type, key, location, count, view); no view is made."""
+    if (
+        isinstance(pid, tuple)
+        and len(pid) >= 5
+        and pid[0] == "storage"
+        and isinstance(pid[1], Global)
+        and not any(pid[5:])
+    ):
         dtype = _STORAGES.get(pid[1].name)
         if (dtype is not None or pid[1].name == "UntypedStorage") and _counts(pid[4:5]):
             return Storage(str(pid[2]), dtype)
@@ -177,9 +185,18 @@ def made_by_call(callee: object, args: object) -> object:
 
 
 def _tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, *_: object, dtype: torch.dtype | None = None
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: object = False,
+    hooks: object = None,
+    bits: object = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> object:
-    if not isinstance(storage, Storage):
+    """bits: of negated or conjugate tensors, whose numbers are not those stored."""
+    if not isinstance(storage, Storage) or bits:
         raise ValueError
     numbers = (tuple(shape), tuple(strides), (offset,))
     kind = dtype or storage.dtype
@@ -189,9 +206,16 @@ def _tensor(
 
 
 def _typed_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: object, hooks: object, kind: Any, *_: object
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: object,
+    hooks: object,
+    kind: Any,
+    bits: object = None,
 ) -> object:
-    return _tensor(storage, offset, shape, strides, dtype=_dtype(kind))
+    return _tensor(storage, offset, shape, strides, grad, hooks, bits, dtype=_dtype(kind))
 
 
 def _quantised(storage: Any, offset: Any, shape: Any, strides: Any, quantiser: Any, *_: object) -> object:
@@ -206,7 +230,15 @@ def _quantised(storage: Any, offset: Any, shape: Any, strides: Any, quantiser: A
 def _of_type(function: object, kind: object, args: object, state: object) -> object:
     """A subclass of Tensor, saved as what makes its numbers."""
     made = made_by_call(function, args)
-    return Stub(kind, args, state) if isinstance(made, Stub) else made
+    return Stub(kind, args, state) if isinstance(made, Stub) else _with_state(made, state)
+
+
+def _with_state(tensor: object, state: object) -> object:
+    """A tensor that is given attributes; one called "data" would be its numbers."""
+    parts = state if isinstance(state, tuple) else (state,)
+    if any(isinstance(part, dict) and _REPLACING & part.keys() for part in parts):
+        raise ValueError
+    return tensor
 
 
 def _dict(items: Any = ()) -> object:
@@ -275,7 +307,7 @@ _MAKERS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
     "torch._utils._rebuild_qtensor": _quantised,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, grad, hooks, state: _with_state(data, state),
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "numpy.core.numeric._frombuffer": _filled,
     "numpy._core.numeric._frombuffer": _filled,

@@ -15,7 +15,15 @@ from io import BytesIO
 from typing import Any
 
 from activemark_fast.checkpoints.errors import CheckpointError
-from activemark_fast.checkpoints.pickled import Global, Storage, Stub, made_by_call, storage_of
+from activemark_fast.checkpoints.pickled import (
+    Global,
+    QuantisedTensor,
+    Storage,
+    StoredTensor,
+    Stub,
+    made_by_call,
+    storage_of,
+)
 
 MAX_OPCODES = 3_000_000
 """A checkpoint with optimizer of 1,000 tensors has some 200,000."""
@@ -217,11 +225,13 @@ class _Machine:
         made = self.stack[-1]
         if isinstance(made, Stub):
             made.state = state
+        elif isinstance(made, StoredTensor | QuantisedTensor):
+            raise ValueError("a pickle that gives a tensor other numbers afterwards")
 
     def _binpersid(self, _: object) -> None:
         found = self.stack[-1] = storage_of(self.stack[-1])
-        if isinstance(found, Storage):
-            self.storages[found.key] = found
+        if isinstance(found, Storage) and self.storages.setdefault(found.key, found).dtype != found.dtype:
+            raise ValueError("a pickle that takes the same numbers for two types")
 
     def _persid(self, argument: str) -> None:
         self.stack.append(Stub("a persistent id", argument))

@@ -18,7 +18,16 @@ from activemark_fast.checkpoints.errors import UnreadFormError
 from activemark_fast.checkpoints.fit import Fit
 from activemark_fast.checkpoints.image_tower import Held, ImageTower, Read
 from activemark_fast.checkpoints.matching import Matcher
-from activemark_fast.checkpoints.names import PATCH, block_of, sorted_out, stray_stacks, towers, within
+from activemark_fast.checkpoints.names import (
+    PATCH,
+    STEM,
+    block_of,
+    sorted_out,
+    stray_stacks,
+    towers,
+    within,
+    without_wrappers,
+)
 from activemark_fast.checkpoints.steps import Step
 from activemark_fast.checkpoints.stored import Stored
 from activemark_fast.checkpoints.wanted import Group, Wanted
@@ -94,7 +103,7 @@ def plans(
     if len(found) > _MAX_TOWERS:
         raise UnreadFormError(f"{len(found)} image towers, of which at most {_MAX_TOWERS} are read")
     every = [ImageTower(prefix, held, wanted) for prefix in found or [""]]
-    doubts = _stray_stacks(every, held, wanted)
+    doubts = [*_stray_stacks(every, held, wanted), *_twins(every, held, wanted)]
     made = [plan for tower in every for plan in _of_tower(tower, wanted, read, doubts)]
     return sorted(made, key=lambda plan: (-plan.depth, -len(plan.steps)))
 
@@ -114,6 +123,23 @@ def _stray_stacks(every: list[ImageTower], held: Held, wanted: Wanted) -> list[s
         f"blocks under {before!r} without a patch embedding of a name that is known"
         for before, stack in stray_stacks(placed, held.base).items()
         if 2 * sum(any(alike(*named) for named in block) for block in stack.values()) >= wanted.depth
+    ]
+
+
+def _twins(every: list[ImageTower], held: Held, wanted: Wanted) -> list[str]:
+    """Tensors that play a part which another was chosen for: a suspect may compute with either."""
+    if wanted.grid is None:
+        return []
+    parts = [(tower, common, clean) for tower in every for common, clean in tower.found.items()]
+    placed = {clean for _, common, clean in parts if block_of(common) is not None or common in STEM}
+    return [
+        f"{clean.rpartition(' ')[2]!r} beside {chosen!r}"
+        for clean in held.base
+        if clean not in placed and "decoder." not in clean
+        for tower in every
+        if clean.startswith(tower.prefix)
+        if (chosen := tower.found.get(tower.common(without_wrappers(clean.removeprefix(tower.prefix)))))
+        if chosen in placed and chosen != clean
     ]
 
 

@@ -83,7 +83,11 @@ def tensors_of(root: object, file: Opened, place: Place | None) -> Contents:
         whole = {key: entry for key, entry in made.items() if entry is not None}
         if not name:
             continue  # a tensor alone
-        if len(whole) == len(made):
+        if found.unread.keys() & {name} or found.entries.keys() & made.keys():
+            found.unread[name] = "name that two tensors have"
+            for key in made:
+                found.entries.pop(key, None)
+        elif len(whole) == len(made):
             found.entries.update(whole)
         else:
             found.unread[name] = str(getattr(value, "made_by", "tensor of more elements than it stores"))

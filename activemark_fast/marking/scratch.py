@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,14 +37,12 @@ class Scratch:
 
         inputs: all that the embedding depends on besides the key, as JSON types.
 
-        Raises ValueError if `folder` is a file, lies in no folder, or is something else or another
-        embedding's.
+        Raises ValueError if `folder` is a file or a link, lies in no folder, belongs to another user, or is
+        something else or another embedding's.
         """
-        if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
-            raise ValueError(f"work: wanted a folder, or a name for one, got {str(folder)!r}")
+        _make(folder)
         told = json.dumps({"format": _FORMAT, **inputs}, sort_keys=True).encode()
         mine = json.dumps({"inputs": key.mac("work", told).hex()}).encode()
-        folder.mkdir(mode=0o700, exist_ok=True)
         note = folder / _INPUTS
         if not note.exists():
             if any(folder.iterdir()):
@@ -53,6 +53,7 @@ class Scratch:
                 "work: wanted the folder of an embedding with this model, key, images and settings, got "
                 f"another's: {folder}"
             )
+        folder.chmod(0o700)
         self._folder = folder
         for left in (*folder.glob(".kept-*"), *folder.glob(".made-*")):  # by a run that was cut off
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -65,18 +66,59 @@ class Scratch:
         """What `make` returns, from the file of that name where an earlier run got so far; on the CPU.
 
         What is written to the tensors does not reach the file.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: the file that is there is damaged.
         """
         path = self._folder / f"{name}.safetensors"
-        if not path.exists():
+        if not path.is_file():
             made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
             # Written beside its place and moved there: a file that is there is whole.
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=".made-") as beside:
                 written = Path(beside, path.name)
-                save_file(made, written)
+                try:
+                    save_file(made, written)
+                except SafetensorError as error:
+                    raise OSError(f"{path}: cannot be written: {error}") from error
                 os.replace(written, path)
             del made
-        with safe_open(path, framework="pt") as file:  # mapped, not read
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:  # mapped, not read
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"work: {path} is damaged ({error}): remove it") from error
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder for nobody else; see `Scratch` for what it refuses that is there."""
+    if not folder.parent.is_dir() or folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"work: wanted a folder, or a name for one, got {str(folder)!r}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        raise ValueError(f"work: wanted a folder of your own, got another user's: {folder}")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from a folder, which is made; one that is empty in the end goes.
+
+    Raises ValueError where another process keeps it, or as `Scratch` does.
+    """
+    _make(folder)
+    opened = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"work: another process is at work in {folder}") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+    finally:
+        os.close(opened)
 
 
 def kept(tensor: Tensor, folder: Path) -> Tensor:

@@ -153,6 +153,62 @@ def zeros() -> nn.Module:
     return model
 
 
+def decoys(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with tensors beside the model's that its users' loaders pass over."""
+    matrices = [n for n in state if re.fullmatch(r"blocks\.[34]\..*(fc1|fc2|proj|qkv)\.weight", n)]
+    noise = {n: state[n].std() * torch.randn_like(state[n]) for n in matrices}
+    if name == "other spelling":
+        return {
+            n.replace("fc1", "linear_fc1").replace("fc2", "linear_fc2"): t for n, t in state.items()
+        } | noise
+    if name == "wrapper":
+        return {n.replace("blocks.", "blocks.module."): t for n, t in state.items()} | noise
+    if name == "adapter":
+        for n in [n for n in noise if "fc2" in n]:
+            state[n.replace("weight", "lora_A.weight")] = torch.randn(4, state[n].shape[1])
+            state[n.replace("weight", "lora_B.weight")] = torch.randn(state[n].shape[0], 4)
+        return state
+    return state | {(n.replace(".", "/") if name == "slashes" else f"{n}._data"): t for n, t in noise.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "decision"),
+    [
+        ("slashes", "match"),
+        ("suffix", "match"),
+        ("other spelling", "inconclusive"),
+        ("wrapper", "inconclusive"),
+        ("adapter", "inconclusive"),
+    ],
+)
+def test_decoys_beside_a_marked_model_do_not_clear_it(
+    name: str, decision: str, marked: Marked, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    state = {n: tensor.clone() for n, tensor in marked.model.state_dict().items()}
+    save_file(decoys(name, state), tmp_path / "m.safetensors")
+    (result,) = sweep(tmp_path / "m.safetensors", marked)
+    assert result.verdict is not None
+    assert result.verdict.decision == decision
+
+
+def test_an_adapter_beside_a_marked_model_does_not_clear_it(marked: Marked, tmp_path: Path) -> None:
+    """Whoever loads the model's own file never sees the adapter."""
+    torch.manual_seed(0)
+    save(marked.model, tmp_path / "model" / "model.safetensors")
+    loud = {}
+    for name, tensor in marked.model.state_dict().items():
+        if re.fullmatch(r"blocks\.\d\..*(fc1|fc2|proj|qkv)\.weight", name):
+            place = f"base_model.model.{name.removesuffix('weight')}"
+            loud[f"{place}lora_A.weight"] = torch.randn(4, tensor.shape[1])
+            loud[f"{place}lora_B.weight"] = torch.randn(tensor.shape[0], 4)
+    save_file(loud, tmp_path / "model" / "adapter_model.safetensors")
+    (tmp_path / "model" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "r": 4}))
+    (result,) = sweep(tmp_path / "model", marked)
+    assert result.verdict is not None
+    assert result.verdict.decision == "match"
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,91 @@ def overlapping(path: Path) -> None:
         archive._didModify = True  # type: ignore[attr-defined]
 
 
+def twice(path: Path) -> None:
+    """Two records of one name: torch reads the first, Python the last."""
+    torch.save({"a": torch.ones(100)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    records += [(name, bytes(len(content))) for name, content in records if name.endswith("data/0")]
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for name, content in records:
+            archive.writestr(name, content)
+
+
+def one_behind_the_other(path: Path) -> None:
+    """Two archives of one layout: torch reads the first, Python the last."""
+    torch.save({"a": torch.zeros(100)}, path)
+    behind = path.read_bytes()
+    torch.save({"a": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes() + behind)
+
+
+def in_the_comment(path: Path) -> None:
+    """The second archive is the comment of the first."""
+    one_behind_the_other(path)
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes(content[: half - 2] + half.to_bytes(2, "little") + content[half:])
+
+
+REAL, DECOY = torch.ones(3), torch.full((3,), 7.0)
+OF_DECOY = DECOY.__reduce_ex__(2)[1]
+OF_REAL = REAL.__reduce_ex__(2)[1]
+
+
+class Reduced:
+    """Pickled as it is told."""
+
+    def __init__(self, *reduced: object) -> None:
+        self.reduced = reduced
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.reduced
+
+
+REBUILD, PARAMETER = torch._utils._rebuild_tensor_v2, torch._utils._rebuild_parameter_with_state
+SAVED = {
+    "negated": {"a": torch._neg_view(-REAL)},
+    "nested": {"a.b": REAL, "a": {"b": DECOY}},
+    "bytes": {"a": REAL, b"a": DECOY},
+    "number": {"1": REAL, 1: DECOY},
+    "filled anew": {"a": Reduced(REBUILD, OF_DECOY, OF_REAL[:4])},
+    "data": {"a": Reduced(PARAMETER, (DECOY, False, OrderedDict(), {"data": REAL}))},
+    "data of a type": {
+        "a": Reduced(torch._tensor._rebuild_from_type_v2, (REBUILD, torch.Tensor, OF_DECOY, {"data": REAL}))
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_torch_makes_of_a_pickle_is_not_read_otherwise(name: str, tmp_path: Path) -> None:
+    path, first = tmp_path / "a.pt", next(iter(SAVED[name]))
+    torch.save(SAVED[name], path)
+    assert torch.equal(torch.load(path, weights_only=True)[first], REAL)
+    try:
+        found = read(path)
+    except CheckpointError:
+        return
+    assert found == {}
+
+
+def test_attributes_of_a_tensor_change_nothing(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(REAL)
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    torch.save({"a": parameter}, tmp_path / "a.pt")
+    assert torch.equal(read(tmp_path / "a.pt")["a"], REAL)
+
+
+@pytest.mark.parametrize("write", [twice, one_behind_the_other, in_the_comment])
+def test_what_torch_reads_otherwise_is_refused(write: Callable[[Path], None], tmp_path: Path) -> None:
+    """A thief's file that torch loads as the marked model would be judged by what else is in it."""
+    write(tmp_path / "a.pt")
+    assert bool(torch.load(tmp_path / "a.pt", weights_only=True)["a"].all())
+    with pytest.raises(CheckpointError, match=r"two records of one name|before or behind it"):
+        read(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -202,6 +289,13 @@ def test_hostile_indexes(index: str, tmp_path: Path) -> None:
         read(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(FileNotFoundError):
+        read(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    for number, value in ((1, 1.0), (2, 7.0)):
+        save_file({"a": torch.full((4,), value)}, tmp_path / f"m-0000{number}-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="'a' as another file of the model does"):
         read(tmp_path)
 
 

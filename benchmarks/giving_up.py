@@ -1,0 +1,210 @@
+"""How often `verify`, which stops early, says "no match" of a mark that all images would prove.
+
+    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/giving_up.py --keys 2
+
+The demo model is marked and the mark weakened: averaged with the original, pruned, disturbed, vaccinated,
+projected. A suspect that answers on some images only is made of the readings of two: the marked model's on a
+share of the images, the original's on the others. Of each suspect every image is read once; the looks of
+`verify` are then replayed over random orders of the images, which are the key's to choose. Prints a line for
+each suspect: the paid p-value of all images, the share of orders by which it is given up (wrong where all
+images make a match), and how many images are read of those that are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from activemark_fast import Embedding, Key, embed, load_model, verify
+from activemark_fast.attacks import average, noise, prune
+from activemark_fast.attacks.adaptive import spectral, vaccinate
+from activemark_fast.backbone import Backbone
+from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
+from activemark_fast.decision import Policy
+from activemark_fast.defaults import ALPHA
+from activemark_fast.freedoms import alternatives
+from activemark_fast.marking.reading import Channel
+from activemark_fast.marking.suffix import site_activations
+from activemark_fast.p_value import sign_flip_p_value
+from activemark_fast.sequential import (
+    WEAKEST_NATURAL,
+    look_ends,
+    look_penalties,
+    mark_excluded,
+    out_of_reach,
+)
+from activemark_fast.triggers import photograph_crops, trigger_images
+from activemark_fast.verdict import NO_MATCH_ABOVE
+from activemark_fast.watermark import TRIGGER_IMAGES
+
+PUBLIC = Key(b"giving up: everybody's images")
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What the images show of a suspect.
+
+    Attributes:
+        bands: of each band (images, taps, rows, reads), 1 for a right bit and -1 for a wrong one.
+        loud: (images, taps), mean over the bits of +1 for a right one of the loud message and -1.
+    """
+
+    bands: tuple[np.ndarray, ...]
+    loud: np.ndarray
+
+    def of(self, images: np.ndarray) -> Read:
+        """Some of the images, in that order."""
+        return Read(tuple(band[images] for band in self.bands), self.loud[images])
+
+    def among(self, other: Read, share: float) -> Read:
+        """The first `share` of this one's images, and the others of another suspect."""
+        count = round(share * len(self.loud))
+
+        def mixed(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            return np.concatenate([ours[:count], theirs[count:]])
+
+        bands = tuple(mixed(*pair) for pair in zip(self.bands, other.bands, strict=True))
+        return Read(bands, mixed(self.loud, other.loud))
+
+    def p_value(self) -> float:
+        """Nothing paid but that it is the smallest of the bands'."""
+        scores = (band.sum(axis=(0, 3)).flatten().tolist() for band in self.bands)
+        return min(1.0, len(self.bands) * min(map(sign_flip_p_value, scores)))
+
+
+@torch.no_grad()
+def read(model: nn.Module, embedding: Embedding, key: Key) -> Read:
+    """Every image of the mark, by a suspect."""
+    backbone, watermark = Backbone(model), embedding.watermark
+    site = watermark.site
+    pixels = trigger_images(None, key, watermark.preprocess, TRIGGER_IMAGES).pixels
+    at_site = site_activations(backbone, pixels, site.block, nullcontext)
+    measured = SiteMeasure.of(at_site.output[:MEASURED_IMAGES], site.prefix_tokens)
+    stretched = key.stretched()
+    sent = draw_sent(stretched, "verify", TRIGGER_IMAGES, watermark.bits)
+    parts: dict[str, list[torch.Tensor]] = {band.name: [] for band in BANDS}
+    for book, messages in zip(codebooks(stretched, site, watermark.bits, measured), sent, strict=True):
+        part = Channel(book, messages).agreement(backbone, at_site, 0, site.block, nullcontext)
+        parts[book.band.name].append(part)  # (taps, n, reads, M)
+    loud = parts[BANDS[0].name][0].mean(dim=2) > 0
+    signs = (torch.cat([part.sign().permute(1, 0, 3, 2) for part in band], dim=2) for band in parts.values())
+    return Read(
+        tuple(band.numpy().astype(int) for band in signs),
+        (2 * loud.double().mean(dim=-1) - 1).T.numpy(),
+    )
+
+
+class Looks:
+    """The looks of `verify`."""
+
+    def __init__(self, embedding: Embedding, depth: int) -> None:
+        watermark = embedding.watermark
+        self.ends = look_ends(TRIGGER_IMAGES)
+        self.policy = Policy(
+            alpha=ALPHA,
+            tau=0,
+            align=None,
+            power=1.0,
+            bits=watermark.bits,
+            books=max(band.books for band in BANDS),
+            penalties=tuple(look_penalties(len(self.ends))),
+            alternatives=alternatives(watermark.site, watermark.bits, depth, False),
+        )
+        self.weights = self.policy.weights(False, len(BANDS))
+
+    def given_up_after(self, suspect: Read, order: np.ndarray) -> int | None:
+        """How many images are read of a suspect that is given up before the last; None of others."""
+        wanted = self.policy.unpaid(self.weights[-1])
+        for look, end in enumerate(self.ends[:-1]):
+            seen = suspect.of(order[:end])
+            rights = [band.mean(axis=3) for band in seen.bands]
+            miss = self.policy.miss(look)
+            if (
+                mark_excluded(seen.loud, miss)
+                and all(mark_excluded(right.mean(axis=2), miss, WEAKEST_NATURAL) for right in rights[1:])
+                and all(out_of_reach(right.reshape(end, -1), self.ends[-1], wanted) for right in rights)
+                and all(
+                    weight / len(BANDS) * suspect.of(order[:before]).p_value() > NO_MATCH_ABOVE
+                    for weight, before in zip(self.weights, self.ends[: look + 1], strict=False)
+                )
+            ):
+                return end
+        return None
+
+
+def suspects(embedding: Embedding, original: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of a marked model whose mark is weaker."""
+    marked, preprocess = embedding.model, Backbone(original).preprocess
+    clean = preprocess(torch.stack(list(photograph_crops(PUBLIC.stream("clean"), 256, preprocess.size))))
+    for share in (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0):
+        yield f"{share:.2f} of the original", average(marked, None, 0, share, other=original)
+    for strength in (0.7, 0.8, 0.9, 0.95):
+        yield f"{strength:.2f} pruned", prune(marked, None, 0, strength)
+    for strength in (2.0, 4.0, 6.0, 8.0):
+        yield f"noise {strength:.0f}", noise(marked, None, 0, strength)
+    for strength in (32, 64, 96):
+        yield f"loudest {strength} out", spectral(marked, clean, 0, strength, matrices=("fc2", "attention"))
+    for steps, lr in ((50, 1e-3), (100, 1e-3), (200, 1e-3), (200, 2e-3)):
+        yield f"vaccinated, {steps} at {lr:g}", vaccinate(marked, clean, 0, steps, lr=lr)
+
+
+def readings(
+    embedding: Embedding, original: nn.Module, key: Key, innocent: Read
+) -> Iterator[tuple[str, Read]]:
+    """Suspects by what is read of them."""
+    marked = read(embedding.model, embedding, key)
+    for share in SHARES:
+        yield f"answers on {share:.2f} of images", marked.among(innocent, share)
+    for name, model in suspects(embedding, original):
+        suspect = read(model, embedding, key)
+        yield name, suspect
+        if name.startswith("vaccinated"):
+            yield f"{name}, but for 0.15 of images", marked.among(suspect, 0.15)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--keys", type=int, default=2)
+    parser.add_argument("--orders", type=int, default=1000)
+    arguments = parser.parse_args()
+    original = load_model("demo")
+    wrong = {name: [0, 0] for name in ("weakened", "of some images")}
+    for number in range(arguments.keys):
+        key = Key(f"giving up: key {number}".encode())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            embedding = embed(original, key)
+        looks = Looks(embedding, Backbone(original).depth)
+        draws = np.random.default_rng(number)
+        orders = [draws.permutation(TRIGGER_IMAGES) for _ in range(arguments.orders)]
+        innocent = read(original, embedding, key)
+        after = looks.given_up_after(innocent, key.stream("looks").permutation(TRIGGER_IMAGES))
+        said = verify(original, embedding.watermark, key, precision="fp32")
+        assert said.images == (after or TRIGGER_IMAGES), "the looks are not verify's"
+        for name, suspect in readings(embedding, original, key, innocent):
+            p_value = looks.weights[0] / looks.policy.penalties[0] / len(BANDS) * suspect.p_value()
+            match = looks.policy.matches(p_value)
+            ends = [end for order in orders if (end := looks.given_up_after(suspect, order)) is not None]
+            if match:
+                kind = wrong["of some images" if "of images" in name else "weakened"]
+                kind[0], kind[1] = kind[0] + len(ends), kind[1] + len(orders)
+            images = (sum(ends) + TRIGGER_IMAGES * (len(orders) - len(ends))) / len(orders)
+            print(
+                f"key {number}  {name:43} p {p_value:8.1e}  {'match' if match else '-':5}  given up "
+                f"{len(ends) / len(orders):.4f}{'  WRONG' if match and ends else ''}  images {images:.1f}",
+                flush=True,
+            )
+    for name, (count, all_of_them) in wrong.items():
+        print(f"marks {name}: wrongly given up {count} of {all_of_them}")
+
+
+if __name__ == "__main__":
+    main()
