@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from activemark_fast.align import Alignment
-from activemark_fast.codec.codebooks import BANDS, MAX_BOOKS
+from activemark_fast.codec.codebooks import MAX_BOOKS
+from activemark_fast.codec.passive import BAND_NAMES
 from activemark_fast.defaults import ALPHA
 from activemark_fast.freedoms import BITS, EVIDENCE_AT, alternatives, paid
 from activemark_fast.sequential import images_to_exclude, look_ends, look_penalties
@@ -37,9 +38,11 @@ class Reading:
 
     Attributes:
         p_value: of all bands together, the reading's price paid; 1 for a codec without. It may exceed 1.
-        bands: of each band alone, nothing paid.
+        bands: of each band alone, nothing paid; the passive one, the last, is read only where the others have
+            not settled the verdict.
         errors: (taps, n), wrong bits of each image's message, of the first band.
-        excluded: whether the images exclude a mark that is as strong as `sequential` has it in either band.
+        excluded: whether the images exclude a mark that is as strong as `sequential` has it in either band
+            that is read by injections.
         alignment: what was undone before.
     """
 
@@ -61,6 +64,7 @@ class Policy:
         power: as `Verifier` takes it; None for a codec without p-value.
         bits: message length M.
         books: how many messages of M rows each tap is read for, of the band with most.
+        bands: of how many bands the smallest p-value is taken.
         penalties: of the looks (`sequential.look_penalties`).
         original_rate: detection rate of a codec without p-value on the unmarked original; None with one.
         alternatives: what is paid for that the owner could choose (`freedoms.alternatives`).
@@ -72,6 +76,7 @@ class Policy:
     power: float | None
     bits: int
     books: int
+    bands: int
     penalties: tuple[int, ...]
     original_rate: float | None = None
     alternatives: Mapping[str, int] = field(default_factory=dict)
@@ -81,16 +86,19 @@ class Policy:
         """Whether there is a p-value."""
         return self.original_rate is None
 
-    def weights(self, aligned: bool, bands: int, tries: int = 1) -> tuple[float, ...]:
-        """What the smallest p-value of `bands` is multiplied with at each look (weighted Bonferroni).
+    def price(self, aligned: bool, tries: int = 1) -> float:
+        """What the smallest p-value of the bands is multiplied with, were there but one look.
 
         Args:
             aligned: of the reading after an alignment; else of the plain one.
-            bands: of how many the smallest is taken.
             tries: of how many towers and places the smallest is taken.
         """
         price = 1.0 if self.align is not None else ALIGNED_PRICE if aligned else PLAIN_PRICE
-        return tuple(tries * price * penalty * bands for penalty in self.penalties)
+        return tries * price * self.bands
+
+    def weights(self, aligned: bool, tries: int = 1) -> tuple[float, ...]:
+        """The same at each look (weighted Bonferroni)."""
+        return tuple(self.price(aligned, tries) * penalty for penalty in self.penalties)
 
     def miss(self, look: int) -> float:
         """The share of all misses that a look may make."""
@@ -100,9 +108,9 @@ class Policy:
         """Whether a p-value is a match's, after what an owner could choose is paid for."""
         return paid(p_value, self.alternatives) <= self.alpha
 
-    def can_match(self, taps: int, aligned: bool, bands: int) -> bool:
-        """Whether a mark of which all images are read, at so many taps, without an error is a match."""
-        return self.matches(self.weights(aligned, bands)[-1] * 2.0 ** -(taps * self.bits * self.books))
+    def can_match(self, taps: int, aligned: bool) -> bool:
+        """Whether a mark that is read from all images, at so many taps, without an error is a match."""
+        return self.matches(self.weights(aligned)[-1] * 2.0 ** -(taps * self.bits * self.books))
 
     def unpaid(self, weight: float) -> float:
         """The p-value, with nothing paid, that makes a match at a look of this weight."""
@@ -131,7 +139,7 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
     p_value = min(1.0, reading.p_value)
     if policy.matches(p_value):
         return "match", "the suspect carries the mark"
-    if not policy.can_match(taps, reading.alignment is not None, len(reading.bands)):
+    if not policy.can_match(taps, reading.alignment is not None):
         return "inconclusive", (
             f"{taps * policy.bits * policy.books} bits are too few for a match at alpha = {policy.alpha:g}, "
             "whatever they read: more bits or taps would be needed"
@@ -150,15 +158,15 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
 def least_bits(block: int, depth: int, images: int) -> int:
     """The shortest message that is a match where every one of so many images is read without an error.
 
-    The mark is one in two bands, after `block` of a model of `depth` blocks.
+    The mark is one in bands, after `block` of a model of `depth` blocks.
     """
     site = Site(block, taps_after(block, depth), 0, 0, 0, depth=depth)
     penalties = tuple(look_penalties(len(look_ends(images))))
 
     def enough(bits: int) -> bool:
         choices = alternatives(site, bits, depth, architecture=False)
-        policy = Policy(ALPHA, 0, None, 1, bits, MAX_BOOKS, penalties, alternatives=choices)
-        return policy.can_match(len(site.taps), aligned=False, bands=len(BANDS))
+        policy = Policy(ALPHA, 0, None, 1, bits, MAX_BOOKS, len(BAND_NAMES), penalties, alternatives=choices)
+        return policy.can_match(len(site.taps), aligned=False)
 
     return next(filter(enough, BITS))
 

@@ -381,7 +381,7 @@ def _check_verified(
         watermark, secret, images, power=POWER, device=device, precision=precision, ranks=ranks
     )
     verdict = verifier.judge(marked)
-    if verdict.decision != "match" and (watermark.two_bands or not verdict.images):
+    if verdict.decision != "match" and (watermark.in_bands or not verdict.images):
         raise UnverifiedMarkError(
             f"the mark is not handed out, for verify says {verdict.decision!r} of it: "
             f"{verdict.reason}; a lower fidelity or another number of bits may help",

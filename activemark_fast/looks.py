@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -21,6 +22,13 @@ from activemark_fast.align import (
 from activemark_fast.backbone import Backbone, evaluating
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
+from activemark_fast.codec.passive import (
+    Moments,
+    inputs_and_answers,
+    passive_rows,
+    passive_scores,
+    readings,
+)
 from activemark_fast.decision import Policy, Reading, agreement
 from activemark_fast.key import Key
 from activemark_fast.marking.ranks import ALONE, Ranks
@@ -29,6 +37,7 @@ from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activ
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.normalisation import Preprocess
+from activemark_fast.ops.common import in_full_precision
 from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import WEAKEST_NATURAL, look_ends, mark_excluded, out_of_reach
 from activemark_fast.site import Site
@@ -74,7 +83,7 @@ class Reader:
     Args:
         watermark: of the mark; checked.
         secret: its key.
-        codec: of a mark of one band, on `device`; None for a mark in two bands, whose directions depend on
+        codec: of a mark of one band, on `device`; None for a mark in bands, whose directions depend on
             how the suspect's own tokens vary, and are made for each suspect.
         pixels: (n, 3, H, W), the trigger images.
         preprocess: how images made from the key become model input.
@@ -141,7 +150,7 @@ class Reader:
             UnreadableError: it puts out what is not finite, or constant; or it has another width, and no map
                 between the two explains it.
         """
-        measured = None
+        measured = seen = None
         if self._codec is None:
             run = partial(self._at_site, site, backbone, self._measured_pixels)
             seen = prefix.at(Prefix.MEASURED, run)
@@ -151,8 +160,13 @@ class Reader:
 
         def reading(alignment: Alignment | None) -> Reading | None:
             bands = self._bands(site, measured, alignment)
-            weights = policy.weights(alignment is not None, len(bands), tries)
-            return self._looks(site, backbone, bands, prefix, policy, weights, alignment, check)
+            weights = policy.weights(alignment is not None, tries)
+            found = self._looks(site, backbone, bands, prefix, policy, weights, alignment, check)
+            if found is None or seen is None or policy.settled(found.p_value, excluded=False, hopeless=False):
+                return found
+            passive = self._passive(site, backbone, seen.output, alignment)
+            p_value = min(found.p_value, policy.price(alignment is not None, tries) * passive)
+            return replace(found, p_value=p_value, bands=(*found.bands, passive))
 
         readings = []
         widened = backbone.width != site.width
@@ -203,7 +217,7 @@ class Reader:
     ) -> list[list[Channel]]:
         """What reads a suspect at `site`, after undoing `alignment`: the channels of each band.
 
-        measured: on the suspect, for two bands.
+        measured: on the suspect, for a mark in bands.
         """
         if measured is None:
             assert self._codec is not None
@@ -223,6 +237,25 @@ class Reader:
             channels.append(Channel(codec, sent))
         ends = np.cumsum(counts)
         return [channels[end - count : end] for count, end in zip(counts, ends, strict=True)]
+
+    def _passive(self, site: Site, backbone: Backbone, output: Tensor, alignment: Alignment | None) -> float:
+        """The p-value of the passive band.
+
+        output: (n, N, D), of the site's block for the images that tell how tokens vary.
+        """
+        patches = slice(site.prefix_tokens, None)
+        back = None if alignment is None else alignment.matrix.to(self._device).float().T
+        read = []
+        with evaluating(backbone.model), self._autocast(backbone.dtype):
+            for block, rows in passive_rows(self._stretched, site).items():
+                before, output = output, backbone.run(output, block, block + 1)
+                pair = (part[:, patches].flatten(0, 1).float() for part in (before, output))
+                moments = Moments(site.width, 0, self._device)
+                with in_full_precision(output):
+                    turned = pair if back is None else (part @ back for part in pair)
+                    moments.add(*inputs_and_answers(*turned))
+                    read.append(readings(rows, moments))
+        return sign_flip_p_value(passive_scores(read))
 
     @cached_property
     def _sample_images(self) -> Tensor:

@@ -22,7 +22,7 @@ class Site:
         taps: blocks whose outputs are read, ascending. The last is the last but one block of the model, so
             its output is the input of the last block.
         num_tokens, prefix_tokens, width: token layout of the marked model.
-        massive_tokens, massive_channels: where its massive activations sit at `block`; a mark in two bands
+        massive_tokens, massive_channels: where its massive activations sit at `block`; a mark in bands
             goes by neither, and leaves them empty.
         depth: number of blocks of the marked model; 0 where it is not known (old watermarks).
     """

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from activemark_fast.backbone import Backbone, NotAViTError, non_finite_tensor
-from activemark_fast.codec.codebooks import BANDS, MAX_BOOKS
+from activemark_fast.codec.codebooks import MAX_BOOKS
+from activemark_fast.codec.passive import BAND_NAMES
 from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.decision import Policy, decide, doubted
 from activemark_fast.defaults import ALPHA
@@ -28,7 +29,7 @@ from activemark_fast.site import Site, sites_in
 from activemark_fast.tracing import Register, RegisterError
 from activemark_fast.triggers import ImageMismatchError, TriggerImages, check_digests, trigger_images
 from activemark_fast.verdict import NO_MATCH_ABOVE, Decision, Verdict, default_tau, rank
-from activemark_fast.watermark import TWO_BANDS, Watermark, fingerprint
+from activemark_fast.watermark import IN_BANDS, Watermark, fingerprint
 
 
 class Verifier:
@@ -88,10 +89,10 @@ class Verifier:
         if align and watermark.alignment is None:
             raise ValueError("align: wanted a watermark with activations to align with, got one without")
         self._opening = None if commitment is None else Opening.of(commitment, secret, watermark)
-        known = known_normalisation(watermark.preprocess) if watermark.two_bands else None
+        known = known_normalisation(watermark.preprocess) if watermark.in_bands else None
         preprocess = watermark.preprocess if known is None else known
         triggers = _triggers(images, watermark, secret, preprocess)
-        codec = None if watermark.two_bands else watermark.restore_codec(secret).to(self.device)
+        codec = None if watermark.in_bands else watermark.restore_codec(secret).to(self.device)
         exact = codec is None or codec.exact
         power = power if exact else None
         self._reader = Reader(
@@ -113,6 +114,7 @@ class Verifier:
             power=power,
             bits=watermark.bits,
             books=MAX_BOOKS if codec is None else 1,
+            bands=len(BAND_NAMES) if codec is None else 1,
             penalties=tuple(look_penalties(len(self._reader.ends))),
             original_rate=None if codec is None or codec.exact else float(codec.original_rate),
         )
@@ -222,7 +224,7 @@ class Verifier:
 
         The first is the place that the mark was given; there is none where the suspect is too short.
         """
-        return sites_in(self._own, blocks, depth, self.watermark.two_bands)
+        return sites_in(self._own, blocks, depth, self.watermark.in_bands)
 
     def _read_at(
         self,
@@ -245,9 +247,7 @@ class Verifier:
                 verdict,
                 p_value=min(1.0, reading.p_value),
                 alternatives=policy.alternatives,
-                bands={band.name: p for band, p in zip(BANDS, reading.bands, strict=False)}
-                if policy.alternatives
-                else {},
+                bands=dict(zip(BAND_NAMES, reading.bands, strict=False)) if policy.alternatives else {},
             )
         alignment = reading.alignment
         if alignment is not None:
@@ -267,7 +267,7 @@ class Verifier:
     def _alternatives(self, blocks: int) -> dict[str, int]:
         """What is paid for a suspect of `blocks` blocks; nothing where all counts as chosen."""
         watermark = self.watermark
-        if not watermark.two_bands:
+        if not watermark.in_bands:
             return {}
         choices = alternatives(watermark.site, watermark.bits, blocks, self._architecture is not None)
         return choices | ({"committed claim": self._claims} if self._claims > 1 else {})
@@ -278,7 +278,7 @@ class Verifier:
         same_width: it must have the marked model's width, though another can be read (`align`).
         """
         site, size = self.watermark.site, self.watermark.preprocess.size
-        widens = self.watermark.two_bands and self._policy.align is not False and not same_width
+        widens = self.watermark.in_bands and self._policy.align is not False and not same_width
         if backbone.width != site.width and not widens:
             return other_width(backbone, site)
         if backbone.image_size != size or backbone.num_tokens != site.num_tokens:
@@ -361,7 +361,7 @@ def _triggers(images: object, watermark: Watermark, secret: Key, preprocess: Pre
         )
     if images is not None and watermark.image_source == "key":
         raise ImageMismatchError("images: wanted none, for this mark's are made from the key, got some")
-    old = watermark.version < TWO_BANDS
+    old = watermark.version < IN_BANDS
     triggers = trigger_images(images, secret, preprocess, watermark.images, synthetic=old)
     if watermark.image_source != "key" or old:
         check_digests(triggers, watermark.digests)
@@ -381,10 +381,10 @@ def _chosen(
             ("the codec", not exact),
             (
                 f"the site, channels and scale of a watermark of format {watermark.version}",
-                exact and not watermark.two_bands,
+                exact and not watermark.in_bands,
             ),
             ("the hold-out images", watermark.image_source != "key"),
-            ("the normalisation of images", watermark.two_bands and other_normalisation),
+            ("the normalisation of images", watermark.in_bands and other_normalisation),
             ("the model's configuration", str(architecture).startswith("hf:")),
         )
         if is_chosen

@@ -31,12 +31,12 @@ from activemark_fast.site import Site, taps_after
 from activemark_fast.triggers import MIN_IMAGES
 
 FORMAT_VERSION = 3
-"""1: without `alignment`. 2: with it. 3: a keyed mark in two bands (`codec.codebooks`); the file holds
+"""1: without `alignment`. 2: with it. 3: a keyed mark in bands (`codec.codebooks`); the file holds
 nothing that follows from something else, and `freedoms.FIELDS` says of what kind each field is."""
-TWO_BANDS = 3
-"""The first format of marks in two bands."""
+IN_BANDS = 3
+"""The first format of marks in bands."""
 TRIGGER_IMAGES = 128
-"""Images from the key that a mark in two bands is read on."""
+"""Images from the key that a mark in bands is read on."""
 DEEPEST = 4096
 MAX_HASHED_AT_ONCE = 8
 """Tensors of a model, all of them in memory."""
@@ -92,9 +92,9 @@ class Watermark:
         return cls(**fields, mac=key.mac("watermark", unsealed._body()))
 
     @property
-    def two_bands(self) -> bool:
-        """Whether it is a keyed mark in two bands (format 3)."""
-        return self.codec == KeyedCodec.name and self.version >= TWO_BANDS
+    def in_bands(self) -> bool:
+        """Whether it is a keyed mark in bands (format 3)."""
+        return self.codec == KeyedCodec.name and self.version >= IN_BANDS
 
     @property
     def images(self) -> int:
@@ -119,7 +119,7 @@ class Watermark:
         """Raises WatermarkError for what no `embed` writes: whatever need not be chosen may not be."""
         if type(self.version) is not int or not 1 <= self.version <= FORMAT_VERSION:
             raise WatermarkError(f"version: wanted a format from 1 to {FORMAT_VERSION}, got {self.version!r}")
-        if self.version < TWO_BANDS:
+        if self.version < IN_BANDS:
             return
         site, made = self.site, "no embed writes"
         if not 3 <= site.depth <= DEEPEST:
@@ -141,7 +141,7 @@ class Watermark:
             raise WatermarkError(
                 f"digests: {made} {len(self.digests)}: wanted {MIN_IMAGES} to {TRIGGER_IMAGES}"
             )
-        if not self.two_bands:
+        if not self.in_bands:
             return
         if self.bits not in BITS or self.bits > max_bits(site.width):
             raise WatermarkError(f"bits: {made} {self.bits} for a width of {site.width}")
@@ -149,7 +149,7 @@ class Watermark:
             raise WatermarkError(f"axis: {made} {self.axis!r} for a keyed mark")
         for name in ("massive_tokens", "massive_channels"):
             if getattr(site, name):
-                raise WatermarkError(f"site.{name}: {made} any for a mark in two bands")
+                raise WatermarkError(f"site.{name}: {made} any for a mark in bands")
         if self.state:
             raise WatermarkError(f"state: {made} {', '.join(sorted(self.state))} for a keyed mark")
 
@@ -185,7 +185,7 @@ class Watermark:
             tensors = load(data)
             version = header["version"]
             alignment = tensors.pop("alignment", None)
-            none = None if version < TWO_BANDS else torch.empty(0, 32, dtype=torch.uint8)
+            none = None if version < IN_BANDS else torch.empty(0, 32, dtype=torch.uint8)
             digests = tensors.pop("digests") if none is None else tensors.pop("digests", none)
             if (
                 digests.dtype != torch.uint8
@@ -197,7 +197,7 @@ class Watermark:
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in header["site"].items()
             }
-            if version >= TWO_BANDS:
+            if version >= IN_BANDS:
                 place["taps"] = taps_after(place["block"], place["depth"])
             watermark = cls(
                 codec=header["codec"],
@@ -223,7 +223,7 @@ class Watermark:
 
     def _header(self) -> dict[str, Any]:
         site = asdict(self.site)
-        del site["depth" if self.version < TWO_BANDS else "taps"]  # the taps follow from block and depth
+        del site["depth" if self.version < IN_BANDS else "taps"]  # the taps follow from block and depth
         return {
             "version": self.version,
             "codec": self.codec,

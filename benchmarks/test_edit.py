@@ -16,6 +16,7 @@ from test_embed_minutes import DEVICE, KEY, MODELS
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import MEASURED_IMAGES, SiteMeasure, codebooks
+from activemark_fast.codec.passive import passive_rows
 from activemark_fast.key import Key
 from activemark_fast.marking.edit import edit, edit_steps
 from activemark_fast.marking.engine import plan_engine
@@ -50,7 +51,7 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
     measured = SiteMeasure.of(output, site.prefix_tokens)
     books = [book.to(DEVICE) for book in codebooks(secret.stretched(), site, 32, measured)]
     sent = [torch.randint(0, 2, (len(output[i :: len(books)]), 32), device=DEVICE) for i in range(len(books))]
-    steps = edit_steps(backbone, site)
+    passive, steps = passive_rows(secret.stretched(), site), edit_steps(backbone, site)
     weights = [step.matrix.clone() for step in steps]
 
     def restored() -> None:
@@ -59,7 +60,7 @@ def test_edit(benchmark: BenchmarkFixture, quick: bool, name: str) -> None:
                 step.matrix.copy_(weight)
 
     def run() -> None:
-        edit(backbone, books, steps, output, sent, engine, Progress(False))
+        edit(backbone, books, passive, steps, output, sent, engine, Progress(False))
         synchronise(DEVICE)
 
     rate = matmul_flops(DEVICE)

@@ -20,6 +20,7 @@ from activemark_fast.attacks import permute_inside, permute_residual, rotate_res
 from activemark_fast.backbone import Backbone
 from activemark_fast.bulk import verify_many
 from activemark_fast.codec.codebooks import Codebook, codebooks
+from activemark_fast.codec.passive import Rows, passive_rows
 from activemark_fast.decision import ALIGNED_PRICE, PLAIN_PRICE
 from activemark_fast.embedding import Embedding, embed
 from activemark_fast.key import Key
@@ -296,7 +297,9 @@ def test_the_alignment_never_sees_the_signs_of_the_read_out(
 
     monkeypatch.setattr(looks, "sign_flip_p_value", record_scores)
     monkeypatch.setattr(looks, "find_alignment", record_matrix)
-    signs = torch.randint(0, 2, (3, 2, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    generator = torch.Generator().manual_seed(1)
+    signs = torch.randint(0, 2, (3, 2, 32), generator=generator) * 2 - 1
+    row_signs = torch.randint(0, 2, (2, 128), generator=generator) * 2 - 1
 
     def flipped(*arguments: Any) -> list[Codebook]:
         books = codebooks(*arguments)
@@ -305,13 +308,23 @@ def test_the_alignment_never_sees_the_signs_of_the_read_out(
                 book.read_directions[tap] *= sign[:, None]
         return books
 
-    for makes in (codebooks, flipped):
+    def flipped_rows(*arguments: Any) -> dict[int, Rows]:
+        made = passive_rows(*arguments)
+        return {
+            block: Rows(rows.answers * sign[: len(rows.answers), None], rows.inputs)
+            for (block, rows), sign in zip(made.items(), row_signs, strict=True)
+        }
+
+    for makes, rows in ((codebooks, passive_rows), (flipped, flipped_rows)):
         monkeypatch.setattr(looks, "codebooks", makes)
+        monkeypatch.setattr(looks, "passive_rows", rows)
         Verifier(marked.watermark, KEY, images(), align=True).judge(attack(vit(5), None, 3, 1))
     assert torch.equal(*matrices)
-    plain, turned = seen[:2], seen[2:]  # of the loud band, then of the natural one
+    plain, turned = seen[:3], seen[3:]  # of the loud band, the natural and the passive one
     assert (torch.tensor(plain[0]) * signs[0].flatten()).tolist() == turned[0]
     assert (torch.tensor(plain[1]) * signs[1:].flatten()).tolist() == turned[1]
+    of_rows = row_signs[:, : len(plain[2]) // len(row_signs)].flatten()
+    assert (torch.tensor(plain[2]) * of_rows).tolist() == turned[2]
     assert plain != turned
 
 

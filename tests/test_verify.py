@@ -25,6 +25,8 @@ from activemark_fast.embedding import Embedding, embed
 from activemark_fast.freedoms import EVIDENCE_AT
 from activemark_fast.key import Key
 from activemark_fast.looks import Prefix
+from activemark_fast.marking.reading import Channel
+from activemark_fast.marking.suffix import SiteActivations
 from activemark_fast.triggers import ImageMismatchError
 from activemark_fast.verdict import Verdict
 from activemark_fast.verification import verify
@@ -94,8 +96,10 @@ def test_the_marked_model(keyed: Embedding) -> None:
     verdict = check(keyed.model, keyed, exhaustive=True)
     assert (verdict.decision, verdict.identical, verdict.codec) == ("match", True, "keyed")
     assert verdict.p_value is not None
-    assert PLAIN_PRICE * 2 * 2.0**-128 <= verdict.p_value < 1e-17  # two bands, the larger of 128 rows
-    assert verdict.p_value == pytest.approx(PLAIN_PRICE * 2 * min(verdict.bands.values()))
+    assert list(verdict.bands) == ["loud", "natural", "passive"]
+    assert max(verdict.bands.values()) < 1e-9
+    assert verdict.p_value < 1e-17
+    assert verdict.p_value == pytest.approx(PLAIN_PRICE * 3 * min(verdict.bands.values()))
     assert verdict.images == COUNT
     assert (verdict.bits, verdict.tau, verdict.alpha) == (32, 5, 1e-6)
     assert verdict.bit_errors.mean() < 8  # chance is 16
@@ -109,6 +113,27 @@ def test_innocent_models(seed: int, keyed: Embedding) -> None:
     assert verdict.p_value is not None
     assert verdict.p_value > 1e-3
     assert verdict.detection_rate == 0
+
+
+def test_where_no_injection_is_answered_the_passive_band_tells(
+    keyed: Embedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "passive" not in check(keyed.model, keyed).bands  # the others settled it
+    generator = torch.Generator().manual_seed(0)
+
+    def unanswered(self: Channel, _backbone: Backbone, activations: SiteActivations, *_: Any) -> Tensor:
+        reads, bits = self.sent.shape[1:]
+        return torch.randn(len(self.codec.taps), len(activations), reads, bits, generator=generator)
+
+    monkeypatch.setattr(Channel, "agreement", unanswered)
+    verdict = check(keyed.model, keyed)
+    assert verdict.decision == "match"
+    assert min(verdict.bands["loud"], verdict.bands["natural"]) > 1e-3
+    assert verdict.bands["passive"] < 1e-12
+    assert verdict.detection_rate == 0
+    innocent = check(vit(1), keyed)
+    assert innocent.decision == "no match"
+    assert innocent.bands["passive"] > 1e-3
 
 
 def test_a_match_is_read_until_it_is_evidence_and_the_rest_to_the_end(keyed: Embedding) -> None:

@@ -107,7 +107,7 @@ def test_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
 def test_a_file_of_format_1_is_read_checked_and_written_again(tmp_path: Path) -> None:
     read = Watermark.load(VERSION_1)
     read.check(KEY)
-    assert (read.version, read.alignment, read.two_bands) == (1, None, False)
+    assert (read.version, read.alignment, read.in_bands) == (1, None, False)
     assert read.site == OLD_SITE
     assert read.digest() != sealed(alignment=None).digest()
     assert saved(read, tmp_path) == VERSION_1.read_bytes()
@@ -118,7 +118,7 @@ def test_a_file_of_format_1_is_read_checked_and_written_again(tmp_path: Path) ->
 def test_a_file_of_format_2_is_read_checked_and_written_again(tmp_path: Path) -> None:
     read = Watermark.load(VERSION_2)
     read.check(KEY)
-    assert (read.version, read.site, read.two_bands) == (2, OLD_SITE, False)
+    assert (read.version, read.site, read.in_bands) == (2, OLD_SITE, False)
     assert read.alignment is not None
     assert len(read.digests) == read.images == 16
     assert saved(read, tmp_path) == VERSION_2.read_bytes()

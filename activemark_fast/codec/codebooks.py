@@ -1,7 +1,7 @@
-"""Codebooks: the directions that a mark is written along and read along, in two bands.
+"""Codebooks: the directions that a mark is written along and read along, in two bands of injections.
 
 A *codebook* is a `KeyedCodec` over all patch tokens: rows U that are written after the site, rows P that are
-read at each tap. A mark has two *bands* of them:
+read at each tap. A mark has two *bands* of them (and a third band without: `codec.passive`):
 
 - The *loud* band writes random directions, twice as long as tokens vary. Its edit hides where photographs
   hardly excite the model, so it can be large: every image reads right. Whoever knows the method can take it

@@ -13,7 +13,7 @@ Long, for the streams, the moments gathered from them and the solves are one com
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,10 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone, Layer
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebook
+from activemark_fast.codec.passive import PASSIVE, Moments, Rows, inputs_and_answers
 from activemark_fast.dress import fixed_weight
 from activemark_fast.marking.engine import GROUPS, Engine
-from activemark_fast.marking.ranks import Ranks
+from activemark_fast.marking.ranks import Ranks, Task
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
 from activemark_fast.towers import Stop
@@ -42,7 +43,7 @@ all MLPs, or fits new ones, leaves attention as it is."""
 
 @dataclass(frozen=True)
 class Dials:
-    """How the edit of one band is solved.
+    """How the edit of one band with injections is solved.
 
     Attributes:
         gain: what a reading should show for each unit that was injected: gamma in `edit`.
@@ -65,6 +66,10 @@ DIALS = {
     NATURAL.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="lack"),
     TRACED.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="all"),
 }
+PASSIVE_GAIN = 8.0
+"""What a row of the passive band should read, over the root mean square of what others do."""
+PASSIVE_RIDGE = 0.01
+"""Identity term of its solve, over the mean diagonal of its matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +157,7 @@ def edit_steps(backbone: Backbone, site: Site) -> list[Step]:
 def edit(
     backbone: Backbone,
     books: Sequence[Codebook],
+    passive: Mapping[int, Rows],
     steps: Sequence[Step],
     output: Tensor,
     sent: Sequence[Tensor],
@@ -170,12 +176,15 @@ def edit(
     with k₀ the input of the layer for tokens of clean images, whose mean square is scaled to that of Δk. In
     the loud band δ = gamma s (2m - 1) - P Δh. In the natural one δ = c s (2m - 1), with c what the row's
     answer to its own bit lacks of gamma on average, or 0: what the model answers to other bits is let be.
+    In the passive band (`codec.passive`) ΔW is the ridge regression of B x, on clean images, on k₀, with
+    B = g L_y^-T (sum over rows of u v^T) L_x^-1: of all maps of x it raises the rows most for its size.
     Each block runs once a step. What the last step's ΔW adds to its output follows from k, which is kept
     until ΔW is known.
 
     Args:
         backbone: the model to mark.
         books: on the backbone's device.
+        passive: what is read of each block without injection; written into its last step.
         steps: as `edit_steps` gives them.
         output: (n, N, D), clean output of the site's block.
         sent: for each codebook (its images, M) of 0 and 1.
@@ -194,21 +203,31 @@ def edit(
 
     def solved(step: Step) -> dict[str, Tensor]:
         """The step's solutions by band, what LAPACK tells, and where the streams go on."""
-        moments, hidden = _moments(backbone, books, step, streams, engine)
+        rows = passive.get(step.block) if step.last else None
+        still = None
+        if rows is not None:
+            still = Moments(backbone.width, step.matrix.shape[1], backbone.device)
+        moments, hidden = _moments(backbone, books, step, streams, engine, still)
         found: dict[str, Tensor] = {}
         added: list[tuple[Tensor, Tensor]] = []
         infos = []
         bands = [(band, [book for book in books if book.band.name == band]) for band in step.shares]
-        solves = [
+        solves: list[Task] = [
             partial(_solve, moments, band, [books.index(book) for book in members]) for band, members in bands
         ]
-        for (band, members), (solution, info) in zip(
-            bands, engine.ranks.each(solves, backbone.device), strict=True
-        ):
+        if rows is not None and still is not None:
+            solves.append(partial(_solve_passive, moments, still, rows))
+        solutions = list(engine.ranks.each(solves, backbone.device))
+        for (band, members), (solution, info) in zip(bands, solutions, strict=False):
             infos.append(info)
             found[band] = solution
             added.append((solution, _read(members, step)))
-        del moments, solves
+        if rows is not None:
+            solution, info, read = solutions[-1]
+            infos.append(info)
+            found[PASSIVE], found[f"{PASSIVE} read"] = solution, read
+            added.append((solution, read.float()))
+        del moments, solves, still, solutions
         moved = {}
         for index, k in hidden.items():
             stream = engine.fetch(streams[index].values)
@@ -223,6 +242,9 @@ def edit(
         made = engine.made(f"step-{number}", partial(solved, step))
         failed.append(made["failed"])
         changes.append({band: _change(made[band], books, band, step) for band in step.shares})
+        if PASSIVE in made:
+            read = made[f"{PASSIVE} read"] / step.gain.double()
+            changes[-1][PASSIVE] = Change(made[PASSIVE], read)
         weight = step.matrix
         weight += torch.stack([change.matrix for change in changes[-1].values()]).sum(dim=0).to(weight.dtype)
         for index, stream in enumerate(streams):
@@ -389,15 +411,22 @@ class _Moments:
         clean: E[k₀ k₀^T].
         changed: for each band E[Δk Δk^T].
         cross: for each codebook (H, M) float32, E[Δk δ^T].
+        rows: tokens that the clean ones are of.
     """
 
     clean: _Gram
     changed: dict[str, _Gram]
     cross: list[Tensor]
+    rows: int
 
 
 def _moments(
-    backbone: Backbone, books: Sequence[Codebook], step: Step, streams: list[_Stream], engine: Engine
+    backbone: Backbone,
+    books: Sequence[Codebook],
+    step: Step,
+    streams: list[_Stream],
+    engine: Engine,
+    still: Moments | None = None,
 ) -> tuple[_Moments, dict[int, Tensor]]:
     """Runs a block over `streams` and gathers what a step's solves need. The last step moves them on.
 
@@ -405,6 +434,8 @@ def _moments(
     Of several processes each runs some of the streams, and adds up some columns of the matrices.
 
     Long, for the run of a stream and the sums over all share their matrices.
+
+    At a last step `still` takes what the passive band needs.
 
     Returns:
         The moments; of the last step, its layer's inputs (3, b, N, H) for each of the streams run here.
@@ -449,14 +480,22 @@ def _moments(
             if step.last:
                 stream.values = engine.offload(after.to(values.dtype))
                 hidden[streams.index(stream)] = engine.offload(k)
-            return [k[0].flatten(0, 1)[::stride], change, answer]
+            pair = [part[0].flatten(0, 1)[::stride].clone() for part in (values, after)] if still else []
+            return [k[0].flatten(0, 1)[::stride], *pair, change, answer]
 
         tasks = [partial(run, index) for index in range(len(running))]
         owners = [streams.index(stream) % ranks.count for stream in running]
-        for stream, (some, change, answer) in zip(running, ranks.each(tasks, device, owners), strict=True):
+        for stream, (some, *pair, change, answer) in zip(
+            running, ranks.each(tasks, device, owners), strict=True
+        ):
             book = books[stream.book]
             dials, share = DIALS[book.band.name], step.shares[book.band.name]
             clean.add(some, 1 / rows, ranks)
+            if still is not None:
+                number = torch.arange(0, stream.values.shape[1] * tokens, stride, device=device) % tokens
+                patches = number >= tokens - len(books[0].slots)
+                x, y = inputs_and_answers(*(part[patches] for part in pair))
+                still.add(x, y, some[patches])
             wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
             missing = wanted.expand_as(answer)
             if dials.answer == "whole":
@@ -475,7 +514,7 @@ def _moments(
             cross[index] *= step.shares[book.band.name] * lacking
         if dials.answer == "all":
             cross[index] *= step.shares[book.band.name] * dials.gain
-    return _Moments(clean, changed, cross), hidden
+    return _Moments(clean, changed, cross, rows), hidden
 
 
 def _half_difference(values: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
@@ -490,6 +529,30 @@ def _slot_groups(slots: int, device: torch.device) -> Tensor:
     slot = torch.arange(slots, device=device)
     pool[slot % groups, slot] = 1.0
     return pool / pool.sum(dim=1, keepdim=True)
+
+
+def _solve_passive(moments: _Moments, still: Moments, rows: Rows) -> list[Tensor]:
+    """The passive band's change of a block; lets go of the clean moments.
+
+    Returns:
+        As `_solve`; and (R, D) float64, what is added for each of the R.
+    """
+    clean = moments.clean
+    size, device = len(clean.blocks[0]), clean.blocks[0].device
+    factor = torch.empty(size, size, dtype=torch.float64, device=device).T
+    for part, _ in clean.parts:
+        factor[part.start :, part] = clean.blocks.pop(0)
+    factor.diagonal().add_(PASSIVE_RIDGE * factor.diagonal().mean())
+    info = torch.empty((), dtype=torch.int32, device=device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    white = still.whitened(rows)
+    # What B with a gain of 1 adds to a row: g is such that rows read PASSIVE_GAIN.
+    added = (white.answers @ white.answers.T) * (white.inputs @ still.inputs @ white.inputs.T)
+    gain = PASSIVE_GAIN * still.size / added.sum(dim=1).mean()
+    cross = still.hidden @ white.inputs.T * (still.count / moments.rows)
+    half = torch.linalg.solve_triangular(factor, cross, upper=False)
+    solution = torch.linalg.solve_triangular(factor.T, half, upper=True)
+    return [solution, info, gain * white.answers]
 
 
 def _solve(moments: _Moments, band: str, books: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,7 @@ def plan_engine(
     stream = copies * tokens * width * wide
     changes = len(blocks) * (hidden + width) * books * bits * 8  # of MLPs and attention
     matrix = int(3 * 4 * hidden * hidden * KEPT_OF_GRAM)  # of clean images and of what each band changes
+    matrix += 4 * width * (hidden + 3 * width)  # of the passive band
     solve = matrix + 8 * hidden * hidden  # in float64 too, where it is factored
     caches = (fitted + 2 * carriers + held) * tokens * width * wide + fitted * stream
     caches += held * tokens * width * 4  # features of the original

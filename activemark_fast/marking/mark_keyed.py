@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from activemark_fast.codec.codebooks import Codebook, balanced_bits, codebooks, draw_sent
+from activemark_fast.codec.passive import passive_rows
 from activemark_fast.key import Key
 from activemark_fast.marking.cosine import Fidelity
 from activemark_fast.marking.quality import Quality, QualityCheck
@@ -75,7 +76,7 @@ def _edit(
         return Fidelity(**{name: (float(pair[0]), float(pair[1])) for name, pair in found.items()})
 
     history = search_edit(
-        *(backbone, books, subject.steps, _originals(subject), output, sent),
+        *(backbone, books, passive_rows(stretched, site), subject.steps, _originals(subject), output, sent),
         *(fidelity, check.margin, wanted, engine, bar),
     )
     return check, history

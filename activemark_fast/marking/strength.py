@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, Codebook
+from activemark_fast.codec.passive import PASSIVE, Rows
 from activemark_fast.marking.cosine import Fidelity
 from activemark_fast.marking.edit import Changes, Step, edit
 from activemark_fast.marking.engine import Engine
@@ -23,8 +24,9 @@ UNUSED = 0.1
 """How much of the loss of fidelity that is allowed may be left."""
 LARGEST_FACTOR = 4.0
 """A band is made at most so many times as strong as it was solved for."""
-LOUD_SHARE = 0.6
-"""Most of the allowed loss of fidelity that the loud band may use; the natural one takes the rest."""
+PASSIVE_SHARE, LOUD_SHARE = 0.1, 0.7
+"""Most of the allowed loss of fidelity that the passive band may use, and it and the loud one together; the
+natural one takes the rest."""
 LOUD_MARGIN = 2.5
 """A loud band that is read more clearly than this is made weaker, and leaves more to the natural one."""
 
@@ -33,6 +35,7 @@ LOUD_MARGIN = 2.5
 def search_edit(
     backbone: Backbone,
     books: Sequence[Codebook],
+    passive: Mapping[int, Rows],
     steps: Sequence[Step],
     originals: Sequence[Tensor],
     output: Tensor,
@@ -53,6 +56,7 @@ def search_edit(
     Args:
         backbone: the model to mark.
         books: on the backbone's device.
+        passive: what is read of each block without injection.
         steps: as `edit_steps` gives them.
         originals: the unmarked matrix of each step, of whatever shape and wherever it is.
         output: (n, N, D), clean output of the site's block.
@@ -75,10 +79,10 @@ def search_edit(
         for index, matrix in enumerate(matrices):
             matrix.copy_(original(index))  # an earlier try may have run out of memory half way
         bar.stage("edit", len(steps))
-        return edit(backbone, books, steps, output, sent, replace(engine, batch=batch), bar)
+        return edit(backbone, books, passive, steps, output, sent, replace(engine, batch=batch), bar)
 
     changes = halving(solved, engine.batch)
-    factors = {band.name: 0.0 for band in BANDS}
+    factors = {PASSIVE: 0.0} | {band.name: 0.0 for band in BANDS}
     history: list[dict[str, float | str]] = []
 
     def apply() -> None:
@@ -87,19 +91,23 @@ def search_edit(
             matrix.copy_(original(index).float() + sum(parts))
 
     lost = 0.0
-    for band, share in ((LOUD, LOUD_SHARE), (NATURAL, 1.0)):
+    shares = {PASSIVE: PASSIVE_SHARE, LOUD.name: LOUD_SHARE, NATURAL.name: 1.0}
+    for band, share in shares.items():
+        if band == PASSIVE and not passive:
+            continue
 
-        def made(factor: float, name: str = band.name) -> None:
+        def made(factor: float, name: str = band) -> None:
             factors[name] = factor
             apply()
 
-        bar.stage(f"edit: strength of the {band.name} band", LOOKS)
+        bar.stage(f"edit: strength of the {band} band", LOOKS)
         room = share * (1 - wanted) - lost
-        factors[band.name], cost = best_strength(made, fidelity, band.name, lost, room, history, bar)
+        most = 1.0 if band == PASSIVE else LARGEST_FACTOR
+        factors[band], cost = best_strength(made, fidelity, band, lost, room, most, history, bar)
         lost += cost
         apply()
-        if band == LOUD and (read := margin()) > LOUD_MARGIN:
-            factors[band.name] *= LOUD_MARGIN / read
+        if band == LOUD.name and (read := margin()) > LOUD_MARGIN:
+            factors[band] *= LOUD_MARGIN / read
             lost *= (LOUD_MARGIN / read) ** 2
             apply()
     return history
@@ -111,6 +119,7 @@ def best_strength(
     band: str,
     lost: float,
     room: float,
+    most: float,
     history: list[dict[str, float | str]],
     bar: Progress,
 ) -> tuple[float, float]:
@@ -122,6 +131,7 @@ def best_strength(
         band: what is changed.
         lost: loss of fidelity without the change.
         room: how much more may be lost.
+        most: the largest factor.
         history: every factor tried is added, with what was measured.
         bar: shows the looks.
 
@@ -136,7 +146,7 @@ def best_strength(
         history.append({"stage": f"edit: {band}", "factor": factor, **asdict(reached)})
         bar.advance(fidelity=reached.mean)
         tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
-        following = _next_factor(tried, room)
+        following = _next_factor(tried, room, most)
         enough = (1 - UNUSED) * room <= tried[factor] <= room
         if enough or following in tried or len(tried) == LOOKS:
             break
@@ -145,10 +155,13 @@ def best_strength(
     return best, tried.get(best, 0.0)
 
 
-def _next_factor(tried: dict[float, float], room: float) -> float:
+def _next_factor(tried: dict[float, float], room: float, most: float) -> float:
     """A factor that should lose a bit less than there is room for. The loss grows with about its square.
 
-    tried: the loss of each factor so far; the last two tell which power.
+    Args:
+        tried: the loss of each factor so far; the last two tell which power.
+        room: how much may be lost.
+        most: the largest factor.
     """
     (factor, lost), *before = reversed(tried.items())
     power = 2.0
@@ -156,4 +169,4 @@ def _next_factor(tried: dict[float, float], room: float) -> float:
         other, less = before[0]
         power = min(max(math.log(lost / less) / math.log(factor / other), 1.0), 4.0)
     change = (1 - UNUSED / 2) * room / max(lost, 1e-9)
-    return min(factor * max(change, 1e-3) ** (1 / power), LARGEST_FACTOR)
+    return min(factor * max(change, 1e-3) ** (1 / power), most)

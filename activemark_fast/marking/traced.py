@@ -17,7 +17,7 @@ from activemark_fast.marking.edit import Step, edit_steps, solve_rows
 from activemark_fast.marking.engine import Engine
 from activemark_fast.marking.memory import halving
 from activemark_fast.marking.reading import Channel
-from activemark_fast.marking.strength import LOOKS, best_strength
+from activemark_fast.marking.strength import LARGEST_FACTOR, LOOKS, best_strength
 from activemark_fast.marking.suffix import Autocast, SiteActivations
 from activemark_fast.progress import Progress
 from activemark_fast.site import Site
@@ -141,7 +141,8 @@ def search_changes(
     history: list[dict[str, float | str]] = []
     bar.stage("traced rows: strength", LOOKS)
     lost = fidelity().loss
-    factor, _ = best_strength(apply, fidelity, TRACED.name, lost, 1 - wanted - lost, history, bar)
+    room = 1 - wanted - lost
+    factor, _ = best_strength(apply, fidelity, TRACED.name, lost, room, LARGEST_FACTOR, history, bar)
     backbone.model.load_state_dict(marked, strict=False)
     if factor == 0:
         raise ValueError(
