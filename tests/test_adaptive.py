@@ -14,15 +14,26 @@ from test_attacks import DEPTH, attention_out, data, mlp_out, same, state, torch
 from torch import Tensor, nn
 
 from activemark_fast.attacks import adaptive, noise
-from activemark_fast.attacks.adaptive import compress, prune_width, replace, search, spectral, vaccinate
+from activemark_fast.attacks.adaptive import (
+    compress,
+    muddle,
+    prune_width,
+    replace,
+    search,
+    spectral,
+    vaccinate,
+)
 from activemark_fast.attacks.adaptive.compress import compensated
 from activemark_fast.attacks.adaptive.parts import KINDS, find_matrices, second_moments
 from activemark_fast.attacks.adaptive.spectral import principal, refit
 from activemark_fast.attacks.suite import HOLDS, suite
 from activemark_fast.backbone import Backbone
+from activemark_fast.codec.passive import Moments, inputs_and_answers, passive_rows, readings
 from activemark_fast.evaluate import cost
 from activemark_fast.evaluation import Evaluation
+from activemark_fast.key import Key
 from activemark_fast.report import frontier_figure
+from activemark_fast.site import Site
 from activemark_fast.utility import features
 
 IMAGES = data(48).images
@@ -321,6 +332,34 @@ def test_vaccination_lowers_the_answer(answer: str, within: bool) -> None:
     wanted = features(model, IMAGES)
     near, far = (torch.cosine_similarity(features(m, IMAGES), wanted, dim=-1).mean() for m in (kept, lost))
     assert near > far
+
+
+def test_muddling_moves_what_the_passive_band_reads_and_little_else() -> None:
+    model = vit()
+    site = Site(FIRST, (FIRST + 1, DEPTH - 2), 17, 1, Backbone(model).width, depth=DEPTH)
+    rows = passive_rows(Key(b"the owner's key, not the thief's"), site)
+
+    def read(suspect: nn.Module) -> Tensor:
+        view, found = Backbone(suspect), []
+        with torch.no_grad():
+            stream = view.run(view.stem(IMAGES), 0, FIRST + 1)
+            for block, of_block in rows.items():
+                before, stream = stream, view.run(stream, block, block + 1)
+                moments = Moments(view.width, 0, stream.device)
+                pair = (part[:, view.prefix_tokens :].flatten(0, 1) for part in (before, stream))
+                moments.add(*inputs_and_answers(*pair))
+                found.append(readings(of_block, moments))
+        return torch.cat(found)
+
+    plain = read(model)
+    gentle, harsh = (read(muddle(model, IMAGES, 0, strength)) - plain for strength in (0.3, 3.0))
+    assert 0.03 < float(gentle.square().mean().sqrt()) < float(harsh.square().mean().sqrt()) < 6
+    cosine = torch.cosine_similarity(
+        features(muddle(model, IMAGES, 0, 0.3), IMAGES), features(model, IMAGES), dim=-1
+    )
+    assert float(cosine.mean()) > 0.98
+    with pytest.raises(ValueError, match="strength: wanted more than 0, got 0"):
+        muddle(model, IMAGES, 0, 0)
 
 
 def test_search_finds_the_strongest_that_is_cheap_enough() -> None:

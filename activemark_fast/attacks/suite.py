@@ -11,6 +11,7 @@ from torch import nn
 
 from activemark_fast.attacks.adaptive import (
     compress,
+    muddle,
     overwrite_many,
     prune_width,
     replace,
@@ -296,6 +297,14 @@ def adaptive_attacks() -> list[Attack]:
             "d steps",
             trained=True,
             clean_weight=0.0,
+        ),
+        *curve("muddling", muddle, (1, 3, 10, 30), "g", (10,)),
+        *curve(
+            "vaccination in 200 steps, then muddling",
+            partial(stack, before=[(vaccinate, 200)], attack=muddle),
+            (3, 10),
+            "g",
+            steps=200,
         ),
         *curve("overwriting", overwrite_many, (4, 16), "d keys", (4,), 0),
         *curve(

@@ -5,12 +5,14 @@ The same calling shape as the other attacks. `data` may also be images without l
 
 from activemark_fast.attacks.adaptive.combine import overwrite_many, search, stack
 from activemark_fast.attacks.adaptive.compress import compress, prune_width, slice_residual
+from activemark_fast.attacks.adaptive.muddle import muddle
 from activemark_fast.attacks.adaptive.replace import replace
 from activemark_fast.attacks.adaptive.spectral import spectral
 from activemark_fast.attacks.adaptive.vaccinate import vaccinate
 
 __all__ = [
     "compress",
+    "muddle",
     "overwrite_many",
     "prune_width",
     "replace",
