@@ -158,7 +158,7 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
 def least_bits(block: int, depth: int, images: int) -> int:
     """The shortest message that is a match where every one of so many images is read without an error.
 
-    The mark is one in bands, after `block` of a model of `depth` blocks.
+    The mark is in bands, after `block` of a model of `depth` blocks.
     """
     site = Site(block, taps_after(block, depth), 0, 0, 0, depth=depth)
     penalties = tuple(look_penalties(len(look_ends(images))))

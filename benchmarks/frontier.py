@@ -25,6 +25,7 @@ import activemark_fast
 from activemark_fast.attacks.suite import RELEASED, Attack, adaptive_attacks
 from activemark_fast.backbone import Backbone
 from activemark_fast.checkpoints import architecture_of, load_model, save_model
+from activemark_fast.codec.passive import PASSIVE
 from activemark_fast.datasets import Labelled, Task, load_task
 from activemark_fast.evaluate import cost
 from activemark_fast.evaluation import Evaluation
@@ -35,7 +36,7 @@ from activemark_fast.utility import features, probe_accuracy
 from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
 
-COLUMNS = ("attack", "p", "R", "points lost", "p, original", "images", "steps", "seconds")
+COLUMNS = ("attack", "p", "passive band", "R", "points lost", "p, original", "images", "steps", "seconds")
 
 
 class Bench:
@@ -102,6 +103,7 @@ class Bench:
             "subject": subject,
             "key": "owner",
             "p_value": verdict.p_value,
+            "passive": verdict.bands.get(PASSIVE),
             "detection_rate": verdict.detection_rate if verdict.images else None,
             "mean_bit_errors": float(verdict.bit_errors.mean()) if verdict.images else None,
             "probe_accuracy": probe_accuracy(train, self.task.train.labels, test, self.task.test.labels),
@@ -123,9 +125,11 @@ def page(evaluation: Evaluation) -> str:
     ]
     for point in points:
         original = evaluation.row(point["attack"], "original") or {"p_value": None}
+        marked = evaluation.row(point["attack"], "marked") or {}
         cells = [
             point["attack"],
             _told(point["p_value"], ".1e"),
+            _told(marked.get("passive"), ".1e"),
             _told(point["detection_rate"], ".3f"),
             _told(point["lost"], "+.1f"),
             _told(original["p_value"], ".1e"),

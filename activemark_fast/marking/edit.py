@@ -549,6 +549,7 @@ def _solve_passive(moments: _Moments, still: Moments, rows: Rows) -> list[Tensor
     # What B with a gain of 1 adds to a row: g is such that rows read PASSIVE_GAIN.
     added = (white.answers @ white.answers.T) * (white.inputs @ still.inputs @ white.inputs.T)
     gain = PASSIVE_GAIN * still.size / added.sum(dim=1).mean()
+    info += ~torch.isfinite(gain)  # the block adds nothing
     cross = still.hidden @ white.inputs.T * (still.count / moments.rows)
     half = torch.linalg.solve_triangular(factor, cross, upper=False)
     solution = torch.linalg.solve_triangular(factor.T, half, upper=True)
