@@ -103,13 +103,21 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor, hidden: Tensor | None = None) -> None:
         """x, y: (T, D); hidden: (T, H)."""
-        self.count += len(x)
-        parts = [x, y] if hidden is None else [x, y, hidden.float()]
-        for total, part in zip(self._sums, parts, strict=False):
-            total += part.sum(dim=0)
-        pairs = [(x, x), (y, y), (y, x)] if hidden is None else [(x, x), (y, y), (y, x), (parts[2], x)]
-        for product, (left, right) in zip(self._products, pairs, strict=False):
-            product.addmm_(left.T, right)
+        self.add_parts(len(x), self.parts(x, y, hidden))
+
+    @staticmethod
+    def parts(x: Tensor, y: Tensor, hidden: Tensor | None = None) -> list[Tensor]:
+        """What these add to the sums, and to the products."""
+        seen = [x, y] if hidden is None else [x, y, hidden.float()]
+        products = [x.T @ x, y.T @ y, y.T @ x, *(k.T @ x for k in seen[2:])]
+        return [*(part.sum(dim=0) for part in seen), *products]
+
+    def add_parts(self, count: int, added: Sequence[Tensor]) -> None:
+        """Adds `parts` of `count` pairs, of one process or another."""
+        self.count += count
+        sums = (len(added) - 1) // 2
+        for total, part in zip((*self._sums[:sums], *self._products), added, strict=False):
+            total += part
 
     def _covariance(self, product: int, left: int, right: int) -> Tensor:
         means = self._sums[left] / self.count, self._sums[right] / self.count

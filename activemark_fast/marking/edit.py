@@ -458,6 +458,12 @@ def _moments(
     stride = max(1, count * tokens // (CLEAN_ROWS * size))
     rows = sum(-(-stream.values.shape[1] * tokens // stride) for stream in running)
     hidden: dict[int, Tensor] = {}
+
+    def of_patches(count: int) -> Tensor:
+        """Which of the rows that are looked at of so many images are patch tokens; on the CPU."""
+        token = torch.arange(0, count * tokens, stride) % tokens
+        return token >= tokens - len(books[0].slots)
+
     with backbone.inputs_of(layer, stop=not step.last) as seen:
 
         def run(index: int) -> list[Tensor]:
@@ -480,22 +486,23 @@ def _moments(
             if step.last:
                 stream.values = engine.offload(after.to(values.dtype))
                 hidden[streams.index(stream)] = engine.offload(k)
-            pair = [part[0].flatten(0, 1)[::stride].clone() for part in (values, after)] if still else []
-            return [k[0].flatten(0, 1)[::stride], *pair, change, answer]
+            some = k[0].flatten(0, 1)[::stride]
+            if still is None:
+                return [some, change, answer]
+            patches = of_patches(len(k[0]))
+            pair = (part[0].flatten(0, 1)[::stride][patches] for part in (values, after))
+            return [some, change, answer, *still.parts(*inputs_and_answers(*pair), some[patches])]
 
         tasks = [partial(run, index) for index in range(len(running))]
         owners = [streams.index(stream) % ranks.count for stream in running]
-        for stream, (some, *pair, change, answer) in zip(
+        for stream, (some, change, answer, *parts) in zip(
             running, ranks.each(tasks, device, owners), strict=True
         ):
             book = books[stream.book]
             dials, share = DIALS[book.band.name], step.shares[book.band.name]
             clean.add(some, 1 / rows, ranks)
             if still is not None:
-                number = torch.arange(0, stream.values.shape[1] * tokens, stride, device=device) % tokens
-                patches = number >= tokens - len(books[0].slots)
-                x, y = inputs_and_answers(*(part[patches] for part in pair))
-                still.add(x, y, some[patches])
+                still.add_parts(int(of_patches(stream.values.shape[1]).sum()), parts)
             wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
             missing = wanted.expand_as(answer)
             if dials.answer == "whole":

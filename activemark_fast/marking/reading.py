@@ -52,7 +52,8 @@ class Channel:
             logits = torch.stack([at_tap.logits for at_tap in read.values()]).unflatten(1, (reads, images))
             return [logits * (2 * messages.to(logits.dtype) - 1)]
 
-        tasks = [partial(some, messages) for messages in sent.split(max(1, BATCH // images))]
+        at_once = max(1, BATCH // images) if ranks.count == 1 else 1  # as many tasks as there can be to share
+        tasks = [partial(some, messages) for messages in sent.split(at_once)]
         return torch.cat([part for (part,) in ranks.each(tasks, backbone.device)], dim=1).transpose(1, 2)
 
 
