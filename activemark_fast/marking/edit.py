@@ -549,17 +549,13 @@ def _solve_passive(moments: _Moments, still: Moments, rows: Rows) -> list[Tensor
     factor = torch.empty(size, size, dtype=torch.float64, device=device).T
     for part, _ in clean.parts:
         factor[part.start :, part] = clean.blocks.pop(0)
-    factor.diagonal().add_(PASSIVE_RIDGE * factor.diagonal().mean())
-    info = torch.empty((), dtype=torch.int32, device=device)
-    torch.linalg.cholesky_ex(factor, out=(factor, info))
     white = still.whitened(rows)
     # What B with a gain of 1 adds to a row: g is such that rows read PASSIVE_GAIN.
     added = (white.answers @ white.answers.T) * (white.inputs @ still.inputs @ white.inputs.T)
     gain = PASSIVE_GAIN * still.size / added.sum(dim=1).mean()
-    info += ~torch.isfinite(gain)  # the block adds nothing
     cross = still.hidden @ white.inputs.T * (still.count / moments.rows)
-    half = torch.linalg.solve_triangular(factor, cross, upper=False)
-    solution = torch.linalg.solve_triangular(factor.T, half, upper=True)
+    solution, info = _ridge(factor, PASSIVE_RIDGE, cross)
+    info += ~torch.isfinite(gain)  # the block adds nothing
     return [solution, info, gain * white.answers]
 
 
@@ -578,9 +574,17 @@ def _solve(moments: _Moments, band: str, books: Sequence[int]) -> tuple[Tensor, 
         moved = changed.blocks.pop(0)
         factor[part.start :, part] = (dials.protection * balance * block).add_(moved)
     del moved
-    factor.diagonal().add_(dials.ridge * factor.diagonal().mean())
-    info = torch.empty((), dtype=torch.int32, device=factor.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, info))  # in its place
     cross = torch.cat([moments.cross[book] for book in books], dim=1).double()
-    half = torch.linalg.solve_triangular(factor, cross, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True), info
+    return _ridge(factor, dials.ridge, cross)
+
+
+def _ridge(matrix: Tensor, ridge: float, cross: Tensor) -> tuple[Tensor, Tensor]:
+    """(matrix + ridge * its mean diagonal * I)^-1 cross, and what LAPACK tells.
+
+    Of `matrix`, float64 and laid out by columns as LAPACK wants it, the lower triangle counts; it is lost.
+    """
+    matrix.diagonal().add_(ridge * matrix.diagonal().mean())
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))  # in its place
+    half = torch.linalg.solve_triangular(matrix, cross, upper=False)
+    return torch.linalg.solve_triangular(matrix.T, half, upper=True), info
