@@ -43,6 +43,7 @@ from activemark_fast.backbone import Backbone
 from activemark_fast.bulk import read_journal
 from activemark_fast.checkpoints import architecture_of, build_model
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
+from activemark_fast.codec.passive import BAND_NAMES
 from activemark_fast.marking.suffix import run_to_taps, site_activations
 from activemark_fast.p_value import bit_scores, sign_flip_p_value
 from activemark_fast.runtime import resolve_autocast
@@ -110,7 +111,7 @@ def make(folder: Path, spec: str, suspects: int, dtype: torch.dtype = torch.floa
 
 
 def plain_recipe(path: Path, watermark: Watermark) -> float:
-    """Loads the suspect, runs all blocks on all images, and reads; the p-value."""
+    """Loads the suspect, runs all blocks on all images, and reads what is injected; the p-value."""
     backbone = Backbone(load_model(path, device=DEVICE))
     autocast = resolve_autocast("auto", DEVICE)
     site, bits, stretched = watermark.site, watermark.bits, KEY.stretched()
@@ -128,7 +129,7 @@ def plain_recipe(path: Path, watermark: Watermark) -> float:
                     backbone.run(stream, codec.taps[-1] + 1, backbone.depth)
                 total += torch.tensor([bit_scores(read.logits, message) for read in decoded.values()])
             scores[book.band.name] += total.flatten().tolist()
-    return len(BANDS) * min(sign_flip_p_value(of_band) for of_band in scores.values())
+    return len(BAND_NAMES) * min(sign_flip_p_value(of_band) for of_band in scores.values())
 
 
 def forget(folder: Path) -> None:

@@ -46,6 +46,7 @@ from activemark_fast.codec.codebooks import (
     codebooks,
     draw_sent,
 )
+from activemark_fast.codec.passive import BAND_NAMES
 from activemark_fast.datasets import synthetic_task
 from activemark_fast.looks import Prefix
 from activemark_fast.marking.reading import Channel, row_scores
@@ -243,7 +244,7 @@ def power(model: nn.Module) -> dict[str, list[list[float]]]:
 
         def p_value(images: int, bits: int, read: dict[str, list[Tensor]] = agreements) -> float:
             bands = (row_scores([part[:, :images, :, :bits] for part in parts]) for parts in read.values())
-            return min(1.0, len(BANDS) * min(map(sign_flip_p_value, bands)))
+            return min(1.0, len(BAND_NAMES) * min(map(sign_flip_p_value, bands)))
 
         by_images.append([p_value(images, BITS) for images in POWER_IMAGES])
         by_bits.append([p_value(IMAGES, bits) for bits in POWER_BITS])

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/giving_up.py --keys 2
 
 The demo model is marked and the mark weakened: averaged with the original, pruned, disturbed, vaccinated,
-projected. A suspect that answers on some images only is made of the readings of two: the marked model's on a
+projected. The passive band, which `verify` reads of a suspect that is given up, is left out. A suspect that
+answers on some images only is made of the readings of two: the marked model's on a
 share of the images, the original's on the others. Of each suspect every image is read once; the looks of
 `verify` are then replayed over random orders of the images, which are the key's to choose. Prints a line for
 each suspect: the paid p-value of all images, the share of orders by which it is given up (wrong where all
@@ -26,7 +27,15 @@ from activemark_fast import Embedding, Key, embed, load_model, verify
 from activemark_fast.attacks import average, noise, prune
 from activemark_fast.attacks.adaptive import spectral, vaccinate
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
+from activemark_fast.codec.codebooks import (
+    BANDS,
+    MAX_BOOKS,
+    MEASURED_IMAGES,
+    SiteMeasure,
+    codebooks,
+    draw_sent,
+)
+from activemark_fast.codec.passive import BAND_NAMES
 from activemark_fast.decision import Policy
 from activemark_fast.defaults import ALPHA
 from activemark_fast.freedoms import alternatives
@@ -75,9 +84,8 @@ class Read:
         return Read(bands, mixed(self.loud, other.loud))
 
     def p_value(self) -> float:
-        """Nothing paid but that it is the smallest of the bands'."""
-        scores = (band.sum(axis=(0, 3)).flatten().tolist() for band in self.bands)
-        return min(1.0, len(self.bands) * min(map(sign_flip_p_value, scores)))
+        """The smallest of the bands', nothing paid."""
+        return min(sign_flip_p_value(band.sum(axis=(0, 3)).flatten().tolist()) for band in self.bands)
 
 
 @torch.no_grad()
@@ -114,11 +122,12 @@ class Looks:
             align=None,
             power=1.0,
             bits=watermark.bits,
-            books=max(band.books for band in BANDS),
+            books=MAX_BOOKS,
+            bands=len(BAND_NAMES),
             penalties=tuple(look_penalties(len(self.ends))),
             alternatives=alternatives(watermark.site, watermark.bits, depth, False),
         )
-        self.weights = self.policy.weights(False, len(BANDS))
+        self.weights = self.policy.weights(aligned=False)
 
     def given_up_after(self, suspect: Read, order: np.ndarray) -> int | None:
         """How many images are read of a suspect that is given up before the last; None of others."""
@@ -132,7 +141,7 @@ class Looks:
                 and all(mark_excluded(right.mean(axis=2), miss, WEAKEST_NATURAL) for right in rights[1:])
                 and all(out_of_reach(right.reshape(end, -1), self.ends[-1], wanted) for right in rights)
                 and all(
-                    weight / len(BANDS) * suspect.of(order[:before]).p_value() > NO_MATCH_ABOVE
+                    weight * suspect.of(order[:before]).p_value() > NO_MATCH_ABOVE
                     for weight, before in zip(self.weights, self.ends[: look + 1], strict=False)
                 )
             ):
@@ -190,7 +199,7 @@ def main() -> None:
         said = verify(original, embedding.watermark, key, precision="fp32")
         assert said.images == (after or TRIGGER_IMAGES), "the looks are not verify's"
         for name, suspect in readings(embedding, original, key, innocent):
-            p_value = looks.weights[0] / looks.policy.penalties[0] / len(BANDS) * suspect.p_value()
+            p_value = looks.policy.price(aligned=False) * suspect.p_value()
             match = looks.policy.matches(p_value)
             ends = [end for order in orders if (end := looks.given_up_after(suspect, order)) is not None]
             if match:

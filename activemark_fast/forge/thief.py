@@ -23,6 +23,7 @@ from activemark_fast.codec.codebooks import (
     draw_sent,
     max_bits,
 )
+from activemark_fast.codec.passive import BAND_NAMES
 from activemark_fast.freedoms import BITS
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, row_scores
@@ -193,9 +194,8 @@ class Thief:
         return [row_scores(parts) for parts in bands.values()]
 
     def p_value(self, *args: Any, **settings: Any) -> float:
-        """The p-value that `verify` would state, nothing paid; arguments as `scores` takes them."""
-        bands = self.scores(*args, **settings)
-        return min(1.0, len(bands) * min(map(sign_flip_p_value, bands)))
+        """The p-value that `verify` would state of injections, nothing paid; arguments as `scores` takes them."""
+        return min(1.0, len(BAND_NAMES) * min(map(sign_flip_p_value, self.scores(*args, **settings))))
 
     def seal(self, key: Key, **changes: Any) -> Watermark:
         """The watermark that `embed` would write for the suspect, but for `changes`."""
