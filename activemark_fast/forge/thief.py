@@ -194,7 +194,7 @@ class Thief:
         return [row_scores(parts) for parts in bands.values()]
 
     def p_value(self, *args: Any, **settings: Any) -> float:
-        """The p-value that `verify` would state of injections, nothing paid; arguments as `scores` takes them."""
+        """The p-value that `verify` would state of injections, nothing paid; arguments as for `scores`."""
         return min(1.0, len(BAND_NAMES) * min(map(sign_flip_p_value, self.scores(*args, **settings))))
 
     def seal(self, key: Key, **changes: Any) -> Watermark:
