@@ -14,7 +14,6 @@ other half tells what a mark costs. What has been measured stays in `--work`, a 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,10 +23,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from models import Model, add_models, made_by, models
-from PIL import Image
+from models import Model, add_models, made_by, models, photographs
 from torch import Tensor, nn
 
 import activemark_fast
@@ -165,18 +162,11 @@ class Bench:
     @cached_property
     def photographs(self) -> tuple[Tensor, Tensor]:
         """Those given to `embed`, as they are, and those that tell what it costs, as the model takes them."""
-        with np.load(self.arguments.photographs) as archive:
-            data, offset = archive["jpeg"], archive["offset"]
-        middle = (len(offset) - 1) // 2
-        given, kept = range(middle)[:GIVEN], range(middle, len(offset) - 1)[: self.arguments.natural]
-
-        def decoded(index: int) -> Tensor:
-            image = Image.open(io.BytesIO(data[offset[index] : offset[index + 1]].tobytes()))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
+        found = photographs(self.arguments.photographs)
+        given, kept = found[: len(found) // 2], found[len(found) // 2 :]
         return (
-            torch.stack([decoded(index) for index in given]),
-            torch.cat([self.preprocess(decoded(index)[None]) for index in kept]),
+            torch.stack(given[:GIVEN]),
+            torch.cat([self.preprocess(image[None]) for image in kept[: self.arguments.natural]]),
         )
 
     @property

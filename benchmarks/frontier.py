@@ -1,8 +1,14 @@
 """Marks a model, removes the mark in every adaptive way, and draws what is left against what it costs.
 
     python benchmarks/frontier.py --model demo --data ../shared/data/cifar10.npz --out /tmp/frontier
+    python benchmarks/frontier.py --model dinov2.safetensors --data ../shared/data/cifar10.npz \
+        --photographs ../shared/data/natural256.npz --segmentation ../shared/data/camvid.npz --out /tmp/dinov2
     python benchmarks/frontier.py --model 'timm:VisionTransformer?{"img_size": 224, …}@dinov2.safetensors' \
         --data ../shared/data/cifar10.npz --images 300 --only 'loudest*' --out /tmp/dinov2
+
+With `--photographs`, an archive with arrays `jpeg` and `offset`, the thief has these images instead of
+some of the probe's. With `--segmentation` a row also tells what a linear probe of patches loses on
+labelled scenes.
 
 Leaves frontier.json, frontier.md and frontier.png in `--out`, with the marked model and the watermark. A run
 goes on from what is there.
@@ -19,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from models import photographs
+from torch import Tensor, nn
 
 import activemark_fast
 from activemark_fast.attacks.suite import RELEASED, Attack, adaptive_attacks
@@ -32,11 +39,14 @@ from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
 from activemark_fast.report import frontier_figure
 from activemark_fast.runtime import resolve_autocast
-from activemark_fast.utility import features, probe_accuracy
+from activemark_fast.utility import features, probe_accuracy, segmentation_iou
 from activemark_fast.verifier import Verifier
 from activemark_fast.watermark import Watermark
 
-COLUMNS = ("attack", "p", "passive band", "R", "points lost", "p, original", "images", "steps", "seconds")
+COLUMNS = (
+    *("attack", "p", "passive band", "R", "points lost", "IoU points lost", "p, original"),
+    *("images", "steps", "seconds"),
+)
 
 
 class Bench:
@@ -51,12 +61,19 @@ class Bench:
         attacks = [a for a in adaptive_attacks() if a.quick or not arguments.quick]
         self.attacks = [RELEASED, *(a for a in attacks if any(fnmatch(a.name, p) for p in arguments.only))]
         train, test = arguments.probe
-        task = load_task(arguments.data, view.preprocess, arguments.images + train, test)
+        taken = 0 if arguments.photographs else arguments.images
+        task = load_task(arguments.data, view.preprocess, taken + train, test)
         # The probe is fitted to images which the thief does not have.
-        of_thief, of_probe = task.train.images.split([arguments.images, len(task.train) - arguments.images])
+        of_thief, of_probe = task.train.images.split([taken, len(task.train) - taken])
         labels = task.train.labels
-        self.thief = Labelled(of_thief, labels[: arguments.images])
-        self.task = Task(Labelled(of_probe, labels[arguments.images :]), task.test)
+        self.thief: Labelled | Tensor = Labelled(of_thief, labels[:taken])
+        if arguments.photographs:
+            found = photographs(arguments.photographs)[: arguments.images]
+            self.thief = torch.cat([view.preprocess(image[None]) for image in found])
+        self.task = Task(Labelled(of_probe, labels[taken:]), task.test)
+        self.scenes: Task | None = None
+        if arguments.segmentation:
+            self.scenes = load_task(arguments.segmentation, view.preprocess, *arguments.scenes)
         owner = Key(arguments.key.encode())
         weights, watermark = (self.folder / f"{name}.safetensors" for name in ("marked", "watermark"))
         if not watermark.exists():
@@ -96,6 +113,7 @@ class Bench:
         view = Backbone(model)
         with resolve_autocast("auto", view.device)(view.dtype):
             train, test = (features(model, part.images) for part in (self.task.train, self.task.test))
+        iou = None if self.scenes is None else segmentation_iou(model, self.scenes)
         return {
             "attack": attack.name,
             "family": attack.family,
@@ -107,6 +125,7 @@ class Bench:
             "detection_rate": verdict.detection_rate if verdict.images else None,
             "mean_bit_errors": float(verdict.bit_errors.mean()) if verdict.images else None,
             "probe_accuracy": probe_accuracy(train, self.task.train.labels, test, self.task.test.labels),
+            "iou": iou,
             **cost(attack, len(self.thief)),
             "attack_seconds": round(seconds, 2),
         }
@@ -115,11 +134,15 @@ class Bench:
 def page(evaluation: Evaluation) -> str:
     """The rows as a table in Markdown."""
     header, points = evaluation.header, evaluation.frontier()
+    released = evaluation.row(RELEASED.name) or {}
+    scenes = (
+        f", of patches on {header['scenes'][0]} scenes, on {header['scenes'][1]}" if header["scenes"] else ""
+    )
     lines = [
         f"# What removes the mark of {header['model']}, and what that costs\n",
-        f"{header['images']} clean images for the thief; linear probe on {header['probe'][0]} other images, "
-        f"tested on {header['probe'][1]} ({header['data']}); activemark_fast {header['version']}, "
-        f"{header['device']}.\n",
+        f"{header['images']} clean images for the thief ({header['thief']}); linear probe on "
+        f"{header['probe'][0]} other images, tested on {header['probe'][1]} ({header['data']}){scenes}; "
+        f"activemark_fast {header['version']}, {header['device']}.\n",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
     ]
@@ -132,6 +155,7 @@ def page(evaluation: Evaluation) -> str:
             _told(marked.get("passive"), ".1e"),
             _told(point["detection_rate"], ".3f"),
             _told(point["lost"], "+.1f"),
+            _told(_lost(released, marked), "+.1f"),
             _told(original["p_value"], ".1e"),
             _told(point["images"], "d"),
             _told(point["steps"], "d"),
@@ -139,6 +163,12 @@ def page(evaluation: Evaluation) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _lost(released: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Points of the scenes' IoU."""
+    before, after = (part.get("iou") for part in (released, row))
+    return None if before is None or after is None else 100 * (before - after)
 
 
 def _told(value: float | None, form: str) -> str:
@@ -152,6 +182,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=1000, help="the thief's")
     parser.add_argument("--probe", type=int, nargs=2, default=(2000, 1000), metavar=("TRAIN", "TEST"))
+    parser.add_argument("--photographs", type=Path, help="archive of the thief's images")
+    parser.add_argument("--segmentation", type=Path, help="archive of labelled scenes")
+    parser.add_argument("--scenes", type=int, nargs=2, default=(150, 75), metavar=("TRAIN", "TEST"))
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of attacks")
     parser.add_argument("--quick", action="store_true", help="only the strengths of the suite")
     parser.add_argument("--original", action="store_true", help="attack the unmarked original, too")
@@ -164,13 +197,19 @@ def main() -> None:
             "model": arguments.model.partition("?")[0],
             "data": arguments.data.name,
             "images": arguments.images,
+            "thief": (arguments.photographs or arguments.data).name,
             "probe": list(arguments.probe),
+            "scenes": list(arguments.scenes) if arguments.segmentation else None,
             "device": arguments.device,
             "version": activemark_fast.__version__,
         }
     )
     (bench.folder / "frontier.md").write_text(page(evaluation), encoding="utf-8")
-    frontier_figure(evaluation.frontier()).savefig(bench.folder / "frontier.png", dpi=150)
+    points = evaluation.frontier()
+    for point in points:  # what it loses at most
+        row = evaluation.row(point["attack"]) or {}
+        point["lost"] = max(point["lost"], _lost(evaluation.row(RELEASED.name) or {}, row) or 0.0)
+    frontier_figure(points).savefig(bench.folder / "frontier.png", dpi=150)
 
 
 if __name__ == "__main__":

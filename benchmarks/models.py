@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import platform
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from gpu import commit
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from activemark_fast import load_model
 from activemark_fast.checkpoints import architecture_of, build_model
@@ -44,6 +48,18 @@ class Model:
 def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vfm", nargs="+", required=True, metavar="MODEL", help=HELP)
     parser.add_argument("--device", default="cpu", help="where to compute")
+
+
+def photographs(archive: Path) -> list[Tensor]:
+    """The images of an archive with arrays `jpeg` and `offset`, each (3, H, W) uint8."""
+    with np.load(archive) as arrays:
+        data, offset = arrays["jpeg"], arrays["offset"]
+
+    def decoded(start: int, stop: int) -> Tensor:
+        image = Image.open(io.BytesIO(data[start:stop].tobytes()))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+    return [decoded(*pair) for pair in pairwise(offset)]
 
 
 def models(given: list[str]) -> list[Model]:
