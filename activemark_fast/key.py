@@ -47,7 +47,7 @@ class Key:
     caller's, and what is derived from a key lives as long as Python pleases.
     """
 
-    __slots__ = ("_material",)
+    __slots__ = ("_material", "_stretched")
 
     def __init__(self, material: bytes | bytearray) -> None:
         """material: at least 16 secret random bytes. ValueError when there are fewer."""
@@ -58,6 +58,7 @@ class Key:
                 f"key: wanted at least {MIN_MATERIAL_BYTES} bytes of key material, got {len(material)}"
             )
         self._material = bytearray(material)
+        self._stretched: Key | None = None
 
     def __del__(self) -> None:
         material = getattr(self, "_material", bytearray())
@@ -138,7 +139,9 @@ class Key:
         What is stretched is derived from the material, which scrypt itself would fill up with zeros to 64
         bytes, or hash: several keys, each with its own images, would then share one stretched key.
         """
-        return Key(_scrypt(b"grinding", self.derive("stretch"), GRINDING_N))
+        if self._stretched is None:
+            self._stretched = Key(_scrypt(b"grinding", self.derive("stretch"), GRINDING_N))
+        return self._stretched
 
     def derive(self, purpose: str, length: int = 32) -> bytes:
         """`length` secret bytes for `purpose`, 1 to 8160.

@@ -7,7 +7,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from activemark_fast.codec.codebooks import Codebook, balanced_bits, codebooks, draw_sent
+from activemark_fast.codec.codebooks import NATURAL, Codebook, balanced_bits, codebooks, draw_sent
 from activemark_fast.codec.passive import passive_rows
 from activemark_fast.key import Key
 from activemark_fast.marking.cosine import Fidelity
@@ -55,7 +55,11 @@ def _edit(
         for i in range(len(books))
     ]
     checked = draw_sent(stretched, "check", len(subject.carriers), bits)
-    channels = [Channel(book, part.to(device)) for book, part in zip(books, checked, strict=True)]
+    channels = [
+        # Readings of the natural band are looked at one by one: the first will do.
+        Channel(book, (part[:, :1] if book.band == NATURAL else part).to(device))
+        for book, part in zip(books, checked, strict=True)
+    ]
     check = QualityCheck(
         backbone,
         channels,

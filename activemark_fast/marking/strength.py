@@ -24,9 +24,11 @@ UNUSED = 0.1
 """How much of the loss of fidelity that is allowed may be left."""
 LARGEST_FACTOR = 4.0
 """A band is made at most so many times as strong as it was solved for."""
-PASSIVE_SHARE, LOUD_SHARE = 0.1, 0.7
+PASSIVE_SHARE, LOUD_SHARE = 0.2, 0.75
 """Most of the allowed loss of fidelity that the passive band may use, and it and the loud one together; the
 natural one takes the rest."""
+FIRST_FACTORS = {PASSIVE: 1.0, LOUD.name: 0.45, NATURAL.name: 1.4}
+"""What is looked at first: about what a fidelity of 0.998 allows most models."""
 LOUD_MARGIN = 2.5
 """A loud band that is read more clearly than this is made weaker, and leaves more to the natural one."""
 
@@ -103,7 +105,8 @@ def search_edit(
         bar.stage(f"edit: strength of the {band} band", LOOKS)
         room = share * (1 - wanted) - lost
         most = 1.0 if band == PASSIVE else LARGEST_FACTOR
-        factors[band], cost = best_strength(made, fidelity, band, lost, room, most, history, bar)
+        first = FIRST_FACTORS[band]
+        factors[band], cost = best_strength(made, fidelity, band, lost, room, first, most, history, bar)
         lost += cost
         apply()
         if band == LOUD.name and (read := margin()) > LOUD_MARGIN:
@@ -119,6 +122,7 @@ def best_strength(
     band: str,
     lost: float,
     room: float,
+    first: float,
     most: float,
     history: list[dict[str, float | str]],
     bar: Progress,
@@ -131,6 +135,7 @@ def best_strength(
         band: what is changed.
         lost: loss of fidelity without the change.
         room: how much more may be lost.
+        first: the factor to look at first.
         most: the largest factor.
         history: every factor tried is added, with what was measured.
         bar: shows the looks.
@@ -139,7 +144,7 @@ def best_strength(
         The factor and what it loses over `lost`; (0, 0) where even the weakest one tried costs too much.
     """
     tried: dict[float, float] = {}  # loss over `lost`, of each factor that was looked at
-    factor = 1.0
+    factor = first
     while True:
         apply(factor)
         reached = fidelity()

@@ -142,7 +142,7 @@ def search_changes(
     bar.stage("traced rows: strength", LOOKS)
     lost = fidelity().loss
     room = 1 - wanted - lost
-    factor, _ = best_strength(apply, fidelity, TRACED.name, lost, room, LARGEST_FACTOR, history, bar)
+    factor, _ = best_strength(apply, fidelity, TRACED.name, lost, room, 1.0, LARGEST_FACTOR, history, bar)
     backbone.model.load_state_dict(marked, strict=False)
     if factor == 0:
         raise ValueError(
