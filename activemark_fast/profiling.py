@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from activemark_fast.backbone import Backbone, evaluating
 from activemark_fast.block_choice import MASSIVE_RATIO, RULES, TOP, block_for
 from activemark_fast.dress import plain_torch
+from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast, resolve_device
@@ -23,7 +24,7 @@ from activemark_fast.triggers import public_images
 MAX_IMAGES = 256
 MADE_IMAGES = 32
 """How many images are made where none are given."""
-BATCH = 32
+BATCH = 16
 KEPT = 16
 """How many of an image's largest magnitudes are kept, unless more are asked for."""
 
@@ -312,15 +313,28 @@ def measure(
     pixels: Tensor,  # (n, 3, H, W), on any device
     k: int = KEPT,
     on_batch: Callable[[int], None] = lambda images: None,
+    ranks: Ranks = ALONE,
 ) -> Profile:
-    """The profile of `backbone`, in the mode its blocks are in; `on_batch` hears of each batch measured."""
-    found: list[list[Magnitudes]] = [[] for _ in range(backbone.depth + 1)]
-    for batch in pixels.split(BATCH):
+    """The profile of `backbone`, in the mode its blocks are in; `on_batch` hears of each batch measured.
+
+    ranks: the processes that measure it together.
+    """
+
+    def run(batch: Tensor) -> list[Tensor]:
         tokens = backbone.stem(batch.to(backbone.device, backbone.dtype))
-        found[0].append(magnitudes(tokens, k))
+        measured = [*magnitudes(tokens, k)]
         for block in range(backbone.depth):
             tokens = backbone.run(tokens, block, block + 1)
-            found[block + 1].append(magnitudes(tokens, k))
+            measured += magnitudes(tokens, k)
+        return measured
+
+    found: list[list[Magnitudes]] = [[] for _ in range(backbone.depth + 1)]
+    batches = pixels.split(BATCH)
+    tasks = [partial(run, batch) for batch in batches]
+    for batch, measured in zip(batches, ranks.each(tasks, backbone.device), strict=True):
+        size = len(Magnitudes._fields)
+        for stream, start in zip(found, range(0, len(measured), size), strict=True):
+            stream.append(Magnitudes(*measured[start : start + size]))
         on_batch(len(batch))
     stem, *blocks = (_gather(batches, backbone.width) for batches in found)
     return Profile(

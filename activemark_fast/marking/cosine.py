@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,46 +69,51 @@ class FidelityCheck:
         Raises ValueError if the model's features are not finite.
         """
         self._backbone = backbone
-        self._output = output
+        self._outputs = output.split(COMPARED_AT_ONCE)
         self._block = block
         self._autocast = autocast
         self._ranks = ranks
-        self._original = self._features()
-        if not all(bool(torch.isfinite(part).all()) for part in self._original):
+        self._original: dict[int, Tensor] = {}  # by batch: features of those that this process compares
+
+        def keep(index: int) -> list[Tensor]:
+            self._original[index] = self._tokens(index)
+            return [torch.isfinite(self._original[index]).all()]
+
+        if not all(bool(finite) for (finite,) in self._each(keep)):
             raise ValueError("model: wanted finite features, got NaN or infinity (its activations overflow)")
 
-    def _features(self) -> list[Tensor]:
-        """Of each batch (b, N, D), tokens after the final norm."""
-        device = self._backbone.device
+    def _each(self, task: Callable[[int], list[Tensor]]) -> Iterator[Sequence[Tensor]]:
+        """What `task` returns of each batch."""
+        tasks = [partial(task, index) for index in range(len(self._outputs))]
+        return self._ranks.each(tasks, self._backbone.device)
 
-        def run(output: Tensor) -> list[Tensor]:
-            with torch.no_grad(), self._autocast(self._backbone.dtype):
-                tokens = self._backbone.run(output.to(device), self._block + 1, self._backbone.depth)
-                return [self._backbone.final_tokens(tokens).float()]
-
-        tasks = [partial(run, output) for output in self._output.split(COMPARED_AT_ONCE)]
-        return [part for (part,) in self._ranks.each(tasks, device)]
+    def _tokens(self, index: int) -> Tensor:
+        """(b, N, D) float32, a batch's tokens after the final norm."""
+        output = self._outputs[index].to(self._backbone.device)
+        with torch.no_grad(), self._autocast(self._backbone.dtype):
+            tokens = self._backbone.run(output, self._block + 1, self._backbone.depth)
+            return self._backbone.final_tokens(tokens).float()
 
     def __call__(self) -> Fidelity:
         """The fidelity now."""
-        prefix = self._backbone.prefix_tokens
-        cosines: list[list[Tensor]] = [[], [], []]
-        for now, before in zip(self._features(), self._original, strict=True):
+        prefix, classes = self._backbone.prefix_tokens, self._backbone.has_class_token
+
+        def compared(index: int) -> list[Tensor]:
+            now, before = self._tokens(index), self._original[index]
             pairs = [
-                (now[:, 0], before[:, 0]) if self._backbone.has_class_token else None,
+                (now[:, :1] if classes else now[:, :0], before[:, :1] if classes else before[:, :0]),
                 (now[:, prefix:].mean(dim=1), before[:, prefix:].mean(dim=1)),
                 (now[:, prefix:], before[:, prefix:]),
             ]
-            for kept, pair in zip(cosines, pairs, strict=True):
-                if pair is not None:
-                    kept.append(torch.cosine_similarity(*pair, dim=-1).flatten())
-        return Fidelity(*(_mean_and_tail(parts) for parts in cosines))
+            return [torch.cosine_similarity(*pair, dim=-1).flatten() for pair in pairs]
+
+        kinds = zip(*self._each(compared), strict=True)
+        return Fidelity(*(_mean_and_tail(torch.cat(parts).double()) for parts in kinds))
 
 
-def _mean_and_tail(parts: list[Tensor]) -> tuple[float, float]:
-    if not parts:
+def _mean_and_tail(cosines: Tensor) -> tuple[float, float]:
+    if not len(cosines):
         return math.nan, math.nan
-    cosines = torch.cat(parts).double()
     rank = max(1, math.ceil(TAIL * len(cosines)))
     return float(cosines.mean()), float(cosines.kthvalue(rank).values)
 

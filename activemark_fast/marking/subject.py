@@ -156,7 +156,8 @@ def prepare(
     autocast = resolve_autocast(settings.precision, device)
     bar.stage("profile", 1)
     with autocast(backbone.dtype):
-        placement = measure(backbone, natural.fitted[:PROFILED_IMAGES]).site(block=settings.block)
+        profile = measure(backbone, natural.fitted[:PROFILED_IMAGES], ranks=ranks)
+    placement = profile.site(block=settings.block)
     site = placement.site
     bar.stage("prefix", 3)
 
