@@ -24,7 +24,7 @@ from activemark_fast.triggers import public_images
 MAX_IMAGES = 256
 MADE_IMAGES = 32
 """How many images are made where none are given."""
-BATCH = 16
+BATCH = 32
 KEPT = 16
 """How many of an image's largest magnitudes are kept, unless more are asked for."""
 
@@ -329,7 +329,7 @@ def measure(
         return measured
 
     found: list[list[Magnitudes]] = [[] for _ in range(backbone.depth + 1)]
-    batches = pixels.split(BATCH)
+    batches = pixels.split(min(BATCH, -(-len(pixels) // ranks.count)))
     tasks = [partial(run, batch) for batch in batches]
     for batch, measured in zip(batches, ranks.each(tasks, backbone.device), strict=True):
         size = len(Magnitudes._fields)
