@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
@@ -32,14 +32,21 @@ from activemark_fast.codec.passive import (
 from activemark_fast.decision import Policy, Reading, agreement
 from activemark_fast.key import Key
 from activemark_fast.marking.ranks import ALONE, Ranks
-from activemark_fast.marking.reading import Channel, row_scores, wrong_bits
+from activemark_fast.marking.reading import Channel, passive_pairs, row_scores, wrong_bits
 from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.ops.common import in_full_precision
 from activemark_fast.p_value import sign_flip_p_value
-from activemark_fast.sequential import WEAKEST_NATURAL, look_ends, mark_excluded, out_of_reach
+from activemark_fast.sequential import (
+    LEAST_IMAGES,
+    SHOWS,
+    WEAKEST_NATURAL,
+    look_ends,
+    mark_excluded,
+    out_of_reach,
+)
 from activemark_fast.site import Site
 from activemark_fast.tracing import Register, Trace, trace_answers
 from activemark_fast.triggers import trigger_images
@@ -161,12 +168,18 @@ class Reader:
         def reading(alignment: Alignment | None) -> Reading | None:
             bands = self._bands(site, measured, alignment)
             weights = policy.weights(alignment is not None, tries)
-            found = self._looks(site, backbone, bands, prefix, policy, weights, alignment, check)
-            if found is None or seen is None or policy.settled(found.p_value, excluded=False, hopeless=False):
+            passive = None
+            if seen is not None:
+                passive = cache(partial(self._passive, site, backbone, seen.output, alignment))
+            found = self._looks(site, backbone, bands, prefix, policy, weights, alignment, passive, check)
+            if (
+                found is None
+                or passive is None
+                or policy.settled(found.p_value, excluded=False, hopeless=False)
+            ):
                 return found
-            passive = self._passive(site, backbone, seen.output, alignment)
-            p_value = min(found.p_value, policy.price(alignment is not None, tries) * passive)
-            return replace(found, p_value=p_value, bands=(*found.bands, passive))
+            p_value = min(found.p_value, policy.price(alignment is not None, tries) * passive())
+            return replace(found, p_value=p_value, bands=(*found.bands, passive()))
 
         readings = []
         widened = backbone.width != site.width
@@ -243,18 +256,17 @@ class Reader:
 
         output: (n, N, D), of the site's block for the images that tell how tokens vary.
         """
-        patches = slice(site.prefix_tokens, None)
         back = None if alignment is None else alignment.matrix.to(self._device).float().T
-        read = []
-        with evaluating(backbone.model), self._autocast(backbone.dtype):
-            for block, rows in passive_rows(self._stretched, site).items():
-                before, output = output, backbone.run(output, block, block + 1)
-                pair = (part[:, patches].flatten(0, 1).float() for part in (before, output))
+        rows, read = passive_rows(self._stretched, site), []
+        with evaluating(backbone.model):
+            for block, *pair in passive_pairs(backbone, output, site, self._autocast):
                 moments = Moments(site.width, 0, self._device)
                 with in_full_precision(output):
-                    turned = pair if back is None else (part @ back for part in pair)
+                    turned = (
+                        part.flatten(0, 1) if back is None else part.flatten(0, 1) @ back for part in pair
+                    )
                     moments.add(*inputs_and_answers(*turned))
-                    read.append(readings(rows, moments))
+                    read.append(readings(rows[block], moments))
         return sign_flip_p_value(passive_scores(read))
 
     @cached_property
@@ -299,11 +311,13 @@ class Reader:
         policy: Policy,
         weights: Sequence[float],
         alignment: Alignment | None,
+        passive: Callable[[], float] | None,
         check: Callable[[], None],
     ) -> Reading | None:
         """Looks at more and more images until the verdict is settled; None where the suspect overflows.
 
         weights: of each look (`Policy.weights`).
+        passive: reads the p-value of the passive band; None for a codec without.
         """
         parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in bands]
         p_value, wanted = 1.0, policy.unpaid(weights[-1])
@@ -335,6 +349,8 @@ class Reader:
                 hopeless = excluded and all(
                     out_of_reach(_right(kept).reshape(end, -1), self.ends[-1], wanted) for kept in agreements
                 )
+                if hopeless and end < LEAST_IMAGES:
+                    hopeless = passive is not None and passive() > SHOWS
                 if policy.settled(p_value, excluded, hopeless):
                     break
         return Reading(p_value, p_values, errors, excluded, alignment)

@@ -13,9 +13,12 @@ WEAKEST_NATURAL = 0.1
 """The same for single readings in the natural band: 45 of 100 wrong."""
 LEAST_CHANCE = 1e-3
 """A mark that all images would prove is given up, at a look, about this rarely."""
-LEAST_IMAGES = 32
-"""Before so many are read no mark is out of reach: one that shows on no more than a fifth of all images goes
-unseen until then with a probability of less than `LEAST_CHANCE`."""
+FEWEST_IMAGES, LEAST_IMAGES = 16, 32
+"""Before the first of these are read no mark is out of reach. A mark that shows on no more than a fifth of
+all images goes unseen on so few with a probability of more than `LEAST_CHANCE`, on as many as the second with
+less: between the two a suspect is given up only where its passive band shows nothing either, …"""
+SHOWS = 0.01
+"""… and it shows something at this p-value or below."""
 
 
 def look_ends(images: int) -> list[int]:
@@ -77,7 +80,7 @@ def out_of_reach(scores: npt.NDArray[np.float64], images: int, wanted: float) ->
     images are independent draws: the sum of the rows of one image has an upper confidence limit (Student's
     t, level 1 - `LEAST_CHANCE`), and the squares are those seen, less what the images that are still to be
     read average out. The suspect is given up where z would not even be enough at that limit, but never before
-    `LEAST_IMAGES`: the limit cannot tell of images unlike all that were read.
+    `FEWEST_IMAGES`: the limit cannot tell of images unlike all that were read.
 
     Args:
         scores: (n, rows), agreement of each image with what was sent, row by row; n >= 2.
@@ -86,7 +89,7 @@ def out_of_reach(scores: npt.NDArray[np.float64], images: int, wanted: float) ->
     """
     from scipy.special import ndtri  # scipy takes longer to import than all the rest
 
-    if len(scores) < min(LEAST_IMAGES, images):
+    if len(scores) < min(FEWEST_IMAGES, images):
         return False
     averaged_out = scores.var(axis=0, ddof=1) * (1 / len(scores) - 1 / images)
     squares = (scores.mean(axis=0) ** 2 - averaged_out).sum()

@@ -3,12 +3,13 @@
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/giving_up.py --keys 2
 
 The demo model is marked and the mark weakened: averaged with the original, pruned, disturbed, vaccinated,
-projected. The passive band, which `verify` reads of a suspect that is given up, is left out. A suspect that
-answers on some images only is made of the readings of two: the marked model's on a
-share of the images, the original's on the others. Of each suspect every image is read once; the looks of
-`verify` are then replayed over random orders of the images, which are the key's to choose. Prints a line for
-each suspect: the paid p-value of all images, the share of orders by which it is given up (wrong where all
-images make a match), and how many images are read of those that are.
+projected. A suspect that answers on some images only is made of the readings of two: the marked model's on
+a share of the images, the original's on the others, in the passive band too. Of each suspect every image is
+read once; the looks of `verify` are then replayed over random orders of the images, which are the key's to
+choose (the passive band is read of the same images whatever the order). Prints a line for each suspect: the
+paid p-value of all images by injections, the passive band's, the share of orders by which it is given up
+(wrong where all images make a match and the passive band, paid, does not), and how many images are read of
+those that are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,14 +37,24 @@ from activemark_fast.codec.codebooks import (
     codebooks,
     draw_sent,
 )
-from activemark_fast.codec.passive import BAND_NAMES
+from activemark_fast.codec.passive import (
+    BAND_NAMES,
+    Moments,
+    Rows,
+    inputs_and_answers,
+    passive_rows,
+    passive_scores,
+    readings,
+)
 from activemark_fast.decision import Policy
 from activemark_fast.defaults import ALPHA
 from activemark_fast.freedoms import alternatives
-from activemark_fast.marking.reading import Channel
+from activemark_fast.marking.reading import Channel, passive_pairs
 from activemark_fast.marking.suffix import site_activations
 from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import (
+    LEAST_IMAGES,
+    SHOWS,
     WEAKEST_NATURAL,
     look_ends,
     look_penalties,
@@ -64,14 +76,26 @@ class Read:
     Attributes:
         bands: of each band (images, taps, rows, reads), 1 for a right bit and -1 for a wrong one.
         loud: (images, taps), mean over the bits of +1 for a right one of the loud message and -1.
+        pairs: for each block behind the site its rows, and input and output of `MEASURED_IMAGES` images.
     """
 
     bands: tuple[np.ndarray, ...]
     loud: np.ndarray
+    pairs: tuple[tuple[Rows, torch.Tensor, torch.Tensor], ...]
 
     def of(self, images: np.ndarray) -> Read:
         """Some of the images, in that order."""
-        return Read(tuple(band[images] for band in self.bands), self.loud[images])
+        return Read(tuple(band[images] for band in self.bands), self.loud[images], self.pairs)
+
+    @cached_property
+    def passive(self) -> float:
+        """The p-value of the passive band."""
+        read = []
+        for rows, *pair in self.pairs:
+            moments = Moments(pair[0].shape[-1], 0, pair[0].device)
+            moments.add(*inputs_and_answers(*(part.flatten(0, 1) for part in pair)))
+            read.append(readings(rows, moments))
+        return sign_flip_p_value(passive_scores(read))
 
     def among(self, other: Read, share: float) -> Read:
         """The first `share` of this one's images, and the others of another suspect."""
@@ -81,7 +105,18 @@ class Read:
             return np.concatenate([ours[:count], theirs[count:]])
 
         bands = tuple(mixed(*pair) for pair in zip(self.bands, other.bands, strict=True))
-        return Read(bands, mixed(self.loud, other.loud))
+        split = round(share * MEASURED_IMAGES)
+
+        def some(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            return torch.cat([ours[:split], theirs[split:]])
+
+        pairs = tuple(
+            (rows, some(before, other_before), some(after, other_after))
+            for (rows, before, after), (_, other_before, other_after) in zip(
+                self.pairs, other.pairs, strict=True
+            )
+        )
+        return Read(bands, mixed(self.loud, other.loud), pairs)
 
     def p_value(self) -> float:
         """The smallest of the bands', nothing paid."""
@@ -103,10 +138,13 @@ def read(model: nn.Module, embedding: Embedding, key: Key) -> Read:
         part = Channel(book, messages).agreement(backbone, at_site, 0, site.block, nullcontext)
         parts[book.band.name].append(part)  # (taps, n, reads, M)
     loud = parts[BANDS[0].name][0].mean(dim=2) > 0
+    rows = passive_rows(stretched, site)
+    pairs = passive_pairs(backbone, at_site.output[:MEASURED_IMAGES], site, nullcontext)
     signs = (torch.cat([part.sign().permute(1, 0, 3, 2) for part in band], dim=2) for band in parts.values())
     return Read(
         tuple(band.numpy().astype(int) for band in signs),
         (2 * loud.double().mean(dim=-1) - 1).T.numpy(),
+        tuple((rows[block], before, after) for block, before, after in pairs),
     )
 
 
@@ -140,6 +178,7 @@ class Looks:
                 mark_excluded(seen.loud, miss)
                 and all(mark_excluded(right.mean(axis=2), miss, WEAKEST_NATURAL) for right in rights[1:])
                 and all(out_of_reach(right.reshape(end, -1), self.ends[-1], wanted) for right in rights)
+                and (end >= LEAST_IMAGES or suspect.passive > SHOWS)
                 and all(
                     weight * suspect.of(order[:before]).p_value() > NO_MATCH_ABOVE
                     for weight, before in zip(self.weights, self.ends[: look + 1], strict=False)
@@ -165,7 +204,7 @@ def suspects(embedding: Embedding, original: nn.Module) -> Iterator[tuple[str, n
         yield f"vaccinated, {steps} at {lr:g}", vaccinate(marked, clean, 0, steps, lr=lr)
 
 
-def readings(
+def suspect_readings(
     embedding: Embedding, original: nn.Module, key: Key, innocent: Read
 ) -> Iterator[tuple[str, Read]]:
     """Suspects by what is read of them."""
@@ -198,16 +237,19 @@ def main() -> None:
         after = looks.given_up_after(innocent, key.stream("looks").permutation(TRIGGER_IMAGES))
         said = verify(original, embedding.watermark, key, precision="fp32")
         assert said.images == (after or TRIGGER_IMAGES), "the looks are not verify's"
-        for name, suspect in readings(embedding, original, key, innocent):
+        for name, suspect in suspect_readings(embedding, original, key, innocent):
             p_value = looks.policy.price(aligned=False) * suspect.p_value()
-            match = looks.policy.matches(p_value)
+            passive = looks.policy.price(aligned=False) * suspect.passive
+            # Whatever is read by injections, verify reads the passive band of those that it gives up.
+            match = looks.policy.matches(p_value) and not looks.policy.matches(passive)
             ends = [end for order in orders if (end := looks.given_up_after(suspect, order)) is not None]
             if match:
                 kind = wrong["of some images" if "of images" in name else "weakened"]
                 kind[0], kind[1] = kind[0] + len(ends), kind[1] + len(orders)
             images = (sum(ends) + TRIGGER_IMAGES * (len(orders) - len(ends))) / len(orders)
             print(
-                f"key {number}  {name:43} p {p_value:8.1e}  {'match' if match else '-':5}  given up "
+                f"key {number}  {name:43} p {p_value:8.1e}  passive {passive:8.1e}  "
+                f"{'match' if match else '-':5}  given up "
                 f"{len(ends) / len(orders):.4f}{'  WRONG' if match and ends else ''}  images {images:.1f}",
                 flush=True,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from activemark_fast.codec.passive import Moments, inputs_and_answers, passive_r
 from activemark_fast.evaluate import cost
 from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
+from activemark_fast.marking.reading import passive_pairs
 from activemark_fast.report import frontier_figure
 from activemark_fast.site import Site
 from activemark_fast.utility import features
@@ -343,12 +345,10 @@ def test_muddling_moves_what_the_passive_band_reads_and_little_else() -> None:
         view, found = Backbone(suspect), []
         with torch.no_grad():
             stream = view.run(view.stem(IMAGES), 0, FIRST + 1)
-            for block, of_block in rows.items():
-                before, stream = stream, view.run(stream, block, block + 1)
-                moments = Moments(view.width, 0, stream.device)
-                pair = (part[:, view.prefix_tokens :].flatten(0, 1) for part in (before, stream))
-                moments.add(*inputs_and_answers(*pair))
-                found.append(readings(of_block, moments))
+        for block, *pair in passive_pairs(view, stream, site, nullcontext):
+            moments = Moments(view.width, 0, stream.device)
+            moments.add(*inputs_and_answers(*(part.flatten(0, 1) for part in pair)))
+            found.append(readings(rows[block], moments))
         return torch.cat(found)
 
     plain = read(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from activemark_fast.codec import Codec
 from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, read_mark
 from activemark_fast.p_value import bit_scores
+from activemark_fast.site import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,21 @@ class Channel:
         at_once = max(1, BATCH // images) if ranks.count == 1 else 1  # as many tasks as there can be to share
         tasks = [partial(some, messages) for messages in sent.split(at_once)]
         return torch.cat([part for (part,) in ranks.each(tasks, backbone.device)], dim=1).transpose(1, 2)
+
+
+@torch.no_grad()
+def passive_pairs(
+    backbone: Backbone, output: Tensor, site: Site, autocast: Autocast
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each block from the site to the last tap, with its input and output: (n, P, D) float32, patch tokens.
+
+    output: (n, N, D), of the site's block for clean images.
+    """
+    patches = slice(site.prefix_tokens, None)
+    for block in range(site.block + 1, site.taps[-1] + 1):
+        with autocast(backbone.dtype):
+            before, output = output, backbone.run(output, block, block + 1)
+        yield block, before[:, patches].float(), output[:, patches].float()
 
 
 def wrong_bits(agreement: Tensor) -> Tensor:

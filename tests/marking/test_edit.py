@@ -40,7 +40,7 @@ from activemark_fast.marking.edit import (
     edit_steps,
 )
 from activemark_fast.marking.engine import Engine
-from activemark_fast.marking.reading import Channel
+from activemark_fast.marking.reading import Channel, passive_pairs
 from activemark_fast.marking.strength import (
     LARGEST_FACTOR,
     LOUD_MARGIN,
@@ -303,16 +303,13 @@ def test_edit_in_mixed_and_in_half_precision(precision: torch.dtype) -> None:
     assert mixed.backbone.dtype == torch.float32
 
 
-@torch.no_grad()
 def passive_reading(marked: Case, images: SiteActivations) -> Tensor:
     """(blocks, R) of what `passive_rows` read."""
-    stream, read = images.output, []
-    for block, rows in passive_rows(KEY, marked.site).items():
-        before, stream = stream, marked.backbone.run(stream, block, block + 1)
-        moments = Moments(marked.site.width, 0, before.device)
-        patches = (part[:, marked.site.prefix_tokens :].flatten(0, 1) for part in (before, stream))
-        moments.add(*inputs_and_answers(*patches))
-        read.append(readings(rows, moments))
+    rows, read = passive_rows(KEY, marked.site), []
+    for block, *pair in passive_pairs(marked.backbone, images.output, marked.site, nullcontext):
+        moments = Moments(marked.site.width, 0, images.output.device)
+        moments.add(*inputs_and_answers(*(part.flatten(0, 1) for part in pair)))
+        read.append(readings(rows[block], moments))
     return torch.stack(read)
 
 
