@@ -26,7 +26,6 @@ from activemark_fast.marking.engine import Engine
 from activemark_fast.marking.mark_keyed import mark_keyed
 from activemark_fast.marking.mark_learned import mark_learned
 from activemark_fast.marking.quality import Quality
-from activemark_fast.marking.ranks import Ranks
 from activemark_fast.marking.resume import TrainingFile
 from activemark_fast.marking.scratch import Scratch
 from activemark_fast.marking.settings import Settings
@@ -39,6 +38,7 @@ from activemark_fast.marking.subject import (
     prepare,
 )
 from activemark_fast.progress import Progress
+from activemark_fast.ranks import Ranks
 from activemark_fast.runtime import resolve_device
 from activemark_fast.tracing import Register
 from activemark_fast.triggers import CleanImages, TriggerImages, clean_images, trigger_images

@@ -31,7 +31,6 @@ from activemark_fast.codec.passive import (
 )
 from activemark_fast.decision import Policy, Reading, agreement
 from activemark_fast.key import Key
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.reading import Channel, passive_pairs, row_scores, wrong_bits
 from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
@@ -39,6 +38,7 @@ from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.ops.common import in_full_precision
 from activemark_fast.p_value import sign_flip_p_value
+from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.sequential import (
     LEAST_IMAGES,
     SHOWS,

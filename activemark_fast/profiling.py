@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from activemark_fast.backbone import Backbone, evaluating
 from activemark_fast.block_choice import MASSIVE_RATIO, RULES, TOP, block_for
 from activemark_fast.dress import plain_torch
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.ops.magnitude import Magnitudes, magnitudes
 from activemark_fast.progress import Progress
+from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.site import Placement, Site, check_block, taps_after
 from activemark_fast.triggers import public_images

@@ -21,8 +21,8 @@ from activemark_fast.dress import plain_torch, unwrapped
 from activemark_fast.freedoms import alternatives
 from activemark_fast.key import Key
 from activemark_fast.looks import Prefix, Reader, UnreadableError, other_width
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.normalisation import Preprocess, known_normalisation
+from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.runtime import resolve_autocast, resolve_device
 from activemark_fast.sequential import look_penalties
 from activemark_fast.site import Site, sites_in

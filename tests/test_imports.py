@@ -15,7 +15,7 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"defaults", "key", "runtime", "progress", "files", "photographs", "dress"},
+    {"defaults", "key", "runtime", "progress", "files", "photographs", "dress", "ranks"},
     {"normalisation"},
     {"synthetic"},
     {"triggers", "datasets"},

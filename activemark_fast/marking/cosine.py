@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.suffix import Autocast
+from activemark_fast.ranks import ALONE, Ranks
 
 COMPARED_AT_ONCE = 32
 """Images whose features are compared at a time, by one process."""

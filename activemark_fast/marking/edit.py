@@ -28,8 +28,8 @@ from activemark_fast.codec.codebooks import BANDS, LOUD, NATURAL, TRACED, Codebo
 from activemark_fast.codec.passive import PASSIVE, Moments, Rows, inputs_and_answers
 from activemark_fast.dress import fixed_weight
 from activemark_fast.marking.engine import GROUPS, Engine
-from activemark_fast.marking.ranks import Ranks, Task
 from activemark_fast.progress import Progress
+from activemark_fast.ranks import Ranks, Task
 from activemark_fast.site import Site
 from activemark_fast.towers import Stop
 

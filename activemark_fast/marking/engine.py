@@ -9,9 +9,9 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.marking.memory import free_bytes
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.scratch import Make, Scratch, made
 from activemark_fast.marking.suffix import Autocast
+from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.marking.cosine import Fidelity, FidelityCheck
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.reading import Channel, wrong_bits
 from activemark_fast.marking.suffix import Autocast, SiteActivations
+from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.verdict import default_tau
 
 DETECTION_TARGET = 0.99

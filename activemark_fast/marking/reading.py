@@ -11,9 +11,9 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, read_mark
 from activemark_fast.p_value import bit_scores
+from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.site import Site
 
 

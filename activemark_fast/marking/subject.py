@@ -18,12 +18,12 @@ from activemark_fast.marking.edit import Step, edit_steps
 from activemark_fast.marking.engine import Engine, plan_engine
 from activemark_fast.marking.memory import halving
 from activemark_fast.marking.quality import Quality
-from activemark_fast.marking.ranks import Ranks
 from activemark_fast.marking.scratch import Scratch, made
 from activemark_fast.marking.settings import Settings
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, site_activations
 from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
+from activemark_fast.ranks import Ranks
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Placement
 from activemark_fast.tracing import Register

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
-from activemark_fast.marking.ranks import ALONE, Ranks
 from activemark_fast.ops.decode import Decoded
+from activemark_fast.ranks import ALONE, Ranks
 
 BATCH = 32
 """Images run through the model at a time: few, so that several processes have as much to do each."""

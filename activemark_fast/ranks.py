@@ -1,4 +1,4 @@
-"""Processes that mark the same model together: each does a part of what takes long, and all get all results.
+"""Processes that work on one model together: each does a part of what takes long, and all get all results.
 
 Every part is computed by one process exactly as it would be by a single one, and parts are added up in the
 same order everywhere. So however many there are, they get the same bits.

@@ -11,13 +11,13 @@ import torch
 from tiny import vit
 
 from activemark_fast.embedding import embed
-from activemark_fast.marking.ranks import ALONE
+from activemark_fast.ranks import ALONE
 from activemark_fast.watermark import fingerprint
 
 KEY = b"the key of the tests of ranks, 32"
 SCRIPT = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 import torch.distributed as dist
 from datetime import timedelta
@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tiny import vit
 from activemark_fast.embedding import embed
-from activemark_fast.marking.ranks import Ranks
+from activemark_fast.ranks import Ranks
 from activemark_fast.watermark import fingerprint
 torch.set_num_threads(1)
 dist.init_process_group("gloo", timeout=timedelta(seconds=120))
