@@ -24,7 +24,6 @@ from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.codec.passive import (
     Moments,
-    inputs_and_answers,
     passive_rows,
     passive_scores,
     readings,
@@ -260,13 +259,9 @@ class Reader:
         rows, read = passive_rows(self._stretched, site), []
         with evaluating(backbone.model):
             for block, *pair in passive_pairs(backbone, output, site, self._autocast):
-                moments = Moments(site.width, 0, self._device)
                 with in_full_precision(output):
-                    turned = (
-                        part.flatten(0, 1) if back is None else part.flatten(0, 1) @ back for part in pair
-                    )
-                    moments.add(*inputs_and_answers(*turned))
-                    read.append(readings(rows[block], moments))
+                    turned = pair if back is None else (part @ back for part in pair)
+                    read.append(readings(rows[block], Moments.of(*turned)))
         return sign_flip_p_value(passive_scores(read))
 
     @cached_property

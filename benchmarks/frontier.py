@@ -134,7 +134,6 @@ class Bench:
 def page(evaluation: Evaluation) -> str:
     """The rows as a table in Markdown."""
     header, points = evaluation.header, evaluation.frontier()
-    released = evaluation.row(RELEASED.name) or {}
     scenes = (
         f", of patches on {header['scenes'][0]} scenes, on {header['scenes'][1]}" if header["scenes"] else ""
     )
@@ -155,7 +154,7 @@ def page(evaluation: Evaluation) -> str:
             _told(marked.get("passive"), ".1e"),
             _told(point["detection_rate"], ".3f"),
             _told(point["lost"], "+.1f"),
-            _told(_lost(released, marked), "+.1f"),
+            _told(_lost(evaluation, point["attack"]), "+.1f"),
             _told(original["p_value"], ".1e"),
             _told(point["images"], "d"),
             _told(point["steps"], "d"),
@@ -165,9 +164,9 @@ def page(evaluation: Evaluation) -> str:
     return "\n".join([*lines, ""])
 
 
-def _lost(released: dict[str, Any], row: dict[str, Any]) -> float | None:
+def _lost(evaluation: Evaluation, attack: str) -> float | None:
     """Points of the scenes' IoU."""
-    before, after = (part.get("iou") for part in (released, row))
+    before, after = ((evaluation.row(name) or {}).get("iou") for name in (RELEASED.name, attack))
     return None if before is None or after is None else 100 * (before - after)
 
 
@@ -207,8 +206,7 @@ def main() -> None:
     (bench.folder / "frontier.md").write_text(page(evaluation), encoding="utf-8")
     points = evaluation.frontier()
     for point in points:  # what it loses at most
-        row = evaluation.row(point["attack"]) or {}
-        point["lost"] = max(point["lost"], _lost(evaluation.row(RELEASED.name) or {}, row) or 0.0)
+        point["lost"] = max(point["lost"], _lost(evaluation, point["attack"]) or 0.0)
     frontier_figure(points).savefig(bench.folder / "frontier.png", dpi=150)
 
 

@@ -41,7 +41,6 @@ from activemark_fast.codec.passive import (
     BAND_NAMES,
     Moments,
     Rows,
-    inputs_and_answers,
     passive_rows,
     passive_scores,
     readings,
@@ -90,11 +89,7 @@ class Read:
     @cached_property
     def passive(self) -> float:
         """The p-value of the passive band."""
-        read = []
-        for rows, *pair in self.pairs:
-            moments = Moments(pair[0].shape[-1], 0, pair[0].device)
-            moments.add(*inputs_and_answers(*(part.flatten(0, 1) for part in pair)))
-            read.append(readings(rows, moments))
+        read = [readings(rows, Moments.of(before, after)) for rows, before, after in self.pairs]
         return sign_flip_p_value(passive_scores(read))
 
     def among(self, other: Read, share: float) -> Read:

@@ -29,7 +29,7 @@ from activemark_fast.attacks.adaptive.parts import KINDS, find_matrices, second_
 from activemark_fast.attacks.adaptive.spectral import principal, refit
 from activemark_fast.attacks.suite import HOLDS, suite
 from activemark_fast.backbone import Backbone
-from activemark_fast.codec.passive import Moments, inputs_and_answers, passive_rows, readings
+from activemark_fast.codec.passive import Moments, passive_rows, readings
 from activemark_fast.evaluate import cost
 from activemark_fast.evaluation import Evaluation
 from activemark_fast.key import Key
@@ -346,9 +346,7 @@ def test_muddling_moves_what_the_passive_band_reads_and_little_else() -> None:
         with torch.no_grad():
             stream = view.run(view.stem(IMAGES), 0, FIRST + 1)
         for block, *pair in passive_pairs(view, stream, site, nullcontext):
-            moments = Moments(view.width, 0, stream.device)
-            moments.add(*inputs_and_answers(*(part.flatten(0, 1) for part in pair)))
-            found.append(readings(rows[block], moments))
+            found.append(readings(rows[block], Moments.of(*pair)))
         return torch.cat(found)
 
     plain = read(model)

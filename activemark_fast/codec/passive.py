@@ -101,6 +101,13 @@ class Moments:
         sizes = ((width, width), (width, width), (width, width), (hidden, width))
         self._products = [torch.zeros(size, device=device) for size in sizes]
 
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Moments:
+        """Those of a block whose input and output are given, (…, D) each, of patch tokens."""
+        moments = cls(before.shape[-1], 0, before.device)
+        moments.add(*inputs_and_answers(before.flatten(0, -2), after.flatten(0, -2)))
+        return moments
+
     def add(self, x: Tensor, y: Tensor, hidden: Tensor | None = None) -> None:
         """x, y: (T, D); hidden: (T, H)."""
         self.add_parts(len(x), self.parts(x, y, hidden))

@@ -96,12 +96,12 @@ class FidelityCheck:
 
     def __call__(self) -> Fidelity:
         """The fidelity now."""
-        prefix, classes = self._backbone.prefix_tokens, self._backbone.has_class_token
+        prefix, classes = self._backbone.prefix_tokens, slice(int(self._backbone.has_class_token))
 
         def compared(index: int) -> list[Tensor]:
             now, before = self._tokens(index), self._original[index]
             pairs = [
-                (now[:, :1] if classes else now[:, :0], before[:, :1] if classes else before[:, :0]),
+                (now[:, classes], before[:, classes]),
                 (now[:, prefix:].mean(dim=1), before[:, prefix:].mean(dim=1)),
                 (now[:, prefix:], before[:, prefix:]),
             ]

@@ -307,9 +307,7 @@ def passive_reading(marked: Case, images: SiteActivations) -> Tensor:
     """(blocks, R) of what `passive_rows` read."""
     rows, read = passive_rows(KEY, marked.site), []
     for block, *pair in passive_pairs(marked.backbone, images.output, marked.site, nullcontext):
-        moments = Moments(marked.site.width, 0, images.output.device)
-        moments.add(*inputs_and_answers(*(part.flatten(0, 1) for part in pair)))
-        read.append(readings(rows[block], moments))
+        read.append(readings(rows[block], Moments.of(*pair)))
     return torch.stack(read)
 
 
