@@ -38,8 +38,8 @@ class Reading:
 
     Attributes:
         p_value: of all bands together, the reading's price paid; 1 for a codec without. It may exceed 1.
-        bands: of each band alone, nothing paid; the passive one, the last, is read only where the others have
-            not settled the verdict.
+        bands: of each band alone, nothing paid; one is read only where those before it have not settled the
+            verdict.
         errors: (taps, n), wrong bits of each image's message, of the first band.
         excluded: whether the images exclude a mark that is as strong as `sequential` has it in either band
             that is read by injections.

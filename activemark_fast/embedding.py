@@ -200,7 +200,7 @@ def embed(
     settings.check_for(original, device)
     triggers = trigger_images(images, secret, original.preprocess, TRIGGER_IMAGES)
     if settings.keyed:  # after block 0 there is room for most taps
-        check_bits(bits, block or 0, original.depth, len(triggers.pixels))
+        check_bits(bits, block or 0, original.depth, triggers.count)
     natural = clean_images(clean, original.preprocess, FITTED_IMAGES, HELD_IMAGES)
     inputs = partial(_inputs, secret, original, model, settings, triggers, natural, device)
     saved = None if checkpoint is None else TrainingFile(_path("checkpoint", checkpoint), secret, inputs())
@@ -210,12 +210,12 @@ def embed(
     shared = inplace and settings.keyed and device == original.device
 
     with Progress(progress) as bar:
-        subject = prepare(original, settings, triggers.pixels, natural, device, shared, scratch, ranks, bar)
+        subject = prepare(original, settings, triggers, natural, device, shared, scratch, ranks, bar)
         source = natural.source
         del natural, inputs  # their pixels
         alignment = None
         if settings.keyed:
-            check_bits(bits, subject.placement.site.block, original.depth, len(triggers.pixels))
+            check_bits(bits, subject.placement.site.block, original.depth, triggers.count)
             bar.note(f"embed: {subject.engine}")
             alignment = _sample(subject, original, secret)
             marked = mark_keyed(subject, secret, settings, bar)
@@ -324,7 +324,7 @@ def _seal(
         axis=settings.axis,
         site=site,
         preprocess=original.preprocess,
-        digests=() if triggers.source == "key" else triggers.digests,
+        digests=triggers.digests,
         image_source=triggers.source,
         state=marked.state,
         fingerprint=fingerprint(released),

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ from activemark_fast.sequential import (
 )
 from activemark_fast.site import Site
 from activemark_fast.tracing import Register, Trace, trace_answers
-from activemark_fast.triggers import trigger_images
+from activemark_fast.triggers import TriggerImages, trigger_images
 from activemark_fast.watermark import Watermark
 
 FIRST_SAMPLED = 4
@@ -91,7 +92,7 @@ class Reader:
         secret: its key.
         codec: of a mark of one band, on `device`; None for a mark in bands, whose directions depend on
             how the suspect's own tokens vary, and are made for each suspect.
-        pixels: (n, 3, H, W), the trigger images.
+        triggers: the trigger images.
         preprocess: how images made from the key become model input.
         power: as `Verifier` takes it; None for a codec without p-value.
         traced: whether recipients are to be told apart, too.
@@ -105,7 +106,7 @@ class Reader:
         watermark: Watermark,
         secret: Key,
         codec: Codec | None,
-        pixels: Tensor,
+        triggers: TriggerImages,
         preprocess: Preprocess,
         power: float | None,
         traced: bool,
@@ -116,7 +117,7 @@ class Reader:
         self._watermark, self._secret, self._codec = watermark, secret, codec
         self._preprocess, self._device, self._autocast = preprocess, device, autocast
         self._ranks = ranks
-        count, bits = len(pixels), watermark.bits
+        count, bits = triggers.count, watermark.bits
         if codec is None:
             self._stretched = secret.stretched()
             sent = draw_sent(self._stretched, "verify", count, bits)
@@ -126,8 +127,11 @@ class Reader:
             order, self.ends = torch.arange(count), [count]
         else:  # as an owner's folder is sorted, its first images need not be like the others
             order, self.ends = torch.from_numpy(secret.stream("looks").permutation(count)), look_ends(count)
-        self._pixels = pixels[order].to(device)
-        self._measured_pixels = pixels[:MEASURED_IMAGES].to(device)
+        measured = range(min(MEASURED_IMAGES, count))
+        starts = (0, *self.ends)
+        by_look = {look: order[start:end].tolist() for look, (start, end) in enumerate(pairwise(starts))}
+        # Made when a suspect first takes the look, then kept for others.
+        self._pixels = cache(lambda look: triggers.some(by_look.get(look, measured)).to(device))
         self._sent = [part[order].to(device) for part in sent]
         if traced:
             made = trigger_images(None, secret, watermark.preprocess, TRACED_IMAGES).pixels
@@ -158,8 +162,7 @@ class Reader:
         """
         measured = seen = None
         if self._codec is None:
-            run = partial(self._at_site, site, backbone, self._measured_pixels)
-            seen = prefix.at(Prefix.MEASURED, run)
+            seen = prefix.at(Prefix.MEASURED, partial(self._at_site, site, backbone, Prefix.MEASURED))
             measured = SiteMeasure.of(seen.output, site.prefix_tokens)
             if not measured.usable:
                 raise UnreadableError("the suspect puts out NaN or infinite activations")
@@ -213,14 +216,17 @@ class Reader:
                 for channel in channels
                 if isinstance(channel.codec, KeyedCodec)
             ]
-        read = self._at_site(site, backbone, self._traced_pixels)
+        read = self._seen(site, backbone, self._traced_pixels)
         answers = np.full(register.reference.shape, np.nan)
         with evaluating(backbone.model):
             told = row_answers(backbone, channels, read, site.block, self._autocast)
         answers[: len(site.taps)] = told.numpy()
         return trace_answers(register, self._secret, answers, alpha)
 
-    def _at_site(self, site: Site, backbone: Backbone, pixels: Tensor) -> SiteActivations:
+    def _at_site(self, site: Site, backbone: Backbone, look: int) -> SiteActivations:
+        return self._seen(site, backbone, self._pixels(look))
+
+    def _seen(self, site: Site, backbone: Backbone, pixels: Tensor) -> SiteActivations:
         with evaluating(backbone.model):
             return site_activations(backbone, pixels, site.block, self._autocast)
 
@@ -317,26 +323,32 @@ class Reader:
         parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in bands]
         p_value, wanted = 1.0, policy.unpaid(weights[-1])
         for look, (start, end) in enumerate(zip((0, *self.ends), self.ends, strict=False)):
-            pixels = self._pixels[start:end]
-            activations = prefix.at(look, partial(self._at_site, site, backbone, pixels))
-            with evaluating(backbone.model):
-                for band, kept in zip(bands, parts, strict=True):
-                    for channel, seen in zip(band, kept, strict=True):
-                        check()
+            activations = prefix.at(look, partial(self._at_site, site, backbone, look))
+            agreements: list[list[Tensor]] = []
+            p_values: tuple[float, ...] = ()
+            excluded = settled = False
+            for band, kept in zip(bands, parts, strict=True):
+                for channel, seen in zip(band, kept, strict=True):
+                    check()
+                    with evaluating(backbone.model):
                         seen.append(
                             channel.agreement(
                                 backbone, activations, start, site.block, self._autocast, self._ranks
                             )
                         )
-                        if not bool(torch.isfinite(seen[-1]).all()):
-                            return None
-            agreements = [[torch.cat(seen, dim=1) for seen in kept] for kept in parts]
+                    if not bool(torch.isfinite(seen[-1]).all()):
+                        return None
+                agreements.append([torch.cat(seen, dim=1) for seen in kept])
+                if policy.exact:
+                    p_values += (sign_flip_p_value(row_scores(agreements[-1])),)
+                    p_value = min(p_value, weights[look] * p_values[-1])
+                    settled = policy.settled(p_value, excluded=False, hopeless=False)
+                    if settled:
+                        break
             errors = wrong_bits(agreements[0][0]).cpu().numpy()  # (taps, n)
-            p_values: tuple[float, ...] = ()
-            excluded = False
+            if settled:
+                break
             if policy.exact:
-                p_values = tuple(sign_flip_p_value(row_scores(kept)) for kept in agreements)
-                p_value = min(p_value, weights[look] * min(p_values))
                 miss = policy.miss(look)
                 excluded = mark_excluded(agreement(errors, self._watermark.bits), miss) and all(
                     mark_excluded(_right(kept).mean(axis=2), miss, WEAKEST_NATURAL) for kept in agreements[1:]

@@ -48,11 +48,28 @@ class ImageMismatchError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class TriggerImages:
-    """The trigger images as the model takes them, and what identifies them."""
+    """The trigger images as the model takes them, and what identifies them.
 
-    pixels: Tensor  # (n, 3, H, W) float32 on the CPU, model input
-    digests: tuple[bytes, ...]  # n HMAC-SHA256 under the key: dtype, shape and bytes of the image as given
-    source: str  # "tensor" | "folder" | "iterable" | "key"
+    Attributes:
+        count: n.
+        image: of an index (3, H, W) float32 on the CPU, model input; crops of photographs are made only then.
+        digests: HMAC-SHA256 under the key of each image's dtype, shape and bytes as given; none of crops.
+        source: "tensor", "folder", "iterable" or "key".
+    """
+
+    count: int
+    image: Callable[[int], Tensor]
+    digests: tuple[bytes, ...]
+    source: str
+
+    @property
+    def pixels(self) -> Tensor:
+        """(n, 3, H, W), all of them."""
+        return self.some(range(self.count))
+
+    def some(self, indices: Iterable[int]) -> Tensor:
+        """(k, 3, H, W), those of the indices."""
+        return torch.stack([self.image(index) for index in indices])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,29 +129,38 @@ def _split(shipped: Photographs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.
     return np.flatnonzero(~apart), np.flatnonzero(apart)
 
 
-def photograph_crops(stream: KeyStream, count: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """`count` random crops of the shipped photographs but those that are held out, each (3, h, w) uint8.
+def photograph_crops(stream: KeyStream, count: int, size: tuple[int, int]) -> Callable[[int], Tensor]:
+    """Cuts `count` random crops of the shipped photographs but those that are held out.
 
-    size: (h, w) of the crops, which have this shape's proportions and at least half a photograph's side.
     Photographs, corners, sides, mirroring, lightness and contrast are drawn from the stream.
+
+    Args:
+        stream: of the key.
+        count: of the crops.
+        size: (h, w), whose proportions the crops have, and at least half a photograph's side.
+
+    Returns:
+        Of the index of a crop, from 0, the crop: (3, h, w) uint8.
     """
     photographs = shipped_photographs()
     shipped = photographs.images
     marking, _ = _split(photographs)
     chosen = marking[stream.integers(0, len(marking), count)]
     draws = stream.uniform((6, count))
-    height, width = size
     side = shipped.shape[-1]
-    for index in range(count):
+
+    def cut(index: int) -> Tensor:
         scale, down, across, mirror, lighter, contrast = draws[:, index].tolist()
         long = side * (SMALLEST_CROP + (1 - SMALLEST_CROP) * scale)
-        h, w = (max(1, int(long * edge / max(size))) for edge in (height, width))
+        h, w = (max(1, int(long * edge / max(size))) for edge in size)
         top, left = int(down * (side - h + 1)), int(across * (side - w + 1))
         crop = shipped[int(chosen[index]), :, top : top + h, left : left + w].float()
         crop = interpolate(crop[None], size, mode="bicubic", antialias=True)[0]
         crop = crop.flip(2) if mirror < 0.5 else crop
         crop = (crop - 127.5) * (1 + CONTRASTIER * (2 * contrast - 1)) + 127.5
-        yield (crop + 255 * LIGHTER * (2 * lighter - 1)).round().clamp(0, 255).to(torch.uint8)
+        return (crop + 255 * LIGHTER * (2 * lighter - 1)).round().clamp(0, 255).to(torch.uint8)
+
+    return cut
 
 
 def trigger_images(
@@ -169,11 +195,12 @@ def trigger_images(
         raise ValueError(f"count: wanted at least {MIN_IMAGES} images, got {count}")
     if isinstance(images, TriggerImages):
         return images
+    if images is None and not synthetic:
+        cut = photograph_crops(key.stream("triggers/photographs"), count, preprocess.size)
+        return TriggerImages(count, lambda index: preprocess(cut(index)[None])[0], (), "key")
 
     def drawn() -> Iterator[Tensor]:
-        if synthetic:
-            return iter(synthetic_images(key.stream(_SYNTHETIC), count, preprocess.size))
-        return photograph_crops(key.stream("triggers/photographs"), count, preprocess.size)
+        return iter(synthetic_images(key.stream(_SYNTHETIC), count, preprocess.size))
 
     source, singles = _open(images, drawn, count)
     pixels, digests = [], []
@@ -185,7 +212,7 @@ def trigger_images(
             f"images: wanted at least {MIN_IMAGES}, got {len(pixels)}: with fewer, neither the mark nor the "
             "detection rate can be estimated"
         )
-    return TriggerImages(torch.stack(pixels), tuple(digests), source)
+    return TriggerImages(len(pixels), pixels.__getitem__, tuple(digests), source)
 
 
 def public_images(images: object, preprocess: Preprocess, count: int) -> Tensor:

@@ -101,7 +101,8 @@ class Verdict:
         opening: whether the key and the watermark were committed to; None if no commitment was given.
         alternatives: what the p-value is multiplied with for each thing that the owner could choose
             (`freedoms.alternatives`).
-        bands: p-value of each band of the mark alone, on all images read, with nothing paid.
+        bands: p-value of each band of the mark alone, on all images read, with nothing paid; a band is read
+            only where those before it (loud, natural, passive) have not settled the verdict.
         trace: whose copy the suspect was made from; None without a register, or where it could not be read.
             Its p-values hold whatever the decision is.
     """

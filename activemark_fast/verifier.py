@@ -99,7 +99,7 @@ class Verifier:
             watermark,
             secret,
             codec,
-            triggers.pixels,
+            triggers,
             preprocess,
             power,
             register is not None,

@@ -186,7 +186,8 @@ class Looks:
 def suspects(embedding: Embedding, original: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Copies of a marked model whose mark is weaker."""
     marked, preprocess = embedding.model, Backbone(original).preprocess
-    clean = preprocess(torch.stack(list(photograph_crops(PUBLIC.stream("clean"), 256, preprocess.size))))
+    cut = photograph_crops(PUBLIC.stream("clean"), 256, preprocess.size)
+    clean = preprocess(torch.stack([cut(index) for index in range(256)]))
     for share in (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0):
         yield f"{share:.2f} of the original", average(marked, None, 0, share, other=original)
     for strength in (0.7, 0.8, 0.9, 0.95):

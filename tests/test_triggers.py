@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from activemark_fast.photographs import shipped_photographs
 from activemark_fast.synthetic import synthetic_images
 from activemark_fast.triggers import (
     ImageMismatchError,
-    TriggerImages,
     check_digests,
     clean_images,
     photograph_crops,
@@ -224,12 +224,13 @@ def test_from_the_key_they_are_crops_of_photographs() -> None:
 
 
 def crops(count: int) -> torch.Tensor:
-    return torch.stack(list(photograph_crops(KEY.stream("triggers/photographs"), count, PREPROCESS.size)))
+    cut = photograph_crops(KEY.stream("triggers/photographs"), count, PREPROCESS.size)
+    return torch.stack([cut(index) for index in range(count)])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (17, 40), (224, 224)])
 def test_crops_have_the_size_asked_for(size: tuple[int, int]) -> None:
-    (crop,) = photograph_crops(KEY.stream("test"), 1, size)
+    crop = photograph_crops(KEY.stream("test"), 1, size)(0)
     assert (tuple(crop.shape), crop.dtype) == ((3, *size), torch.uint8)
 
 
@@ -457,13 +458,11 @@ def test_one_changed_value_is_found(index: int, channel: int, row: int, column: 
 
 
 def test_order_and_count_of_images_are_checked() -> None:
-    triggers = trigger_images(None, KEY, PREPROCESS, count=16)
+    triggers = trigger_images(crops(16), KEY, PREPROCESS)
     check_digests(triggers, list(triggers.digests))
     with pytest.raises(ImageMismatchError, match=r"wanted the 15 images .* got 16"):
         check_digests(triggers, triggers.digests[:15])
-    swapped = TriggerImages(
-        triggers.pixels, (*triggers.digests[:14], triggers.digests[15], triggers.digests[14]), "key"
-    )
+    swapped = replace(triggers, digests=(*triggers.digests[:14], triggers.digests[15], triggers.digests[14]))
     with pytest.raises(ImageMismatchError, match="image 14") as caught:
         check_digests(swapped, triggers.digests)
     assert isinstance(caught.value, ValueError)

@@ -160,8 +160,8 @@ class Thief:
     def triggers(self, key: Key, preprocess: Preprocess | None = None) -> Tensor:
         """(n, 3, H, W) on the device: what `verify` makes of a key when the images come from it."""
         preprocess = self.preprocess if preprocess is None else preprocess
-        crops = photograph_crops(key.stream("triggers/photographs"), TRIGGER_IMAGES, preprocess.size)
-        return preprocess(torch.stack(list(crops))).to(self.device)
+        cut = photograph_crops(key.stream("triggers/photographs"), TRIGGER_IMAGES, preprocess.size)
+        return preprocess(torch.stack([cut(index) for index in range(TRIGGER_IMAGES)])).to(self.device)
 
     def at_site(
         self, pixels: Tensor, site: Site | None = None, backbone: Backbone | None = None

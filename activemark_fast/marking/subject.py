@@ -27,9 +27,9 @@ from activemark_fast.ranks import Ranks
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Placement
 from activemark_fast.tracing import Register
-from activemark_fast.triggers import CleanImages
+from activemark_fast.triggers import CleanImages, TriggerImages
 
-PROFILED_IMAGES = 32
+PROFILED_IMAGES = 16
 FITTED_IMAGES, HELD_IMAGES = 192, 64
 """Clean images that a mark is solved on, and that its cost is measured on, at most."""
 CHECKED_IMAGES = 16
@@ -127,7 +127,7 @@ def _own(tower: nn.Module, weights: Sequence[Tensor], engine: Engine) -> None:
 def prepare(
     original: Backbone,
     settings: Settings,
-    triggers: Tensor,
+    triggers: TriggerImages,
     natural: CleanImages,
     device: torch.device,
     shared: bool,
@@ -140,7 +140,7 @@ def prepare(
     Args:
         original: a view of the model, which is left alone.
         settings: what was asked for.
-        triggers: (n, 3, H, W), the trigger images.
+        triggers: the trigger images.
         natural: clean images.
         device: where the copy goes.
         shared: the copy has its own of those parameters only that an edit may change.
@@ -167,7 +167,8 @@ def prepare(
         bar.advance()
         return found
 
-    carriers = at_site("carriers", triggers[:MEASURED_IMAGES])
+    shown = triggers.some(range(min(MEASURED_IMAGES, triggers.count)))
+    carriers = at_site("carriers", shown)
     measured = SiteMeasure.of(carriers.output, site.prefix_tokens)
     fidelity = FidelityCheck(backbone, at_site("held", natural.held).output, site.block, autocast, ranks)
     if not measured.usable:
@@ -185,7 +186,7 @@ def prepare(
         site,
         settings.precision,
         sum(tensor.nbytes for tensor in held),
-        triggers.nbytes,
+        shown.nbytes if triggers.source == "key" else triggers.count * shown[0].nbytes,
         len(fitted),
         len(natural.held),
         MEASURED_IMAGES,
