@@ -87,19 +87,23 @@ class FidelityCheck:
         tasks = [partial(task, index) for index in range(len(self._outputs))]
         return self._ranks.each(tasks, self._backbone.device)
 
-    def _tokens(self, index: int) -> Tensor:
-        """(b, N, D) float32, a batch's tokens after the final norm."""
-        output = self._outputs[index].to(self._backbone.device)
+    def _tokens(self, index: int, every: int = 1) -> Tensor:
+        """(b, N, D) float32, the tokens of a batch's images, or some of them, after the final norm."""
+        output = self._outputs[index][::every].to(self._backbone.device)
         with torch.no_grad(), self._autocast(self._backbone.dtype):
             tokens = self._backbone.run(output, self._block + 1, self._backbone.depth)
             return self._backbone.final_tokens(tokens).float()
 
-    def __call__(self) -> Fidelity:
-        """The fidelity now."""
+    def __call__(self, glance: bool = False) -> Fidelity:
+        """The fidelity now.
+
+        glance: about that, from every second image.
+        """
         prefix, classes = self._backbone.prefix_tokens, slice(int(self._backbone.has_class_token))
+        every = 2 if glance else 1
 
         def compared(index: int) -> list[Tensor]:
-            now, before = self._tokens(index), self._original[index]
+            now, before = self._tokens(index, every), self._original[index][::every]
             pairs = [
                 (now[:, classes], before[:, classes]),
                 (now[:, prefix:].mean(dim=1), before[:, prefix:].mean(dim=1)),

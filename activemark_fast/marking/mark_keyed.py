@@ -33,17 +33,21 @@ def mark_keyed(subject: Subject, secret: Key, settings: Settings, bar: Progress)
     stretched = secret.stretched()
     traced = settings.recipients is not None
     room = (1 - settings.fidelity) * (1 - TRACED_SHARE if traced else 1)
-    check, history = _edit(subject, stretched, settings, 1 - room, bar)
+    check, history, fidelity = _edit(subject, stretched, settings, 1 - room, bar)
     if not traced:
-        return Marked(check(), history, subject.engine, 0, {}, None)
+        return Marked(check(fidelity=fidelity), history, subject.engine, 0, {}, None)
     quality, register, tried = _copies(subject, check, stretched, secret, settings, bar)
     return Marked(quality, history + tried, subject.engine, 0, {}, register)
 
 
 def _edit(
     subject: Subject, stretched: Key, settings: Settings, wanted: float, bar: Progress
-) -> tuple[QualityCheck, list[dict[str, float | str]]]:
-    """Marks the subject's model in closed form; `wanted` is the fidelity that the mark has to keep."""
+) -> tuple[QualityCheck, list[dict[str, float | str]], Fidelity | None]:
+    """Marks the subject's model in closed form; `wanted` is the fidelity that the mark has to keep.
+
+    Returns:
+        What measures the quality; what `search_edit` returns.
+    """
     backbone, site, engine = subject.backbone, subject.placement.site, subject.engine
     device, bits = backbone.device, settings.bits
     books = [book.to(device) for book in codebooks(stretched, site, bits, subject.measured)]
@@ -71,19 +75,19 @@ def _edit(
     )
     looks = count()
 
-    def fidelity() -> Fidelity:
+    def fidelity(glance: bool) -> Fidelity:
         def look() -> dict[str, Tensor]:
-            found = vars(subject.fidelity()).items()
+            found = vars(subject.fidelity(glance)).items()
             return {name: torch.tensor(pair, dtype=torch.float64) for name, pair in found}
 
         found = engine.made(f"look-{next(looks)}", look)
         return Fidelity(**{name: (float(pair[0]), float(pair[1])) for name, pair in found.items()})
 
-    history = search_edit(
+    found = search_edit(
         *(backbone, books, passive_rows(stretched, site), subject.steps, _originals(subject), output, sent),
         *(fidelity, check.margin, wanted, engine, bar),
     )
-    return check, history
+    return check, *found
 
 
 def _originals(subject: Subject) -> list[Tensor]:

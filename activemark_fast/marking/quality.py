@@ -18,6 +18,10 @@ from activemark_fast.verdict import default_tau
 
 DETECTION_TARGET = 0.99
 MARGIN_TARGET = 0.75
+NOISE_IMAGES = 8
+"""The original, and the natural band, are read on the first of these alone: noise is alike on all."""
+GLANCED_IMAGES = 4
+"""As many tell whether a loud band is read more clearly than it has to be."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class Quality:
         features: all of them.
         margin: signal over noise of the message's reading, at the weaker tap: the mean of the logits, each
             taken with the sign of its bit, over sqrt(their variance + the variance of the original's).
-        natural_margin: the same of single readings in the natural band; NaN for a codec without.
+        natural_margin: about the same of single readings in the natural band; NaN for a codec without.
         bit_error: mean wrong bits of an image.
         detection_rate: share of images with at most tau wrong bits.
-        original_detection_rate: the same, read from the original.
+        original_detection_rate: the same, read from the original; of a keyed mark on `NOISE_IMAGES`.
     """
 
     fidelity: float
@@ -103,12 +107,15 @@ class QualityCheck:
         self._block = block
         self._autocast = autocast
         self._ranks = ranks
-        self._original = self._read(backbone)
+        self._original = self._read(backbone, channels, NOISE_IMAGES)
 
-    def _read(self, backbone: Backbone) -> list[Tensor]:
+    def _read(
+        self, backbone: Backbone, channels: Sequence[Channel], images: int | None = None
+    ) -> list[Tensor]:
+        """Agreements of each channel, on the first so many images or all."""
         return [
-            channel.agreement(backbone, self._carriers, 0, self._block, self._autocast, self._ranks)
-            for channel in self._channels
+            channel.agreement(backbone, self._carriers[:images], 0, self._block, self._autocast, self._ranks)
+            for channel in channels
         ]
 
     def _detection(self, agreement: Tensor) -> tuple[float, float]:
@@ -118,26 +125,28 @@ class QualityCheck:
         return float(errors.double().mean()), float((errors <= tau).double().mean())
 
     def margin(self) -> float:
-        """`Quality.margin` now."""
-        first = self._channels[0]
-        now = first.agreement(self._backbone, self._carriers, 0, self._block, self._autocast, self._ranks)
+        """About `Quality.margin` now."""
+        (now,) = self._read(self._backbone, self._channels[:1], GLANCED_IMAGES)
         return self._margin(now)
 
     def _margin(self, message: Tensor) -> float:
         # All readings of an image together are one.
         return _margin(*(part.mean(dim=2, keepdim=True) for part in (message, self._original[0])))
 
-    def __call__(self, reference: Backbone | None = None) -> Quality:
+    def __call__(self, reference: Backbone | None = None, fidelity: Fidelity | None = None) -> Quality:
         """The quality now.
 
-        reference: the original, wanted where the codec has changed since.
+        Args:
+            reference: the original, wanted where the codec has changed since; it is read on all images.
+            fidelity: the model's now, where it is known.
         """
         if reference is not None:
-            self._original = self._read(reference)
-        now = self._read(self._backbone)
+            self._original = self._read(reference, self._channels)
+        now = self._read(self._backbone, self._channels[:1])
+        now += self._read(self._backbone, self._channels[1:], NOISE_IMAGES)
         bit_error, rate = self._detection(now[0])
         natural = [_margin(a, b) for a, b in zip(now[1:], self._original[1:], strict=True)]
-        fidelity = self._fidelity()
+        fidelity = self._fidelity() if fidelity is None else fidelity
         return Quality(
             fidelity=fidelity.mean,
             fidelity_tail=fidelity.tail,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,12 +43,12 @@ def search_edit(
     originals: Sequence[Tensor],
     output: Tensor,
     sent: Sequence[Tensor],
-    fidelity: Callable[[], Fidelity],
+    fidelity: Callable[[bool], Fidelity],
     margin: Callable[[], float],
     wanted: float,
     engine: Engine,
     bar: Progress,
-) -> list[dict[str, float | str]]:
+) -> tuple[list[dict[str, float | str]], Fidelity | None]:
     """Edits `backbone` in place, as strongly as the fidelity asked for allows.
 
     One edit is solved for, band by band. The loud band's change of the weights is then scaled until its share
@@ -63,14 +64,15 @@ def search_edit(
         originals: the unmarked matrix of each step, of whatever shape and wherever it is.
         output: (n, N, D), clean output of the site's block.
         sent: for each codebook (its images, M) of 0 and 1; see `edit`.
-        fidelity: measures the edited model.
+        fidelity: measures the edited model, at a glance (True) where a later band takes what is left anyway.
         margin: how clearly the loud band is read from it (`Quality.margin`).
         wanted: fidelity asked for (`Fidelity.loss`).
         engine: how to compute.
         bar: shows the steps.
 
     Returns:
-        Every strength tried, and what was measured.
+        Every strength tried, and what was measured; the fidelity of the edited model, None where the natural
+        band was left out.
     """
     matrices = [step.matrix for step in steps]
 
@@ -92,7 +94,7 @@ def search_edit(
             parts = (factors[band] * part.matrix for band, part in change.items() if factors[band])
             matrix.copy_(original(index).float() + sum(parts))
 
-    lost = 0.0
+    lost, found = 0.0, None
     shares = {PASSIVE: PASSIVE_SHARE, LOUD.name: LOUD_SHARE, NATURAL.name: 1.0}
     for band, share in shares.items():
         if band == PASSIVE and not passive:
@@ -106,14 +108,15 @@ def search_edit(
         room = share * (1 - wanted) - lost
         most = 1.0 if band == PASSIVE else LARGEST_FACTOR
         first = FIRST_FACTORS[band]
-        factors[band], cost = best_strength(made, fidelity, band, lost, room, first, most, history, bar)
-        lost += cost
-        apply()
+        look = partial(fidelity, band != NATURAL.name)
+        best, found = best_strength(made, look, band, lost, room, first, most, history, bar)
+        if best != factors[band]:
+            made(best)
+        lost = lost if found is None else found.loss
         if band == LOUD.name and (read := margin()) > LOUD_MARGIN:
-            factors[band] *= LOUD_MARGIN / read
+            made(best * LOUD_MARGIN / read)
             lost *= (LOUD_MARGIN / read) ** 2
-            apply()
-    return history
+    return history, found
 
 
 def best_strength(
@@ -126,7 +129,7 @@ def best_strength(
     most: float,
     history: list[dict[str, float | str]],
     bar: Progress,
-) -> tuple[float, float]:
+) -> tuple[float, Fidelity | None]:
     """The strongest factor that costs no more fidelity than there is room for.
 
     Args:
@@ -141,9 +144,11 @@ def best_strength(
         bar: shows the looks.
 
     Returns:
-        The factor and what it loses over `lost`; (0, 0) where even the weakest one tried costs too much.
+        The factor, and the fidelity with it; 0 and None where even the weakest one tried costs too much. The
+        model is left with the last one tried.
     """
     tried: dict[float, float] = {}  # loss over `lost`, of each factor that was looked at
+    found: dict[float, Fidelity] = {}
     factor = first
     while True:
         apply(factor)
@@ -151,13 +156,14 @@ def best_strength(
         history.append({"stage": f"edit: {band}", "factor": factor, **asdict(reached)})
         bar.advance(fidelity=reached.mean)
         tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
+        found[factor] = reached
         following = _next_factor(tried, room, most)
         enough = (1 - UNUSED) * room <= tried[factor] <= room
         if enough or following in tried or len(tried) == LOOKS:
             break
         factor = following
     best = max((tried_factor for tried_factor, cost in tried.items() if cost <= room), default=0.0)
-    return best, tried.get(best, 0.0)
+    return best, found.get(best)
 
 
 def _next_factor(tried: dict[float, float], room: float, most: float) -> float:

@@ -128,13 +128,13 @@ class Case:
         self,
         wanted: float,
         using: Engine | None = None,
-        fidelity: Callable[[], Fidelity] | None = None,
+        fidelity: Callable[[bool], Fidelity] | None = None,
         margin: Callable[[], float] = lambda: 0.0,
     ) -> list[dict[str, Any]]:
         steps = edit_steps(self.backbone, self.site)
         held = (self.backbone, self.books, self.passive, steps, self.weights(), self.seen.output, self.sent)
         with Progress(shown=False) as bar:
-            return search_edit(*held, fidelity or self.check(), margin, wanted, using or engine(), bar)
+            return search_edit(*held, fidelity or self.check(), margin, wanted, using or engine(), bar)[0]
 
     @property
     def edited(self) -> range:
@@ -481,7 +481,7 @@ def test_search_ends_at_a_strength_that_is_allowed(
     marked = case(timm_vit())
     told = iter([*loud, *natural])
     before = marked.weights()
-    history = marked.search(0.97, fidelity=lambda: of(next(told)))
+    history = marked.search(0.97, fidelity=lambda _: of(next(told)))
     assert [row["stage"] for row in history] == ["edit: loud"] * len(loud) + ["edit: natural"] * len(natural)
     rows = (history[: len(loud)], history[len(loud) :])
     factors = [0.0 if k is None else part[k]["factor"] for part, k in zip(rows, kept, strict=True)]
@@ -492,7 +492,7 @@ def test_a_loud_band_that_is_read_clearly_leaves_more_to_the_natural_one() -> No
     marked = case(timm_vit())
     before = marked.weights()
     told = iter([0.979, 0.974, 0.971])
-    history = marked.search(0.97, fidelity=lambda: of(next(told)), margin=lambda: 2 * LOUD_MARGIN)
+    history = marked.search(0.97, fidelity=lambda _: of(next(told)), margin=lambda: 2 * LOUD_MARGIN)
     assert [row["stage"] for row in history] == ["edit: loud", "edit: natural", "edit: natural"]
     loud, first, second = history
     # A quarter of what the loud band lost is left; the natural one may lose 0.02475, not 0.009.
@@ -504,7 +504,7 @@ def test_the_passive_band_costs_no_more_than_its_share() -> None:
     marked = case(timm_vit())
     told = iter([0.99, 0.9942, 0.9782, 0.9705])
     history = replace(marked, passive=passive_rows(KEY, marked.site)).search(
-        0.97, fidelity=lambda: of(next(told))
+        0.97, fidelity=lambda _: of(next(told))
     )
     assert [row["stage"] for row in history] == ["edit: passive"] * 2 + ["edit: loud", "edit: natural"]
     first, second = history[:2]
