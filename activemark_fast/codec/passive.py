@@ -91,6 +91,10 @@ class Moments:
         width: D.
         hidden: H; 0 without.
         device: where pairs come from.
+
+    Attributes:
+        count: of the pairs.
+        products: float32 sums of x x^T, y y^T, y x^T and k x^T, k the hidden activations.
     """
 
     def __init__(self, width: int, hidden: int, device: torch.device) -> None:
@@ -99,7 +103,7 @@ class Moments:
             torch.zeros(size, device=device, dtype=torch.float64) for size in (width, width, hidden)
         ]
         sizes = ((width, width), (width, width), (width, width), (hidden, width))
-        self._products = [torch.zeros(size, device=device) for size in sizes]
+        self.products = [torch.zeros(size, device=device) for size in sizes]
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor) -> Moments:
@@ -108,27 +112,34 @@ class Moments:
         moments.add(*inputs_and_answers(before.flatten(0, -2), after.flatten(0, -2)))
         return moments
 
-    def add(self, x: Tensor, y: Tensor, hidden: Tensor | None = None) -> None:
-        """x, y: (T, D); hidden: (T, H)."""
-        self.add_parts(len(x), self.parts(x, y, hidden))
+    def add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        hidden: Tensor | None = None,
+        columns: Sequence[slice] = (slice(None),),
+    ) -> None:
+        """Adds pairs.
 
-    @staticmethod
-    def parts(x: Tensor, y: Tensor, hidden: Tensor | None = None) -> list[Tensor]:
-        """What these add to the sums, and to the products."""
-        seen = [x, y] if hidden is None else [x, y, hidden.float()]
-        products = [x.T @ x, y.T @ y, y.T @ x, *(k.T @ x for k in seen[2:])]
-        return [*(part.sum(dim=0) for part in seen), *products]
-
-    def add_parts(self, count: int, added: Sequence[Tensor]) -> None:
-        """Adds `parts` of `count` pairs, of one process or another."""
-        self.count += count
-        sums = (len(added) - 1) // 2
-        for total, part in zip((*self._sums[:sums], *self._products), added, strict=False):
-            total += part
+        Args:
+            x: (T, D) float32.
+            y: (T, D) float32.
+            hidden: (T, H).
+            columns: of the products, those that are added to; whoever leaves some out sets them afterwards.
+        """
+        self.count += len(x)
+        pairs = [(x, x), (y, y), (y, x)]
+        if hidden is not None:
+            pairs.append((hidden.float(), x))
+        for total, part in zip(self._sums, (x, y, *(pair[0] for pair in pairs[3:])), strict=False):
+            total += part.sum(dim=0)
+        for product, (left, right) in zip(self.products, pairs, strict=False):
+            for some in columns:
+                product[:, some].addmm_(left.T, right[:, some])
 
     def _covariance(self, product: int, left: int, right: int) -> Tensor:
         means = self._sums[left] / self.count, self._sums[right] / self.count
-        return self._products[product].double() / self.count - torch.outer(*means)
+        return self.products[product].double() / self.count - torch.outer(*means)
 
     @cached_property
     def inputs(self) -> Tensor:

@@ -87,7 +87,7 @@ class Change:
     @property
     def matrix(self) -> Tensor:
         """(D, H) float32."""
-        return (self.solution.to(self.read.device) @ self.read).T.float()
+        return self.read.float().T @ self.solution.to(self.read.device).float().T
 
 
 Changes = list[dict[str, Change]]
@@ -228,12 +228,13 @@ def edit(
             found[PASSIVE], found[f"{PASSIVE} read"] = solution, read
             added.append((solution, read.float()))
         del moments, solves, still, solutions
+        solution = torch.cat([part for part, _ in added], dim=1)
+        read = torch.cat([part for _, part in added])
         moved = {}
         for index, k in hidden.items():
             stream = engine.fetch(streams[index].values)
             there = engine.fetch(k)
-            for solution, read in added:
-                stream += ((there @ solution.to(k.dtype)).float() @ read).to(stream.dtype)
+            stream += there @ solution.to(k.dtype) @ read.to(k.dtype)  # as precise as the block itself
             moved[f"stream {index}"] = streams[index].values = engine.offload(stream)
             hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
         return {**found, "failed": torch.stack(infos).any(), **moved}
@@ -354,6 +355,14 @@ def _streams(
     return streams
 
 
+def _column_parts(size: int, ranks: Ranks) -> list[tuple[slice, int]]:
+    """Parts of so many columns, and the process that adds each up: the same parts however many there are."""
+    step = -(-size // COLUMN_PARTS)
+    columns = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    turns = cycle(range(2 * ranks.count))
+    return [(part, min(turn, 2 * ranks.count - 1 - turn)) for part, turn in zip(columns, turns, strict=False)]
+
+
 class _Gram:
     """A symmetric (H, H) float32 matrix: of each of a few parts of its columns, what is not above the part.
 
@@ -363,14 +372,9 @@ class _Gram:
     """
 
     def __init__(self, size: int, device: torch.device, ranks: Ranks) -> None:
-        step = -(-size // COLUMN_PARTS)
-        columns = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-        turns = cycle(range(2 * ranks.count))
-        self.parts = [
-            (part, min(turn, 2 * ranks.count - 1 - turn)) for part, turn in zip(columns, turns, strict=False)
-        ]
+        self.parts = _column_parts(size, ranks)
         self.blocks = [
-            torch.zeros(size - part.start, part.stop - part.start, device=device) for part in columns
+            torch.zeros(size - part.start, part.stop - part.start, device=device) for part, _ in self.parts
         ]
 
     def add(self, rows: Tensor, weight: float, ranks: Ranks) -> None:
@@ -451,7 +455,9 @@ def _moments(
         sum(stream.values.shape[1] for stream in streams if stream.book == i) for i in range(len(books))
     ]
     tokens = streams[0].values.shape[2]
-    pool = _slot_groups(len(books[0].slots), device)
+    still_parts = _column_parts(backbone.width, ranks)
+    own_parts = [part for part, owner in still_parts if owner == ranks.rank]
+    pool = _slot_groups(len(books[0].slots), tokens, device)
     # Those of a band that is not written here run only to be moved on.
     running = [stream for stream in streams if step.last or books[stream.book].band.name in step.shares]
     count = sum(stream.values.shape[1] for stream in running)
@@ -481,8 +487,8 @@ def _moments(
                 after = values + written * step.gain.to(written.dtype)
             # Over the injected length, so that bands of other lengths weigh the same.
             length = book.scale * math.sqrt(book.bits)
-            change = _half_difference(k, book.slots, pool) / length
-            answer = (_half_difference(after, book.slots, pool) @ book.read_directions[tap].T) / length
+            change = _half_difference(k, pool) / length
+            answer = (_half_difference(after, pool) @ book.read_directions[tap].T) / length
             if step.last:
                 stream.values = engine.offload(after.to(values.dtype))
                 hidden[streams.index(stream)] = engine.offload(k)
@@ -490,19 +496,20 @@ def _moments(
             if still is None:
                 return [some, change, answer]
             patches = of_patches(len(k[0]))
-            pair = (part[0].flatten(0, 1)[::stride][patches] for part in (values, after))
-            return [some, change, answer, *still.parts(*inputs_and_answers(*pair), some[patches])]
+            before, behind = (part[0].flatten(0, 1)[::stride][patches] for part in (values, after))
+            return [some, change, answer, *inputs_and_answers(before, behind)]
 
         tasks = [partial(run, index) for index in range(len(running))]
         owners = [streams.index(stream) % ranks.count for stream in running]
-        for stream, (some, change, answer, *parts) in zip(
+        for stream, (some, change, answer, *pair) in zip(
             running, ranks.each(tasks, device, owners), strict=True
         ):
             book = books[stream.book]
             dials, share = DIALS[book.band.name], step.shares[book.band.name]
             clean.add(some, 1 / rows, ranks)
             if still is not None:
-                still.add_parts(int(of_patches(stream.values.shape[1]).sum()), parts)
+                x, y = pair
+                still.add(x, y, some[of_patches(stream.values.shape[1])], own_parts)
             wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
             missing = wanted.expand_as(answer)
             if dials.answer == "whole":
@@ -514,6 +521,11 @@ def _moments(
             answers[stream.book] += (answer * stream.signs[:, None]).sum(dim=(0, 1)) * weight
     for gram in (clean, *changed.values()):
         gram.exchange(ranks)
+    if still is not None and ranks.count > 1:
+        for part, owner in still_parts:
+            sums = ranks.sent(owner, [product[:, part] for product in still.products], device)
+            for product, added in zip(still.products, sums, strict=True):
+                product[:, part] = added
     for index, book in enumerate(books):
         dials = DIALS[book.band.name]
         if dials.answer == "lack":
@@ -524,17 +536,17 @@ def _moments(
     return _Moments(clean, changed, cross, rows), hidden
 
 
-def _half_difference(values: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
+def _half_difference(values: Tensor, pool: Tensor) -> Tensor:
     """(3, b, N, ...) → (b, G, ...) float32: what the injections change, mean over groups of slots."""
-    return (pool @ values[1][:, slots].float() - pool @ values[2][:, slots].float()) / 2
+    return (pool @ values[1].float() - pool @ values[2].float()) / 2
 
 
-def _slot_groups(slots: int, device: torch.device) -> Tensor:
-    """(G, slots): the mean over each of the groups, which hold every G-th slot."""
+def _slot_groups(slots: int, tokens: int, device: torch.device) -> Tensor:
+    """(G, N): the mean over each of the groups, which hold every G-th of the slots, the last of N tokens."""
     groups = min(GROUPS, slots)
-    pool = torch.zeros(groups, slots, device=device)
+    pool = torch.zeros(groups, tokens, device=device)
     slot = torch.arange(slots, device=device)
-    pool[slot % groups, slot] = 1.0
+    pool[slot % groups, tokens - slots + slot] = 1.0
     return pool / pool.sum(dim=1, keepdim=True)
 
 
