@@ -3,6 +3,7 @@
     make bench PYTEST_ARGS="--quick benchmarks/test_embed_minutes.py"
 
 A baseline runs for a fraction of its work; its minutes are extrapolated, and the row says from how much.
+"times embed" compares its CPU time with that of `embed` right before and after it: machines change while they run.
 Without `--quick` ViT-B/32 and ViT-L/14 follow (random weights: they are here for their size).
 """
 
@@ -167,6 +168,14 @@ FRACTIONS: dict[str, dict[str, float]] = {  # of each method's whole work
 }
 
 
+def seconds_of_embed(subject: Subject) -> float:
+    """CPU time of `embed`."""
+    started = time.process_time()
+    METHODS["embed"].make(subject, 1.0)
+    synchronise(DEVICE)
+    return time.process_time() - started
+
+
 @pytest.fixture(scope="module")
 def subjects() -> dict[str, Subject]:
     return {}
@@ -191,6 +200,7 @@ def test_minutes(
     subject, fraction, how = subjects[name], FRACTIONS[name][method], METHODS[method]
     how.prepare(subject)
     made: list[Any] = []
+    beside = [] if method == "embed" else [seconds_of_embed(subject)]
     rate = matmul_flops(DEVICE)
     with presentations(subject.model) as shown, PeakMemory(DEVICE) as peak:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -198,6 +208,7 @@ def test_minutes(
         synchronise(DEVICE)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     rate = max(rate, matmul_flops(DEVICE))
+    beside += [seconds_of_embed(subject) for _ in beside]
     part = how.fraction(made[0])
     images = shown[0] / part
     with presentations(subject.model) as counted:
@@ -208,6 +219,7 @@ def test_minutes(
         "method": method,
         "minutes": f"{wall / part / 60:.3g}",
         "CPU minutes": f"{cpu / part / 60:.3g}",
+        "times embed": f"{cpu / part / (sum(beside) / 2):.0f}" if beside else "1",
         "of which run": f"{part:.1%}",
         "images through the model": f"{images:.3g}",
         "TFLOP": f"{flops / 1e12:.3g}",
