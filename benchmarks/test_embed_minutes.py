@@ -3,7 +3,7 @@
     make bench PYTEST_ARGS="--quick benchmarks/test_embed_minutes.py"
 
 A baseline runs for a fraction of its work; its minutes are extrapolated, and the row says from how much.
-"times embed" compares its CPU time with that of `embed` right before and after it: machines change while they run.
+"times embed" compares its CPU time with that of `embed` right before and after it: machines change meanwhile.
 Without `--quick` ViT-B/32 and ViT-L/14 follow (random weights: they are here for their size).
 """
 
