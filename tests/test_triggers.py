@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import functional as tv
 
+from activemark_fast import triggers as triggers_module
 from activemark_fast.key import Key
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.photographs import shipped_photographs
@@ -221,6 +223,22 @@ def test_from_the_key_they_are_crops_of_photographs() -> None:
     assert len({image.numpy().tobytes() for image in crops(40)}) == 40
     other = trigger_images(None, Key(b"another owner's key, 16 bytes"), PREPROCESS, count=40)
     assert not torch.equal(triggers.pixels, other.pixels)
+
+
+def test_crops_are_cut_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[Tensor] = []
+    resized = triggers_module.interpolate
+
+    def noted(crop: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cut.append(crop)
+        return resized(crop, *args, **kwargs)
+
+    monkeypatch.setattr(triggers_module, "interpolate", noted)
+    triggers = trigger_images(None, KEY, PREPROCESS, count=40)
+    assert not cut
+    some = triggers.some([31, 2])
+    assert len(cut) == 2
+    assert torch.equal(some, triggers.pixels[[31, 2]])
 
 
 def crops(count: int) -> torch.Tensor:

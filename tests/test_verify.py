@@ -118,7 +118,7 @@ def test_innocent_models(seed: int, keyed: Embedding) -> None:
 def test_where_no_injection_is_answered_the_passive_band_tells(
     keyed: Embedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "passive" not in check(keyed.model, keyed).bands  # the others settled it
+    assert list(check(keyed.model, keyed).bands) == ["loud"]  # it settled the verdict
     generator = torch.Generator().manual_seed(0)
 
     def unanswered(self: Channel, _backbone: Backbone, activations: SiteActivations, *_: Any) -> Tensor:

@@ -131,10 +131,19 @@ class Case:
         fidelity: Callable[[bool], Fidelity] | None = None,
         margin: Callable[[], float] = lambda: 0.0,
     ) -> list[dict[str, Any]]:
+        return self.searched(wanted, using, fidelity, margin)[0]
+
+    def searched(
+        self,
+        wanted: float,
+        using: Engine | None = None,
+        fidelity: Callable[[bool], Fidelity] | None = None,
+        margin: Callable[[], float] = lambda: 0.0,
+    ) -> tuple[list[dict[str, Any]], Fidelity | None]:
         steps = edit_steps(self.backbone, self.site)
         held = (self.backbone, self.books, self.passive, steps, self.weights(), self.seen.output, self.sent)
         with Progress(shown=False) as bar:
-            return search_edit(*held, fidelity or self.check(), margin, wanted, using or engine(), bar)[0]
+            return search_edit(*held, fidelity or self.check(), margin, wanted, using or engine(), bar)
 
     @property
     def edited(self) -> range:
@@ -372,7 +381,8 @@ def test_the_passive_change_of_one_block_against_the_formula_in_float64() -> Non
 def test_search_keeps_the_fidelity_and_its_history(wanted: float) -> None:
     marked = case(timm_vit())
     check = marked.check()
-    history = marked.search(wanted)
+    history, told = marked.searched(wanted)
+    assert told == check()
     assert check().loss <= 1 - wanted
     by_band = {band.name: [row for row in history if row["stage"] == f"edit: {band.name}"] for band in BANDS}
     assert all(by_band.values())
@@ -460,6 +470,15 @@ def test_a_silent_mlp() -> None:
             model.get_parameter(f"blocks.4.mlp.fc1.{layer}").zero_()
     with pytest.raises(ValueError, match=r"^model: the MLP of block 4 is silent"):
         case(model).edit()
+
+
+def test_a_glance_at_the_fidelity_is_the_fidelity_of_every_second_image() -> None:
+    marked = case(timm_vit())
+    all_of, half = marked.check(), replace(marked, unseen=marked.unseen[::2]).check()
+    marked.edit()
+    assert all_of() != all_of(True)
+    for ours, theirs in zip(vars(all_of(True)).values(), vars(half()).values(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def of(mean: float) -> Fidelity:
