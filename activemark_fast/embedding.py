@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -165,8 +165,8 @@ def embed(
             names): `Embedding.register` then makes the copies, and `verify` tells with it whose copy a
             suspect was made from. A fifth of the fidelity that may be lost goes to that. Keyed codec only.
         work: folder where activations and changes wait on disk, not in memory. It stays, and if it is there,
-            an edit that was cut off goes on from it, to the result it would have had. Whoever reads it learns
-            where the mark lies: delete it afterwards. Keyed codec only.
+            an edit that was cut off goes on from it, to the result it would have had. It is one embedding's
+            at a time. Whoever reads it learns where the mark lies: delete it afterwards. Keyed codec only.
         group: processes of torch.distributed that mark the model together, each of which calls this with the
             same arguments and gets the same mark, bit for bit that of one process on such a machine. Images
             are split among them. Keyed codec only, without `work`.
@@ -209,7 +209,7 @@ def embed(
     ranks = Ranks(group)
     shared = inplace and settings.keyed and device == original.device
 
-    with Progress(progress) as bar:
+    with nullcontext() if scratch is None else scratch.alone(), Progress(progress) as bar:
         subject = prepare(original, settings, triggers, natural, device, shared, scratch, ranks, bar)
         source = natural.source
         del natural, inputs  # their pixels

@@ -302,6 +302,22 @@ def test_damaged_work_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pyte
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"inputs.json", "step.safetensors"}
 
 
+def test_a_work_folder_is_one_embeddings_at_a_time(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    Scratch(work, KEY, {})
+    (work / ".made-half").mkdir()
+    (work / ".kept-half").write_bytes(b"")
+    with Scratch(work, KEY, {}).alone():
+        assert [path.name for path in work.iterdir()] == ["inputs.json"]
+        (work / ".made-by-the-first").mkdir()
+        second = Scratch(work, KEY, {})
+        with pytest.raises(ValueError, match=r"^work: another process is at work in .*work"), second.alone():
+            pass
+        assert (work / ".made-by-the-first").exists()
+    with second.alone():
+        pass
+
+
 def test_one_process_at_a_time_and_no_other_watermark_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,8 +55,18 @@ class Scratch:
             )
         folder.chmod(0o700)
         self._folder = folder
-        for left in (*folder.glob(".kept-*"), *folder.glob(".made-*")):  # by a run that was cut off
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other embeddings from the folder; what a run that was cut off left half made goes.
+
+        Raises ValueError where another one is at work in it.
+        """
+        with (self._folder / _INPUTS).open("rb") as note:
+            _lock(note.fileno(), self._folder)
+            for left in (*self._folder.glob(".kept-*"), *self._folder.glob(".made-*")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield
 
     def keep(self, tensor: Tensor) -> Tensor:
         """`kept` in the folder."""
@@ -99,6 +109,13 @@ def _make(folder: Path) -> None:
         raise ValueError(f"work: wanted a folder of your own, got another user's: {folder}")
 
 
+def _lock(opened: int, folder: Path) -> None:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"work: another process is at work in {folder}") from error
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keeps other processes from a folder, which is made; one that is empty in the end goes.
@@ -108,10 +125,7 @@ def held(folder: Path) -> Iterator[None]:
     _make(folder)
     opened = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"work: another process is at work in {folder}") from error
+        _lock(opened, folder)
         try:
             yield
         finally:
