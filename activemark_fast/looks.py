@@ -32,7 +32,7 @@ from activemark_fast.codec.passive import (
 from activemark_fast.decision import Policy, Reading, agreement
 from activemark_fast.key import Key
 from activemark_fast.marking.reading import Channel, passive_pairs, row_scores, wrong_bits
-from activemark_fast.marking.suffix import Autocast, SiteActivations, site_activations
+from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
 from activemark_fast.normalisation import Preprocess
@@ -227,8 +227,9 @@ class Reader:
         return self._seen(site, backbone, self._pixels(look))
 
     def _seen(self, site: Site, backbone: Backbone, pixels: Tensor) -> SiteActivations:
+        batch = min(BATCH, -(-len(pixels) // self._ranks.count))
         with evaluating(backbone.model):
-            return site_activations(backbone, pixels, site.block, self._autocast)
+            return site_activations(backbone, pixels, site.block, self._autocast, batch, self._ranks)
 
     def _bands(
         self, site: Site, measured: SiteMeasure | None, alignment: Alignment | None
