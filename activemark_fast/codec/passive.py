@@ -128,10 +128,9 @@ class Moments:
             columns: of the products, those that are added to; whoever leaves some out sets them afterwards.
         """
         self.count += len(x)
-        pairs = [(x, x), (y, y), (y, x)]
-        if hidden is not None:
-            pairs.append((hidden.float(), x))
-        for total, part in zip(self._sums, (x, y, *(pair[0] for pair in pairs[3:])), strict=False):
+        seen = [x, y] if hidden is None else [x, y, hidden.float()]
+        pairs = [(x, x), (y, y), (y, x), *((k, x) for k in seen[2:])]
+        for total, part in zip(self._sums, seen, strict=False):
             total += part.sum(dim=0)
         for product, (left, right) in zip(self.products, pairs, strict=False):
             for some in columns:

@@ -35,7 +35,7 @@ from activemark_fast.profiling import measure
 from activemark_fast.progress import Progress
 from activemark_fast.runtime import resolve_autocast
 from activemark_fast.site import Site
-from activemark_fast.triggers import ImageMismatchError, photograph_crops
+from activemark_fast.triggers import ImageMismatchError, trigger_images
 from activemark_fast.verification import verify
 from activemark_fast.watermark import TRIGGER_IMAGES, Watermark, WatermarkError, fingerprint
 
@@ -160,8 +160,7 @@ class Thief:
     def triggers(self, key: Key, preprocess: Preprocess | None = None) -> Tensor:
         """(n, 3, H, W) on the device: what `verify` makes of a key when the images come from it."""
         preprocess = self.preprocess if preprocess is None else preprocess
-        cut = photograph_crops(key.stream("triggers/photographs"), TRIGGER_IMAGES, preprocess.size)
-        return preprocess(torch.stack([cut(index) for index in range(TRIGGER_IMAGES)])).to(self.device)
+        return trigger_images(None, key, preprocess, TRIGGER_IMAGES).pixels.to(self.device)
 
     def at_site(
         self, pixels: Tensor, site: Site | None = None, backbone: Backbone | None = None
