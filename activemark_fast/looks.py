@@ -339,7 +339,12 @@ class Reader:
                         )
                     if not bool(torch.isfinite(seen[-1]).all()):
                         return None
-                agreements.append([torch.cat(seen, dim=1) for seen in kept])
+                agreements.append(
+                    [
+                        channel.cleared(torch.cat(seen, dim=1))
+                        for channel, seen in zip(band, kept, strict=True)
+                    ]
+                )
                 if policy.exact:
                     p_values += (sign_flip_p_value(row_scores(agreements[-1])),)
                     p_value = min(p_value, weights[look] * p_values[-1])

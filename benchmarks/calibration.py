@@ -235,16 +235,18 @@ def power(model: nn.Module) -> dict[str, list[list[float]]]:
         backbone = Backbone(noise(embedding.model, None, 0, strength) if strength else embedding.model)
         activations = site_activations(backbone, pixels, site.block, nullcontext)
         measured = SiteMeasure.of(activations.output[:MEASURED_IMAGES], site.prefix_tokens)
-        agreements: dict[str, list[Tensor]] = {band.name: [] for band in BANDS}
+        agreements: dict[str, list[tuple[Channel, Tensor]]] = {band.name: [] for band in BANDS}
         for book, messages in zip(codebooks(stretched, site, BITS, measured), sent, strict=True):
             channel = Channel(book, messages)
-            agreements[book.band.name].append(
-                channel.agreement(backbone, activations, 0, site.block, nullcontext)
-            )
+            read = channel.agreement(backbone, activations, 0, site.block, nullcontext)
+            agreements[book.band.name].append((channel, read))
 
-        def p_value(images: int, bits: int, read: dict[str, list[Tensor]] = agreements) -> float:
-            bands = (row_scores([part[:, :images, :, :bits] for part in parts]) for parts in read.values())
-            return min(1.0, len(BAND_NAMES) * min(map(sign_flip_p_value, bands)))
+        def p_value(images: int, bits: int, bands: Any = agreements) -> float:
+            scores = (
+                row_scores([channel.cleared(part[:, :images])[..., :bits] for channel, part in parts])
+                for parts in bands.values()
+            )
+            return min(1.0, len(BAND_NAMES) * min(map(sign_flip_p_value, scores)))
 
         by_images.append([p_value(images, BITS) for images in POWER_IMAGES])
         by_bits.append([p_value(IMAGES, bits) for bits in POWER_BITS])

@@ -48,7 +48,7 @@ from activemark_fast.codec.passive import (
 from activemark_fast.decision import Policy
 from activemark_fast.defaults import ALPHA
 from activemark_fast.freedoms import alternatives
-from activemark_fast.marking.reading import Channel, passive_pairs
+from activemark_fast.marking.reading import Channel, passive_pairs, without_crosstalk
 from activemark_fast.marking.suffix import site_activations
 from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import (
@@ -73,18 +73,42 @@ class Read:
     """What the images show of a suspect.
 
     Attributes:
-        bands: of each band (images, taps, rows, reads), 1 for a right bit and -1 for a wrong one.
-        loud: (images, taps), mean over the bits of +1 for a right one of the loud message and -1.
+        agreements: of each band, of each of its codebooks (taps, images, reads, rows).
+        sent: the same, what was sent (images, reads, rows).
         pairs: for each block behind the site its rows, and input and output of `MEASURED_IMAGES` images.
     """
 
-    bands: tuple[np.ndarray, ...]
-    loud: np.ndarray
+    agreements: tuple[tuple[torch.Tensor, ...], ...]
+    sent: tuple[tuple[torch.Tensor, ...], ...]
     pairs: tuple[tuple[Rows, torch.Tensor, torch.Tensor], ...]
 
     def of(self, images: np.ndarray) -> Read:
         """Some of the images, in that order."""
-        return Read(tuple(band[images] for band in self.bands), self.loud[images], self.pairs)
+        return Read(
+            tuple(tuple(part[:, images] for part in band) for band in self.agreements),
+            tuple(tuple(part[images] for part in band) for band in self.sent),
+            self.pairs,
+        )
+
+    @cached_property
+    def cleared(self) -> list[list[torch.Tensor]]:
+        """The agreements less crosstalk."""
+        return [
+            [without_crosstalk(*pair) for pair in zip(*band, strict=True)]
+            for band in zip(self.agreements, self.sent, strict=True)
+        ]
+
+    @cached_property
+    def bands(self) -> list[np.ndarray]:
+        """Of each band (images, taps, rows, reads), 1 for a right bit and -1 for a wrong one."""
+        rights = [torch.cat([part.sign() for part in band], dim=3) for band in self.cleared]
+        return [right.permute(1, 0, 3, 2).numpy().astype(int) for right in rights]
+
+    @cached_property
+    def loud(self) -> np.ndarray:
+        """(images, taps), mean over the bits of +1 for a right one of the loud message and -1."""
+        right = self.cleared[0][0].mean(dim=2) > 0
+        return (2 * right.double().mean(dim=-1) - 1).T.numpy()
 
     @cached_property
     def passive(self) -> float:
@@ -94,16 +118,18 @@ class Read:
 
     def among(self, other: Read, share: float) -> Read:
         """The first `share` of this one's images, and the others of another suspect."""
-        count = round(share * len(self.loud))
 
-        def mixed(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-            return np.concatenate([ours[:count], theirs[count:]])
+        def some(ours: torch.Tensor, theirs: torch.Tensor, images: int = 0) -> torch.Tensor:
+            split = round(share * ours.shape[images])
+            return torch.cat(
+                [ours.narrow(images, 0, split), theirs.narrow(images, split, ours.shape[images] - split)],
+                dim=images,
+            )
 
-        bands = tuple(mixed(*pair) for pair in zip(self.bands, other.bands, strict=True))
-        split = round(share * MEASURED_IMAGES)
-
-        def some(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            return torch.cat([ours[:split], theirs[split:]])
+        agreements = tuple(
+            tuple(some(*pair, images=1) for pair in zip(*band, strict=True))
+            for band in zip(self.agreements, other.agreements, strict=True)
+        )
 
         pairs = tuple(
             (rows, some(before, other_before), some(after, other_after))
@@ -111,7 +137,7 @@ class Read:
                 self.pairs, other.pairs, strict=True
             )
         )
-        return Read(bands, mixed(self.loud, other.loud), pairs)
+        return Read(agreements, self.sent, pairs)
 
     def p_value(self) -> float:
         """The smallest of the bands', nothing paid."""
@@ -128,17 +154,16 @@ def read(model: nn.Module, embedding: Embedding, key: Key) -> Read:
     measured = SiteMeasure.of(at_site.output[:MEASURED_IMAGES], site.prefix_tokens)
     stretched = key.stretched()
     sent = draw_sent(stretched, "verify", TRIGGER_IMAGES, watermark.bits)
-    parts: dict[str, list[torch.Tensor]] = {band.name: [] for band in BANDS}
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {band.name: [] for band in BANDS}
     for book, messages in zip(codebooks(stretched, site, watermark.bits, measured), sent, strict=True):
         part = Channel(book, messages).agreement(backbone, at_site, 0, site.block, nullcontext)
-        parts[book.band.name].append(part)  # (taps, n, reads, M)
-    loud = parts[BANDS[0].name][0].mean(dim=2) > 0
+        parts[book.band.name].append((part, messages))
     rows = passive_rows(stretched, site)
     pairs = passive_pairs(backbone, at_site.output[:MEASURED_IMAGES], site, nullcontext)
-    signs = (torch.cat([part.sign().permute(1, 0, 3, 2) for part in band], dim=2) for band in parts.values())
+    agreements, messages = zip(*(zip(*band, strict=True) for band in parts.values()), strict=True)
     return Read(
-        tuple(band.numpy().astype(int) for band in signs),
-        (2 * loud.double().mean(dim=-1) - 1).T.numpy(),
+        agreements,
+        messages,
         tuple((rows[block], before, after) for block, before, after in pairs),
     )
 

@@ -187,9 +187,8 @@ class Thief:
             book.taps = tuple(tap for tap in book.taps if tap < backbone.depth)
             codec: Codec = book.to(self.device)
             channel = Channel(codec, part.to(self.device))
-            bands[book.band.name].append(
-                channel.agreement(backbone, activations, 0, site.block, self.autocast)
-            )
+            read = channel.agreement(backbone, activations, 0, site.block, self.autocast)
+            bands[book.band.name].append(channel.cleared(read))
         return [row_scores(parts) for parts in bands.values()]
 
     def p_value(self, *args: Any, **settings: Any) -> float:

@@ -50,19 +50,18 @@ class Dials:
         protection: weight of the clean activations, which the edit should not react to: lambda in `edit`.
         ridge: identity term of the solve, over the mean diagonal of its matrix. A small one hides the edit in
             directions that clean images hardly use.
-        answer: what the edit adds: "whole" what is missing in every answer of a row, also to what is sent
-            along other rows; "lack" what a row's mean answer to its own bit lacks of the gain; "all" the
-            gain, whatever the model answers by itself.
+        answer: what the edit adds to a row's answer to its own bit: "lack" what that lacks of the gain on
+            average; "all" the gain, whatever the model answers by itself.
     """
 
     gain: float
     protection: float
     ridge: float
-    answer: Literal["whole", "lack", "all"]
+    answer: Literal["lack", "all"]
 
 
 DIALS = {
-    LOUD.name: Dials(gain=0.65, protection=15.0, ridge=0.01, answer="whole"),
+    LOUD.name: Dials(gain=0.65, protection=15.0, ridge=0.01, answer="lack"),
     NATURAL.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="lack"),
     TRACED.name: Dials(gain=0.3, protection=15.0, ridge=0.5, answer="all"),
 }
@@ -173,9 +172,9 @@ def edit(
 
         ΔW = P^T E[δ Δk^T] (E[Δk Δk^T] + lambda E[k₀ k₀^T] + ε I)^-1
 
-    with k₀ the input of the layer for tokens of clean images, whose mean square is scaled to that of Δk. In
-    the loud band δ = gamma s (2m - 1) - P Δh. In the natural one δ = c s (2m - 1), with c what the row's
-    answer to its own bit lacks of gamma on average, or 0: what the model answers to other bits is let be.
+    with k₀ the input of the layer for tokens of clean images, whose mean square is scaled to that of Δk, and
+    δ = c s (2m - 1), with c what the row's answer to its own bit lacks of gamma on average, or 0. What the
+    model answers to other bits is let be: readings are cleared of it (`reading.without_crosstalk`).
     In the passive band (`codec.passive`) ΔW is the ridge regression of B x, on clean images, on k₀, with
     B = g L_y^-T (sum over rows of u v^T) L_x^-1: of all maps of x it raises the rows most for its size.
     Each block runs once a step. What the last step's ΔW adds to its output follows from k, which is kept
@@ -505,19 +504,15 @@ def _moments(
             running, ranks.each(tasks, device, owners), strict=True
         ):
             book = books[stream.book]
-            dials, share = DIALS[book.band.name], step.shares[book.band.name]
             clean.add(some, 1 / rows, ranks)
             if still is not None:
                 x, y = pair
                 still.add(x, y, some[of_patches(stream.values.shape[1])], own_parts)
-            wanted = stream.signs[:, None] / math.sqrt(book.bits)  # (b, 1, M), of a gain of 1
-            missing = wanted.expand_as(answer)
-            if dials.answer == "whole":
-                missing = share * (dials.gain * missing - answer)
+            wanted = stream.signs / math.sqrt(book.bits)  # (b, M), of a gain of 1
             weight = 1 / (len(pool) * images[stream.book])
             flat = change.flatten(0, 1)
             changed[book.band.name].add(flat.to(some.dtype), weight / book.band.books, ranks)
-            cross[stream.book].addmm_(flat.T, missing.flatten(0, 1), alpha=weight / book.band.books)
+            cross[stream.book].addmm_(change.sum(dim=1).T, wanted, alpha=weight / book.band.books)
             answers[stream.book] += (answer * stream.signs[:, None]).sum(dim=(0, 1)) * weight
     for gram in (clean, *changed.values()):
         gram.exchange(ranks)
@@ -527,12 +522,11 @@ def _moments(
             for product, added in zip(still.products, sums, strict=True):
                 product[:, part] = added
     for index, book in enumerate(books):
-        dials = DIALS[book.band.name]
+        dials, share = DIALS[book.band.name], step.shares.get(book.band.name, 0.0)
+        lacking = torch.full_like(answers[index], dials.gain)
         if dials.answer == "lack":
-            lacking = (dials.gain - answers[index] * math.sqrt(book.bits)).clamp_min(0)
-            cross[index] *= step.shares[book.band.name] * lacking
-        if dials.answer == "all":
-            cross[index] *= step.shares[book.band.name] * dials.gain
+            lacking -= answers[index] * math.sqrt(book.bits)
+        cross[index] *= share * lacking.clamp_min(0)
     return _Moments(clean, changed, cross, rows), hidden
 
 

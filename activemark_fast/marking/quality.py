@@ -113,8 +113,11 @@ class QualityCheck:
         self, backbone: Backbone, channels: Sequence[Channel], images: int | None = None
     ) -> list[Tensor]:
         """Agreements of each channel, on the first so many images or all."""
+        carriers = self._carriers[:images]
         return [
-            channel.agreement(backbone, self._carriers[:images], 0, self._block, self._autocast, self._ranks)
+            channel.cleared(
+                channel.agreement(backbone, carriers, 0, self._block, self._autocast, self._ranks)
+            )
             for channel in channels
         ]
 

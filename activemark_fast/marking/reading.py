@@ -1,4 +1,9 @@
-"""Readings of a mark: what was sent, what came back, and the scores of each row."""
+"""Readings of a mark: what was sent, what came back, and the scores of each row.
+
+A model answers along each row of the read-out to what is sent along all of them: *crosstalk*, on a real model
+half again as large as all else that blurs a reading. It is much the same on every image, so the readings
+themselves tell it, and it is taken out of them, as a decorrelating detector does (Lupas and Verdú 1989).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,15 @@ from torch import Tensor
 
 from activemark_fast.backbone import Backbone
 from activemark_fast.codec import Codec
+from activemark_fast.codec.codebooks import Codebook
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, read_mark
 from activemark_fast.p_value import bit_scores
 from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.site import Site
+
+CROSSTALK_RIDGE = 0.5
+"""Identity term of the regression that tells the crosstalk, over the number of bits: about the variance of
+what else is in a reading over that of all crosstalk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +67,16 @@ class Channel:
         tasks = [partial(some, messages) for messages in sent.split(at_once)]
         return torch.cat([part for (part,) in ranks.each(tasks, backbone.device)], dim=1).transpose(1, 2)
 
+    def cleared(self, agreement: Tensor) -> Tensor:
+        """`agreement` of the first images less crosstalk, where the codec is a codebook; float64.
+
+        agreement: (taps, k, reads, M), what `agreement` returned for the first k images and readings.
+        """
+        if not isinstance(self.codec, Codebook):
+            return agreement
+        _, images, reads, _ = agreement.shape
+        return without_crosstalk(agreement, self.sent[:images, :reads])
+
 
 @torch.no_grad()
 def passive_pairs(
@@ -71,6 +91,36 @@ def passive_pairs(
         with autocast(backbone.dtype):
             before, output = output, backbone.run(output, block, block + 1)
         yield block, before[:, patches].float(), output[:, patches].float()
+
+
+def without_crosstalk(agreement: Tensor, sent: Tensor) -> Tensor:
+    """Takes out of each reading what its row answers to the other bits.
+
+    Row by row a ridge regression of its readings on all that was sent, for each reading without that one,
+    says what the row answers to each bit. It sees the readings of one row at a time and is linear in them, so
+    flipping the sign of a row of P flips what is left of its readings and changes no other: the sign-flip
+    p-value stays exact.
+
+    Args:
+        agreement: (taps, n, reads, M), of `Channel.agreement`.
+        sent: (n, reads, M) of 0 and 1.
+
+    Returns:
+        (taps, n, reads, M) float64.
+    """
+    signs = 2 * sent.flatten(0, 1).double() - 1  # (N, M)
+    bits = signs.shape[1]
+    read = agreement.double().flatten(1, 2) * signs  # (taps, N, M)
+    ridge = CROSSTALK_RIDGE * bits * torch.eye(bits, dtype=torch.float64, device=signs.device)
+    influence = torch.linalg.solve(signs.T @ signs + ridge, signs.T).T  # (N, M)
+    answers = influence.T @ read  # (taps, M, M), to each bit of each row
+    left = read - signs @ answers
+    own = influence * signs
+    leverage = own.sum(dim=1, keepdim=True)
+    # To the other bits, less what the reading itself told of that (the Sherman-Morrison formula).
+    crosstalk = read - left - signs * answers.diagonal(dim1=1, dim2=2)[:, None]
+    crosstalk -= (leverage - own) * left / (1 - leverage)
+    return ((read - crosstalk) * signs).view(agreement.shape)
 
 
 def wrong_bits(agreement: Tensor) -> Tensor:

@@ -274,12 +274,8 @@ def by_the_formula(marked: Case, step: Step) -> dict[str, Tensor]:
             )
         change, moved = ((plus - minus) / 2 / length for plus, minus in zip(*runs, strict=True))
         answer, wanted = moved @ read.T, signs[:, None] / BITS**0.5
-        if dials.answer == "whole":
-            delta = dials.gain * wanted - answer
-        else:
-            own = (answer * signs[:, None]).mean(dim=(0, 1)) * BITS**0.5
-            delta = (dials.gain - own).clamp_min(0) * wanted.expand_as(answer)
-        delta = step.shares[book.band.name] * delta
+        own = (answer * signs[:, None]).mean(dim=(0, 1)) * BITS**0.5
+        delta = step.shares[book.band.name] * (dials.gain - own).clamp_min(0) * wanted.expand_as(answer)
         flat = change.flatten(0, 1)
         dk[book.band.name].append(flat)
         cross[book.band.name].append(flat.T @ delta.flatten(0, 1) / len(flat) / book.band.books)
