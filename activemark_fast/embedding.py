@@ -21,6 +21,7 @@ from activemark_fast.backbone import Backbone, non_finite_tensor
 from activemark_fast.decision import check_bits
 from activemark_fast.defaults import FIDELITY
 from activemark_fast.dress import copied, plain_torch, unwrapped
+from activemark_fast.following import placed
 from activemark_fast.key import Key
 from activemark_fast.marking.engine import Engine
 from activemark_fast.marking.mark_keyed import mark_keyed
@@ -297,7 +298,7 @@ def _sample(subject: Subject, original: Backbone, secret: Key) -> Tensor:
 
 def _undressed(subject: Subject, original: Backbone) -> nn.Module:
     """The marked tower, back where the original is and with its training flags."""
-    encoder = subject.backbone.model.to(original.device)
+    encoder = placed(subject.backbone.model, original.device)
     for ours, theirs in zip(encoder.modules(), original.encoder.modules(), strict=True):
         ours.training = theirs.training
     return encoder

@@ -8,10 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from activemark_fast.checkpoints.mapped import map_model
 from activemark_fast.embedding import Embedding, embed
+from activemark_fast.following import following
 from activemark_fast.key import Key
 from activemark_fast.marking.scratch import held, kept
+from activemark_fast.runtime import resolve_device
 from activemark_fast.verdict import Verdict
 from activemark_fast.verification import verify
 from activemark_fast.watermark import Watermark, WatermarkError
@@ -28,6 +32,7 @@ def embed_stored(
     watermark: str | os.PathLike[str],
     key: Key | bytes | str | os.PathLike[str],
     images: object = None,
+    device: str | torch.device | None = None,
     **settings: Any,
 ) -> Embedding:
     """Marks a safetensors checkpoint: a file, or a folder of shards, and writes one of the same form.
@@ -42,6 +47,8 @@ def embed_stored(
         watermark: file that the watermark is written to.
         key: as in `embed`.
         images: as in `embed`.
+        device: where to compute; the CPU by default. Weights stay in the files: those of a block go to a
+            device when it runs.
         settings: more arguments of `embed`: clean, bits, block, fidelity, tower, precision, progress.
 
     Returns:
@@ -62,8 +69,9 @@ def embed_stored(
         raise ValueError(f"watermark: wanted a file outside of {out} and {work}, got {watermark}")
     if watermark.exists() and not work.exists():  # with the folder, it is by a run that was cut off
         raise ValueError(f"watermark: wanted a name that is free, got {watermark}, which is there")
+    device = resolve_device(device, torch.device("cpu"))
     stored = map_model(model)
-    with held(work):
+    with held(work), following(device):
         embedding = embed(
             stored.model,
             key,
@@ -94,6 +102,7 @@ def verify_stored(
     watermark: Watermark,
     key: Key | bytes | str | os.PathLike[str],
     images: object = None,
+    device: str | torch.device | None = None,
     **settings: Any,
 ) -> Verdict:
     """Verifies a safetensors checkpoint as `verify` does the model, whose weights stay in the files.
@@ -105,6 +114,7 @@ def verify_stored(
         watermark: as in `verify`.
         key: as in `verify`.
         images: as in `verify`.
+        device: as in `embed_stored`.
         settings: more arguments of `verify`.
 
     Raises:
@@ -112,6 +122,7 @@ def verify_stored(
         TypeError, ValueError: as `verify` does.
         OSError: a file cannot be read, or the temporary folder has no room.
     """
-    with tempfile.TemporaryDirectory(prefix="activemark-") as folder:
+    device = resolve_device(device, torch.device("cpu"))
+    with tempfile.TemporaryDirectory(prefix="activemark-") as folder, following(device):
         stored = map_model(suspect, lambda tensor: kept(tensor, Path(folder)))
         return verify(stored.model, watermark, key, images, **settings)

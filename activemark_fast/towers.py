@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from activemark_fast.following import computed_on
+
 MIN_BLOCKS = 3
 LOOKED_FOR = f"a list of at least {MIN_BLOCKS} blocks of one class that keep the shape of what they take"
 USUAL_SIZE = (224, 224)
@@ -204,9 +206,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def random_images(count: int, size: tuple[int, int], like: Tensor) -> Tensor:
-    """(count, 3, H, W) of noise, the same for everybody, with the dtype and on the device of `like`."""
+    """(count, 3, H, W) of noise, the same for everybody, in the dtype of `like`, where that is computed."""
     images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(count), dtype=torch.float32)
-    return images.to(like.device, like.dtype)
+    return images.to(computed_on(like.device), like.dtype)
 
 
 def shape_of(size: tuple[int, int]) -> str:

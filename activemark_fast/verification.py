@@ -9,6 +9,7 @@ from torch import nn
 
 from activemark_fast.commitment import Commitment
 from activemark_fast.defaults import ALPHA
+from activemark_fast.following import computed_on
 from activemark_fast.key import Key
 from activemark_fast.runtime import resolve_device
 from activemark_fast.tracing import Register
@@ -92,7 +93,7 @@ def verify(
         architecture=architecture,
         power=None if exhaustive else 1.0,
         register=register,
-        device=resolve_device(device, tensors[0].device if tensors else torch.device("cpu")),
+        device=resolve_device(device, computed_on(tensors[0].device if tensors else torch.device("cpu"))),
         precision=precision,
     )
     return verifier.judge(suspect)

@@ -18,6 +18,7 @@ from activemark_fast.commitment import Commitment, Opening
 from activemark_fast.decision import Policy, decide, doubted
 from activemark_fast.defaults import ALPHA
 from activemark_fast.dress import plain_torch, unwrapped
+from activemark_fast.following import computed_on
 from activemark_fast.freedoms import alternatives
 from activemark_fast.key import Key
 from activemark_fast.looks import Prefix, Reader, UnreadableError, other_width
@@ -162,7 +163,7 @@ class Verifier:
 
     def _here(self, view: Backbone) -> Backbone:
         """The view, or one of a copy of its tower on the verifier's device."""
-        if all(tensor.device == self.device for tensor in view.encoder.parameters()):
+        if all(computed_on(tensor.device) == self.device for tensor in view.encoder.parameters()):
             return view
         return view.of_copy(self.device)
 

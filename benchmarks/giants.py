@@ -1,13 +1,14 @@
 """A ViT larger than the memory it may take: marked and verified over its files, cut off and gone on with.
 
     python benchmarks/giants.py make FOLDER --width 2048 --depth 40
-    python benchmarks/giants.py run FOLDER OUT [--again]
+    python benchmarks/giants.py run FOLDER OUT [--again] [--device cuda]
     python benchmarks/giants.py cut FOLDER OUT --after 20
     python benchmarks/giants.py compare FOLDER OUT
 
 `make` writes random weights, in bfloat16 and shards. `run` marks FOLDER into OUT and verifies it, each in a
 process of its own, whose private memory (RssAnon: all but mapped files, which are page cache) is looked at
-20 times a second; with `--again` it goes on with what an earlier one left. `cut` marks once whole into
+20 times a second; with `--again` it goes on with what an earlier one left; with `--device` it also tells how
+much of the GPU's memory was taken. `cut` marks once whole into
 OUT-whole, unless that is there, and once killed after so many seconds, again and again, and compares the
 files. `compare` measures `embed` of the model in memory beside it.
 """
@@ -30,23 +31,36 @@ from safetensors.torch import save_file
 
 KEY = b"activemark_fast benchmark: giants"
 SHARD_BYTES = 500_000_000
-MARK = """
+ON_DEVICE = """
+import torch
+if device != "cpu":
+    print(f"at most {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device")
+"""
+MARK = (
+    """
 import sys, time
 from pathlib import Path
 from activemark_fast.giants import embed_stored
 started = time.perf_counter()
-made = embed_stored(sys.argv[1], sys.argv[2], sys.argv[2] + ".watermark", sys.argv[3].encode())
+name, out, key, device = sys.argv[1:]
+made = embed_stored(name, out, out + ".watermark", key.encode(), device=device)
 print(made.engine, made.quality, made.site_reason, sep="\\n")
 print(f"embed_stored: {time.perf_counter() - started:.1f} s, {time.process_time():.1f} CPU s")
 """
-READ = """
+    + ON_DEVICE
+)
+READ = (
+    """
 import sys, time
 from activemark_fast.giants import verify_stored
 from activemark_fast.watermark import Watermark
 started = time.perf_counter()
-print(verify_stored(sys.argv[1], Watermark.load(sys.argv[2]), sys.argv[3].encode()))
+name, watermark, key, device = sys.argv[1:]
+print(verify_stored(name, Watermark.load(watermark), key.encode(), device=device))
 print(f"verify_stored: {time.perf_counter() - started:.1f} s, {time.process_time():.1f} CPU s")
 """
+    + ON_DEVICE
+)
 WHOLE = """
 import sys, time, torch
 from activemark_fast.checkpoints import load_model
@@ -159,7 +173,7 @@ def told(what: str, status: int, seconds: float, peak: int) -> None:
     )
 
 
-def run(folder: Path, out: Path, again: bool) -> None:
+def run(folder: Path, out: Path, again: bool, device: str) -> None:
     """Marks and verifies."""
     if not again:
         remove(out)
@@ -170,8 +184,8 @@ def run(folder: Path, out: Path, again: bool) -> None:
             while file.read(1 << 24):
                 pass
     print(f"{size / 1e9:.2f} GB, read once in {time.perf_counter() - started:.1f} s", flush=True)
-    told("mark", *watched(MARK, [spec_of(folder), str(out), KEY.decode()]))
-    read = [spec_of(folder, out), f"{out}.watermark", KEY.decode()]
+    told("mark", *watched(MARK, [spec_of(folder), str(out), KEY.decode(), device]))
+    read = [spec_of(folder, out), f"{out}.watermark", KEY.decode(), device]
     told("verify", *watched(READ, read))
 
 
@@ -181,10 +195,10 @@ def cut(folder: Path, out: Path, after: float) -> None:
     remove(out)
     if not Path(f"{whole}.watermark").exists():
         remove(whole)
-        told("whole", *watched(MARK, [spec_of(folder), str(whole), KEY.decode()]))
+        told("whole", *watched(MARK, [spec_of(folder), str(whole), KEY.decode(), "cpu"]))
     status, kills = -1, 0
     while status != 0:
-        status, seconds, peak = watched(MARK, [spec_of(folder), str(out), KEY.decode()], after)
+        status, seconds, peak = watched(MARK, [spec_of(folder), str(out), KEY.decode(), "cpu"], after)
         told("cut off" if status else "gone on", status, seconds, peak)
         kills += status != 0
         after *= 1.3
@@ -198,7 +212,7 @@ def compare(folder: Path, out: Path) -> None:
     """Times the model in memory beside the model over its files, in turns."""
     for _ in range(2):
         remove(out)
-        told("over files", *watched(MARK, [spec_of(folder), str(out), KEY.decode()]))
+        told("over files", *watched(MARK, [spec_of(folder), str(out), KEY.decode(), "cpu"]))
         told("in memory", *watched(WHOLE, [spec_of(folder), KEY.decode()]))
 
 
@@ -213,11 +227,12 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=64, help="pixels a side")
     parser.add_argument("--again", action="store_true", help="go on with what an earlier run left")
     parser.add_argument("--after", type=float, default=20.0)
+    parser.add_argument("--device", default="cpu", help="where `run` computes")
     args = parser.parse_args()
     if args.what == "make":
         make(args.folder, args.width, args.depth, args.image)
     elif args.what == "run":
-        run(args.folder, args.out, args.again)
+        run(args.folder, args.out, args.again, args.device)
     elif args.what == "cut":
         cut(args.folder, args.out, args.after)
     else:

@@ -15,7 +15,7 @@ NAME = "activemark_fast"
 
 LAYERS: list[set[str]] = [
     {"ops"},
-    {"defaults", "key", "runtime", "progress", "files", "photographs", "dress", "ranks"},
+    {"defaults", "key", "runtime", "progress", "files", "photographs", "dress", "ranks", "following"},
     {"normalisation"},
     {"synthetic"},
     {"triggers", "datasets"},

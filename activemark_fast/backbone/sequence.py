@@ -18,6 +18,7 @@ from activemark_fast.backbone.calls import Call, bypassing, removing
 from activemark_fast.backbone.family import family_of, normalisation_of, owners_of, register_tokens
 from activemark_fast.backbone.probe import enter, probe
 from activemark_fast.dress import hindrance, unwrapped
+from activemark_fast.following import computed_on
 from activemark_fast.normalisation import Preprocess
 from activemark_fast.towers import (
     NoSuchTowerError,
@@ -130,8 +131,8 @@ class BlockSequence:
 
     @property
     def device(self) -> torch.device:
-        """Where the first block's parameters are."""
-        return first_matrix(self.blocks[0]).device
+        """Where the first block is computed: where its parameters are, unless they follow."""
+        return computed_on(first_matrix(self.blocks[0]).device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from activemark_fast.backbone.calls import hidden_of, removing
 from activemark_fast.backbone.probe import Layer
 from activemark_fast.backbone.sequence import BlockSequence
 from activemark_fast.dress import copied
+from activemark_fast.following import placed
 from activemark_fast.towers import Stop, evaluating
 
 
@@ -26,8 +27,8 @@ class Backbone(BlockSequence):
         shared: with the same parameters and buffers.
         """
         kept = (*self.encoder.parameters(), *self.encoder.buffers()) if shared else ()
-        tower = copied(self.encoder, {id(tensor): tensor for tensor in kept}).eval().to(device)
-        return Backbone(tower, image_size=self.image_size, tower="")
+        tower = copied(self.encoder, {id(tensor): tensor for tensor in kept}).eval()
+        return Backbone(placed(tower, device), image_size=self.image_size, tower="")
 
     def compiled(self) -> Backbone:
         """A view of the same model whose `run` compiles blocks, alike ones once, when they are first run."""

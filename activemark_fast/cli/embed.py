@@ -112,8 +112,8 @@ def add_to(commands: Subparsers) -> None:
     embed.add_argument(
         "--stream",
         action="store_true",
-        help="for models larger than memory, on the CPU: MODEL is a safetensors file or a folder of shards, "
-        "--out a new one of the same form, and the same command goes on where it was cut off",
+        help="for models larger than memory, or than the GPU's: MODEL is a safetensors file or a folder of "
+        "shards, --out a new one of the same form, and the same command goes on where it was cut off",
     )
     add_tower(embed)
     add_compute(embed)
@@ -171,7 +171,6 @@ def _embed_stored(args: argparse.Namespace) -> Outcome:
         "--codec": args.codec != "keyed",
         "--checkpoint": args.checkpoint is not None,
         "--recipients": args.recipients is not None,
-        "--device": args.device not in (None, "cpu"),
         "--force": args.force,
     }
     if any(unlike.values()):
@@ -192,6 +191,7 @@ def _embed_stored(args: argparse.Namespace) -> Outcome:
         block=args.block,
         fidelity=args.fidelity,
         tower=args.tower,
+        device=chosen_device(args.device),
         precision=args.precision,
         progress=shows_progress(args),
     )

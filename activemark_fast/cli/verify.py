@@ -16,6 +16,7 @@ from activemark_fast.cli.common import (
     add_key,
     add_watermark,
     check_output,
+    chosen_device,
     decision_settings,
     read_key,
     write_figure,
@@ -49,8 +50,8 @@ def add_to(commands: Subparsers) -> None:
     verify.add_argument(
         "--stream",
         action="store_true",
-        help="for suspects larger than memory, on the CPU: a safetensors file or a folder of shards, read a "
-        "block at a time; it has to fit the architecture as it is",
+        help="for suspects larger than memory, or than the GPU's: a safetensors file or a folder of shards, "
+        "read a block at a time; it has to fit the architecture as it is",
     )
     verify.add_argument(
         "--commitment", type=Path, metavar="FILE", help="tell whether the claim was committed to, and when"
@@ -90,8 +91,6 @@ def _judge_stored(
     args: argparse.Namespace, watermark: Watermark, key: Key, commitment: Commitment | None
 ) -> Judged:
     """`judge` over the files of the suspect."""
-    if args.device not in (None, "cpu"):
-        raise ValueError(f"--stream: wanted without --device, got {args.device}")
     from activemark_fast.bulk import SuspectResult
     from activemark_fast.giants import verify_stored
 
@@ -107,6 +106,7 @@ def _judge_stored(
         commitment=commitment,
         exhaustive=args.exhaustive,
         architecture=watermark.architecture if given is None else None,
+        device=chosen_device(args.device),
         precision=args.precision,
         **decision_settings(args),
     )

@@ -246,7 +246,8 @@ def edit(
             read = made[f"{PASSIVE} read"] / step.gain.double()
             changes[-1][PASSIVE] = Change(made[PASSIVE], read)
         weight = step.matrix
-        weight += torch.stack([change.matrix for change in changes[-1].values()]).sum(dim=0).to(weight.dtype)
+        added = torch.stack([change.matrix for change in changes[-1].values()]).sum(dim=0)
+        weight += added.to(weight.device, weight.dtype)  # which may not be where it is computed with
         for index, stream in enumerate(streams):
             stream.values = made.get(f"stream {index}", stream.values)
         del made  # the next step lets go of one stream after another

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from activemark_fast.backbone import Backbone
+from activemark_fast.following import kept_bytes
 from activemark_fast.marking.memory import free_bytes
 from activemark_fast.marking.scratch import Make, Scratch, made
 from activemark_fast.marking.suffix import Autocast
@@ -150,6 +151,6 @@ def plan_engine(
         # matrix while they are added up, and all that differs at the very end.
         changed = len(blocks) * width * (hidden + width) * wide
         on_host, where = False, "caches on disk"
-        peak = max(block(0) + caches + 4 * 4 * width * hidden, changed)
+        peak = max(block(0) + caches + 4 * 4 * width * hidden, changed) + kept_bytes()
     how = f"{batch} images at a time, {where}, edit eager: it runs a block twice, so compiling takes longer"
     return Engine(device, autocast, batch, on_host, peak, how, scratch, ranks)

@@ -91,11 +91,15 @@ def _edit(
 
 
 def _originals(subject: Subject) -> list[Tensor]:
-    """The unmarked weight of each step: the model's that was given, which is not written to meanwhile."""
+    """The unmarked weight of each step: the model's that was given, which is not written to meanwhile.
+
+    On the device, unless they wait elsewhere.
+    """
     engine, original = subject.engine, subject.original.encoder
     names = {module: name for name, module in subject.backbone.encoder.named_modules()}
     weights = [original.get_parameter(f"{names[step.layer]}.weight").detach() for step in subject.steps]
-    return weights if engine.caches_on_host else [engine.fetch(weight) for weight in weights]
+    waiting = engine.caches_on_host or engine.scratch is not None
+    return weights if waiting else [engine.fetch(weight) for weight in weights]
 
 
 def _copies(
