@@ -209,7 +209,6 @@ def edit(
         moments, hidden = _moments(backbone, books, step, streams, engine, still)
         found: dict[str, Tensor] = {}
         added: list[tuple[Tensor, Tensor]] = []
-        infos = []
         bands = [(band, [book for book in books if book.band.name == band]) for band in step.shares]
         solves: list[Task] = [
             partial(_solve, moments, band, [books.index(book) for book in members]) for band, members in bands
@@ -217,13 +216,12 @@ def edit(
         if rows is not None and still is not None:
             solves.append(partial(_solve_passive, moments, still, rows))
         solutions = list(engine.ranks.each(solves, backbone.device))
-        for (band, members), (solution, info) in zip(bands, solutions, strict=False):
-            infos.append(info)
+        infos = torch.stack([info for _, info, *_ in solutions])
+        for (band, members), (solution, _) in zip(bands, solutions, strict=False):
             found[band] = solution
             added.append((solution, _read(members, step)))
         if rows is not None:
-            solution, info, read = solutions[-1]
-            infos.append(info)
+            solution, _, read = solutions[-1]
             found[PASSIVE], found[f"{PASSIVE} read"] = solution, read
             added.append((solution, read.float()))
         del moments, solves, still, solutions
@@ -236,7 +234,7 @@ def edit(
             stream += there @ solution.to(k.dtype) @ read.to(k.dtype)  # as precise as the block itself
             moved[f"stream {index}"] = streams[index].values = engine.offload(stream)
             hidden[index] = k = there = k.new_empty(0)  # the next step runs without them
-        return {**found, "failed": torch.stack(infos).any(), **moved}
+        return {**found, "failed": infos.any(), **moved}
 
     for number, step in enumerate(steps):
         made = engine.made(f"step-{number}", partial(solved, step))
