@@ -41,6 +41,8 @@ class Reading:
         bands: of each band alone, nothing paid; one is read only where those before it have not settled the
             verdict.
         errors: (taps, n), wrong bits of each image's message, of the first band.
+        agreement: (n, taps), mean over these bits of +1 for a right one and -1 for a wrong one where the
+            readings are not cleared of crosstalk: given the suspect, its images are independent draws.
         excluded: whether the images exclude a mark that is as strong as `sequential` has it in either band
             that is read by injections.
         alignment: what was undone before.
@@ -49,6 +51,7 @@ class Reading:
     p_value: float
     bands: tuple[float, ...]
     errors: np.ndarray
+    agreement: np.ndarray
     excluded: bool
     alignment: Alignment | None
 
@@ -150,7 +153,7 @@ def decide(reading: Reading, policy: Policy) -> tuple[Decision, str]:
         )
     if reading.excluded:
         return "no match", NO_SIGN
-    enough = images_to_exclude(agreement(reading.errors, policy.bits), policy.miss(-1))
+    enough = images_to_exclude(reading.agreement, policy.miss(-1))
     more = "more bits" if enough is None else f"about {enough} images, or more bits,"
     return "inconclusive", f"{NO_SIGN}, but {images} images are too few to exclude one: {more} would do"
 

@@ -325,7 +325,8 @@ class Reader:
         p_value, wanted = 1.0, policy.unpaid(weights[-1])
         for look, (start, end) in enumerate(zip((0, *self.ends), self.ends, strict=False)):
             activations = prefix.at(look, partial(self._at_site, site, backbone, look))
-            agreements: list[list[Tensor]] = []
+            read: list[list[Tensor]] = []  # of each band, of all images so far; and cleared of crosstalk
+            cleared: list[list[Tensor]] = []
             p_values: tuple[float, ...] = ()
             excluded = settled = False
             for band, kept in zip(bands, parts, strict=True):
@@ -339,34 +340,32 @@ class Reader:
                         )
                     if not bool(torch.isfinite(seen[-1]).all()):
                         return None
-                agreements.append(
-                    [
-                        channel.cleared(torch.cat(seen, dim=1))
-                        for channel, seen in zip(band, kept, strict=True)
-                    ]
-                )
+                read.append([torch.cat(seen, dim=1) for seen in kept])
+                pairs = zip(band, read[-1], strict=True)
+                cleared.append([channel.cleared(agreement) for channel, agreement in pairs])
                 if policy.exact:
-                    p_values += (sign_flip_p_value(row_scores(agreements[-1])),)
+                    p_values += (sign_flip_p_value(row_scores(cleared[-1])),)
                     p_value = min(p_value, weights[look] * p_values[-1])
                     settled = policy.settled(p_value, excluded=False, hopeless=False)
                     if settled:
                         break
-            errors = wrong_bits(agreements[0][0]).cpu().numpy()  # (taps, n)
+            errors, blurred = (wrong_bits(band[0][0]).cpu().numpy() for band in (cleared, read))  # (taps, n)
+            plain = agreement(blurred, self._watermark.bits)
             if settled:
                 break
             if policy.exact:
                 miss = policy.miss(look)
-                excluded = mark_excluded(agreement(errors, self._watermark.bits), miss) and all(
-                    mark_excluded(_right(kept).mean(axis=2), miss, WEAKEST_NATURAL) for kept in agreements[1:]
+                excluded = mark_excluded(plain, miss) and all(
+                    mark_excluded(_right(band).mean(axis=2), miss, WEAKEST_NATURAL) for band in read[1:]
                 )
                 hopeless = excluded and all(
-                    out_of_reach(_right(kept).reshape(end, -1), self.ends[-1], wanted) for kept in agreements
+                    out_of_reach(_right(band).reshape(end, -1), self.ends[-1], wanted) for band in cleared
                 )
                 if hopeless and end < LEAST_IMAGES:
                     hopeless = passive is not None and passive() > SHOWS
                 if policy.settled(p_value, excluded, hopeless):
                     break
-        return Reading(p_value, p_values, errors, excluded, alignment)
+        return Reading(p_value, p_values, errors, plain, excluded, alignment)
 
 
 def other_width(backbone: Backbone, site: Site) -> str:

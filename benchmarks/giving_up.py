@@ -99,15 +99,20 @@ class Read:
         ]
 
     @cached_property
+    def naturals(self) -> list[np.ndarray]:
+        """Of each band but the first (images, taps), mean of +1 for a right bit and -1 for a wrong one."""
+        return [torch.cat(band, dim=3).sign().mean(dim=(2, 3)).T.numpy() for band in self.agreements[1:]]
+
+    @cached_property
     def bands(self) -> list[np.ndarray]:
-        """Of each band (images, taps, rows, reads), 1 for a right bit and -1 for a wrong one."""
+        """The same of all bands (images, taps, rows, reads), cleared of crosstalk."""
         rights = [torch.cat([part.sign() for part in band], dim=3) for band in self.cleared]
         return [right.permute(1, 0, 3, 2).numpy().astype(int) for right in rights]
 
     @cached_property
     def loud(self) -> np.ndarray:
         """(images, taps), mean over the bits of +1 for a right one of the loud message and -1."""
-        right = self.cleared[0][0].mean(dim=2) > 0
+        right = self.agreements[0][0].mean(dim=2) > 0
         return (2 * right.double().mean(dim=-1) - 1).T.numpy()
 
     @cached_property
@@ -196,7 +201,7 @@ class Looks:
             miss = self.policy.miss(look)
             if (
                 mark_excluded(seen.loud, miss)
-                and all(mark_excluded(right.mean(axis=2), miss, WEAKEST_NATURAL) for right in rights[1:])
+                and all(mark_excluded(right, miss, WEAKEST_NATURAL) for right in seen.naturals)
                 and all(out_of_reach(right.reshape(end, -1), self.ends[-1], wanted) for right in rights)
                 and (end >= LEAST_IMAGES or suspect.passive > SHOWS)
                 and all(
