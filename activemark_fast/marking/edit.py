@@ -516,10 +516,9 @@ def _moments(
     for gram in (clean, *changed.values()):
         gram.exchange(ranks)
     if still is not None and ranks.count > 1:
-        for part, owner in still_parts:
-            sums = ranks.sent(owner, [product[:, part] for product in still.products], device)
-            for product, added in zip(still.products, sums, strict=True):
-                product[:, part] = added
+        for product in still.products:
+            for part, owner in still_parts:
+                (product[:, part],) = ranks.sent(owner, [product[:, part]], device)
     for index, book in enumerate(books):
         dials, share = DIALS[book.band.name], step.shares.get(book.band.name, 0.0)
         lacking = torch.full_like(answers[index], dials.gain)

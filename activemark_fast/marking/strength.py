@@ -147,22 +147,21 @@ def best_strength(
         The factor, and the fidelity with it; 0 and None where even the weakest one tried costs too much. The
         model is left with the last one tried.
     """
-    tried: dict[float, float] = {}  # loss over `lost`, of each factor that was looked at
     found: dict[float, Fidelity] = {}
     factor = first
     while True:
         apply(factor)
-        reached = fidelity()
+        found[factor] = reached = fidelity()
         history.append({"stage": f"edit: {band}", "factor": factor, **asdict(reached)})
         bar.advance(fidelity=reached.mean)
-        tried[factor] = reached.loss - lost if math.isfinite(reached.loss) else math.inf
-        found[factor] = reached
+        losses = [look.loss - lost if math.isfinite(look.loss) else math.inf for look in found.values()]
+        tried = dict(zip(found, losses, strict=True))
         following = _next_factor(tried, room, most)
         enough = (1 - UNUSED) * room <= tried[factor] <= room
         if enough or following in tried or len(tried) == LOOKS:
             break
         factor = following
-    best = max((tried_factor for tried_factor, cost in tried.items() if cost <= room), default=0.0)
+    best = max((factor for factor, loss in tried.items() if loss <= room), default=0.0)
     return best, found.get(best)
 
 
