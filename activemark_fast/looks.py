@@ -42,6 +42,7 @@ from activemark_fast.ranks import ALONE, Ranks
 from activemark_fast.sequential import (
     LEAST_IMAGES,
     SHOWS,
+    WEAKEST_MARK,
     WEAKEST_NATURAL,
     look_ends,
     mark_excluded,
@@ -50,6 +51,7 @@ from activemark_fast.sequential import (
 from activemark_fast.site import Site
 from activemark_fast.tracing import Register, Trace, trace_answers
 from activemark_fast.triggers import TriggerImages, trigger_images
+from activemark_fast.verdict import NO_MATCH_ABOVE
 from activemark_fast.watermark import Watermark
 
 FIRST_SAMPLED = 4
@@ -321,16 +323,15 @@ class Reader:
         weights: of each look (`Policy.weights`).
         passive: reads the p-value of the passive band; None for a codec without.
         """
-        parts: list[list[list[Tensor]]] = [[[] for _ in band] for band in bands]
+        read = [_Band(channels, loud=index == 0) for index, channels in enumerate(bands)]
         p_value, wanted = 1.0, policy.unpaid(weights[-1])
-        for look, (start, end) in enumerate(zip((0, *self.ends), self.ends, strict=False)):
+        for look, start in enumerate((0, *self.ends[:-1])):
             activations = prefix.at(look, partial(self._at_site, site, backbone, look))
-            read: list[list[Tensor]] = []  # of each band, of all images so far; and cleared of crosstalk
-            cleared: list[list[Tensor]] = []
-            p_values: tuple[float, ...] = ()
-            excluded = settled = False
-            for band, kept in zip(bands, parts, strict=True):
-                for channel, seen in zip(band, kept, strict=True):
+            settled = False
+            for band in read:
+                if band.done:
+                    continue
+                for channel, seen in zip(band.channels, band.seen, strict=True):
                     check()
                     with evaluating(backbone.model):
                         seen.append(
@@ -340,32 +341,88 @@ class Reader:
                         )
                     if not bool(torch.isfinite(seen[-1]).all()):
                         return None
-                read.append([torch.cat(seen, dim=1) for seen in kept])
-                pairs = zip(band, read[-1], strict=True)
-                cleared.append([channel.cleared(agreement) for channel, agreement in pairs])
                 if policy.exact:
-                    p_values += (sign_flip_p_value(row_scores(cleared[-1])),)
-                    p_value = min(p_value, weights[look] * p_values[-1])
+                    band.p_value = sign_flip_p_value(row_scores(band.cleared))
+                    p_value = min(p_value, weights[look] * band.p_value)
                     settled = policy.settled(p_value, excluded=False, hopeless=False)
                     if settled:
                         break
-            errors, blurred = (wrong_bits(band[0][0]).cpu().numpy() for band in (cleared, read))  # (taps, n)
-            plain = agreement(blurred, self._watermark.bits)
             if settled:
                 break
             if policy.exact:
-                miss = policy.miss(look)
-                excluded = mark_excluded(plain, miss) and all(
-                    mark_excluded(_right(band).mean(axis=2), miss, WEAKEST_NATURAL) for band in read[1:]
-                )
-                hopeless = excluded and all(
-                    out_of_reach(_right(band).reshape(end, -1), self.ends[-1], wanted) for band in cleared
-                )
-                if hopeless and end < LEAST_IMAGES:
-                    hopeless = passive is not None and passive() > SHOWS
-                if policy.settled(p_value, excluded, hopeless):
+                live = [band for band in read if not band.done]
+                for band in live:
+                    band.exclude(policy.miss(look))
+                if policy.power is not None and p_value > NO_MATCH_ABOVE:
+                    for band in live:
+                        band.done = band.hopeless(self.ends[-1], wanted, passive)
+                given_up = all(band.excluded for band in read), all(band.done for band in read)
+                if policy.settled(p_value, *given_up):
                     break
-        return Reading(p_value, p_values, errors, plain, excluded, alignment)
+        return Reading(
+            p_value,
+            tuple(band.p_value for band in read if band.p_value is not None),
+            wrong_bits(read[0].cleared[0]).cpu().numpy(),
+            read[0].draws,
+            all(band.excluded for band in read),
+            alignment,
+        )
+
+
+class _Band:
+    """What one band shows on more and more images, until it has nothing left to show.
+
+    Attributes:
+        channels: its codebooks.
+        seen: of each, what was read at each look (taps, k, reads, M).
+        p_value: of all images so far, nothing paid; None before there is any.
+        excluded: whether they exclude a mark as strong as `sequential` has it.
+        done: whether it is read no further.
+    """
+
+    def __init__(self, channels: Sequence[Channel], loud: bool) -> None:
+        self.channels = channels
+        self.seen: list[list[Tensor]] = [[] for _ in channels]
+        self.p_value: float | None = None
+        self.excluded = self.done = False
+        self._loud = loud
+
+    @property
+    def cleared(self) -> list[Tensor]:
+        """Of each codebook (taps, n, reads, M), cleared of crosstalk."""
+        pairs = zip(self.channels, self._read, strict=True)
+        return [channel.cleared(agreement) for channel, agreement in pairs]
+
+    @property
+    def draws(self) -> np.ndarray:
+        """`Reading.agreement`; of a band whose images are read badly one by one, of its single readings."""
+        if not self._loud:
+            return np.asarray(_right(self._read).mean(axis=2))
+        return agreement(wrong_bits(self._read[0]).cpu().numpy(), self._read[0].shape[-1])
+
+    @property
+    def _read(self) -> list[Tensor]:
+        return [torch.cat(seen, dim=1) for seen in self.seen]
+
+    def exclude(self, miss: float) -> None:
+        """Finds out whether the images exclude a mark; miss: as `mark_excluded` takes it."""
+        weakest = WEAKEST_MARK if self._loud else WEAKEST_NATURAL
+        self.excluded = mark_excluded(self.draws, miss, weakest)
+
+    def hopeless(self, images: int, wanted: float, passive: Callable[[], float] | None) -> bool:
+        """Whether there is no use in reading on.
+
+        Args:
+            images: how many there are.
+            wanted: the p-value of all of them that is a match.
+            passive: as `_looks` takes it.
+        """
+        if not self.excluded:
+            return False
+        right = _right(self.cleared)
+        if not out_of_reach(right.reshape(len(right), -1), images, wanted):
+            return False
+        return len(right) >= LEAST_IMAGES or (passive is not None and passive() > SHOWS)
 
 
 def other_width(backbone: Backbone, site: Site) -> str:

@@ -54,6 +54,7 @@ from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.sequential import (
     LEAST_IMAGES,
     SHOWS,
+    WEAKEST_MARK,
     WEAKEST_NATURAL,
     look_ends,
     look_penalties,
@@ -144,9 +145,10 @@ class Read:
         )
         return Read(agreements, self.sent, pairs)
 
-    def p_value(self) -> float:
-        """The smallest of the bands', nothing paid."""
-        return min(sign_flip_p_value(band.sum(axis=(0, 3)).flatten().tolist()) for band in self.bands)
+    @cached_property
+    def p_values(self) -> list[float]:
+        """Of each band, nothing paid."""
+        return [sign_flip_p_value(band.sum(axis=(0, 3)).flatten().tolist()) for band in self.bands]
 
 
 @torch.no_grad()
@@ -192,25 +194,33 @@ class Looks:
         )
         self.weights = self.policy.weights(aligned=False)
 
-    def given_up_after(self, suspect: Read, order: np.ndarray) -> int | None:
-        """How many images are read of a suspect that is given up before the last; None of others."""
-        wanted = self.policy.unpaid(self.weights[-1])
+    def given_up_after(self, suspect: Read, order: np.ndarray) -> list[int] | None:
+        """How many images are read of each band of a suspect that is given up; None of others."""
+        read = [0] * len(suspect.agreements)
+        done = [False] * len(read)
         for look, end in enumerate(self.ends[:-1]):
             seen = suspect.of(order[:end])
-            rights = [band.mean(axis=3) for band in seen.bands]
-            miss = self.policy.miss(look)
-            if (
-                mark_excluded(seen.loud, miss)
-                and all(mark_excluded(right, miss, WEAKEST_NATURAL) for right in seen.naturals)
-                and all(out_of_reach(right.reshape(end, -1), self.ends[-1], wanted) for right in rights)
-                and (end >= LEAST_IMAGES or suspect.passive > SHOWS)
-                and all(
-                    weight * suspect.of(order[:before]).p_value() > NO_MATCH_ABOVE
-                    for weight, before in zip(self.weights, self.ends[: look + 1], strict=False)
+            live = [band for band, over in enumerate(done) if not over]
+            if min(self.weights[look] * seen.p_values[band] for band in live) <= NO_MATCH_ABOVE:
+                return None
+            for band in live:
+                read[band] = end
+                done[band] = self._hopeless(seen, band, look) and (
+                    end >= LEAST_IMAGES or suspect.passive > SHOWS
                 )
-            ):
-                return end
+            if all(done):
+                return read
         return None
+
+    def _hopeless(self, seen: Read, band: int, look: int) -> bool:
+        """Whether there is no use in reading more of a band."""
+        draws = seen.naturals[band - 1] if band else seen.loud
+        weakest = WEAKEST_NATURAL if band else WEAKEST_MARK
+        right = seen.bands[band].mean(axis=3).reshape(len(draws), -1)
+        wanted = self.policy.unpaid(self.weights[-1])
+        return mark_excluded(draws, self.policy.miss(look), weakest) and out_of_reach(
+            right, self.ends[-1], wanted
+        )
 
 
 def suspects(embedding: Embedding, original: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -262,13 +272,13 @@ def main() -> None:
         innocent = read(original, embedding, key)
         after = looks.given_up_after(innocent, key.stream("looks").permutation(TRIGGER_IMAGES))
         said = verify(original, embedding.watermark, key, precision="fp32")
-        assert said.images == (after or TRIGGER_IMAGES), "the looks are not verify's"
+        assert said.images == (after or [TRIGGER_IMAGES])[0], "the looks are not verify's"
         for name, suspect in suspect_readings(embedding, original, key, innocent):
-            p_value = looks.policy.price(aligned=False) * suspect.p_value()
+            p_value = looks.policy.price(aligned=False) * min(suspect.p_values)
             passive = looks.policy.price(aligned=False) * suspect.passive
             # Whatever is read by injections, verify reads the passive band of those that it gives up.
             match = looks.policy.matches(p_value) and not looks.policy.matches(passive)
-            ends = [end for order in orders if (end := looks.given_up_after(suspect, order)) is not None]
+            ends = [max(seen) for order in orders if (seen := looks.given_up_after(suspect, order))]
             if match:
                 kind = wrong["of some images" if "of images" in name else "weakened"]
                 kind[0], kind[1] = kind[0] + len(ends), kind[1] + len(orders)
