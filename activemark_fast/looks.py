@@ -21,6 +21,7 @@ from activemark_fast.align import (
     site_sample,
 )
 from activemark_fast.backbone import Backbone, evaluating
+from activemark_fast.band_reading import BandReading
 from activemark_fast.codec import Codec, KeyedCodec
 from activemark_fast.codec.codebooks import BANDS, MEASURED_IMAGES, SiteMeasure, codebooks, draw_sent
 from activemark_fast.codec.passive import (
@@ -29,9 +30,9 @@ from activemark_fast.codec.passive import (
     passive_scores,
     readings,
 )
-from activemark_fast.decision import Policy, Reading, agreement
+from activemark_fast.decision import Policy, Reading
 from activemark_fast.key import Key
-from activemark_fast.marking.reading import Channel, passive_pairs, row_scores, wrong_bits
+from activemark_fast.marking.reading import Channel, passive_pairs
 from activemark_fast.marking.suffix import BATCH, Autocast, SiteActivations, site_activations
 from activemark_fast.marking.traced import IMAGES as TRACED_IMAGES
 from activemark_fast.marking.traced import row_answers, traced_channels
@@ -39,15 +40,7 @@ from activemark_fast.normalisation import Preprocess
 from activemark_fast.ops.common import in_full_precision
 from activemark_fast.p_value import sign_flip_p_value
 from activemark_fast.ranks import ALONE, Ranks
-from activemark_fast.sequential import (
-    LEAST_IMAGES,
-    SHOWS,
-    WEAKEST_MARK,
-    WEAKEST_NATURAL,
-    look_ends,
-    mark_excluded,
-    out_of_reach,
-)
+from activemark_fast.sequential import look_ends
 from activemark_fast.site import Site
 from activemark_fast.tracing import Register, Trace, trace_answers
 from activemark_fast.triggers import TriggerImages, trigger_images
@@ -323,7 +316,7 @@ class Reader:
         weights: of each look (`Policy.weights`).
         passive: reads the p-value of the passive band; None for a codec without.
         """
-        read = [_Band(channels, loud=index == 0) for index, channels in enumerate(bands)]
+        read = [BandReading(channels, loud=index == 0) for index, channels in enumerate(bands)]
         p_value, wanted = 1.0, policy.unpaid(weights[-1])
         for look, start in enumerate((0, *self.ends[:-1])):
             activations = prefix.at(look, partial(self._at_site, site, backbone, look))
@@ -342,8 +335,7 @@ class Reader:
                     if not bool(torch.isfinite(seen[-1]).all()):
                         return None
                 if policy.exact:
-                    band.p_value = sign_flip_p_value(row_scores(band.cleared))
-                    p_value = min(p_value, weights[look] * band.p_value)
+                    p_value = min(p_value, weights[look] * band.test())
                     settled = policy.settled(p_value, excluded=False, hopeless=False)
                     if settled:
                         break
@@ -362,75 +354,13 @@ class Reader:
         return Reading(
             p_value,
             tuple(band.p_value for band in read if band.p_value is not None),
-            wrong_bits(read[0].cleared[0]).cpu().numpy(),
+            read[0].errors,
             read[0].draws,
             all(band.excluded for band in read),
             alignment,
         )
 
 
-class _Band:
-    """What one band shows on more and more images, until it has nothing left to show.
-
-    Attributes:
-        channels: its codebooks.
-        seen: of each, what was read at each look (taps, k, reads, M).
-        p_value: of all images so far, nothing paid; None before there is any.
-        excluded: whether they exclude a mark as strong as `sequential` has it.
-        done: whether it is read no further.
-    """
-
-    def __init__(self, channels: Sequence[Channel], loud: bool) -> None:
-        self.channels = channels
-        self.seen: list[list[Tensor]] = [[] for _ in channels]
-        self.p_value: float | None = None
-        self.excluded = self.done = False
-        self._loud = loud
-
-    @property
-    def cleared(self) -> list[Tensor]:
-        """Of each codebook (taps, n, reads, M), cleared of crosstalk."""
-        pairs = zip(self.channels, self._read, strict=True)
-        return [channel.cleared(agreement) for channel, agreement in pairs]
-
-    @property
-    def draws(self) -> np.ndarray:
-        """`Reading.agreement`; of a band whose images are read badly one by one, of its single readings."""
-        if not self._loud:
-            return np.asarray(_right(self._read).mean(axis=2))
-        return agreement(wrong_bits(self._read[0]).cpu().numpy(), self._read[0].shape[-1])
-
-    @property
-    def _read(self) -> list[Tensor]:
-        return [torch.cat(seen, dim=1) for seen in self.seen]
-
-    def exclude(self, miss: float) -> None:
-        """Finds out whether the images exclude a mark; miss: as `mark_excluded` takes it."""
-        weakest = WEAKEST_MARK if self._loud else WEAKEST_NATURAL
-        self.excluded = mark_excluded(self.draws, miss, weakest)
-
-    def hopeless(self, images: int, wanted: float, passive: Callable[[], float] | None) -> bool:
-        """Whether there is no use in reading on.
-
-        Args:
-            images: how many there are.
-            wanted: the p-value of all of them that is a match.
-            passive: as `_looks` takes it.
-        """
-        if not self.excluded:
-            return False
-        right = _right(self.cleared)
-        if not out_of_reach(right.reshape(len(right), -1), images, wanted):
-            return False
-        return len(right) >= LEAST_IMAGES or (passive is not None and passive() > SHOWS)
-
-
 def other_width(backbone: Backbone, site: Site) -> str:
     """That the suspect is wider or narrower than the marked model."""
     return f"the suspect has width {backbone.width}, the marked model {site.width}"
-
-
-def _right(agreements: Sequence[Tensor]) -> np.ndarray:
-    """Of a band's (taps, n, reads, M): (n, taps, rows), mean over reads of +1 for right and -1 for wrong."""
-    right = torch.stack([torch.sign(part).double().mean(dim=2) for part in agreements])
-    return np.asarray(right.permute(2, 1, 0, 3).flatten(2).cpu())

@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"marking"},
     {"align"},
     {"decision"},
-    {"looks"},
+    {"looks", "band_reading"},
     {"verifier"},
     {"embedding", "verification", "attacks", "forge", "outlook"},
     {"bulk", "evaluation", "evaluate", "descent", "giants"},
