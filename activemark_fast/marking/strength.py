@@ -25,7 +25,7 @@ UNUSED = 0.1
 """How much of the loss of fidelity that is allowed may be left."""
 LARGEST_FACTOR = 4.0
 """A band is made at most so many times as strong as it was solved for."""
-PASSIVE_SHARE, LOUD_SHARE = 0.2, 0.75
+PASSIVE_SHARE, LOUD_SHARE = 0.3, 0.75
 """Most of the allowed loss of fidelity that the passive band may use, and it and the loud one together; the
 natural one takes the rest."""
 FIRST_FACTORS = {PASSIVE: 1.0, LOUD.name: 0.45, NATURAL.name: 1.4}
