@@ -131,7 +131,7 @@ class Verdict:
 
     @property
     def images(self) -> int:
-        """Number of images read."""
+        """Number of images whose message was read; the natural band may have been read of more."""
         return len(self.bit_errors)
 
     @property
