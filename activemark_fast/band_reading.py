@@ -26,7 +26,8 @@ class BandReading:
 
     Attributes:
         channels: its codebooks.
-        seen: of each, what was read at each look (taps, k, reads, M).
+        read: of each, what was read of all images so far (taps, n, reads, M).
+        cleared: the same, cleared of crosstalk.
         p_value: of all images so far, nothing paid; None before there is any.
         excluded: whether they exclude a mark as strong as `sequential` has it.
         done: whether it is read no further.
@@ -34,23 +35,25 @@ class BandReading:
 
     def __init__(self, channels: Sequence[Channel], loud: bool) -> None:
         self.channels = channels
-        self.seen: list[list[Tensor]] = [[] for _ in channels]
+        self.read: list[Tensor] = []
+        self.cleared: list[Tensor] = []
         self.p_value: float | None = None
         self.excluded = self.done = False
         self._loud = loud
 
-    @property
-    def cleared(self) -> list[Tensor]:
-        """Of each codebook (taps, n, reads, M), cleared of crosstalk."""
-        pairs = zip(self.channels, self._read, strict=True)
-        return [channel.cleared(agreement) for channel, agreement in pairs]
+    def add(self, agreements: Sequence[Tensor]) -> None:
+        """Takes what was read of more images: of each codebook (taps, k, reads, M)."""
+        before = self.read or [part[:, :0] for part in agreements]
+        self.read = [torch.cat(parts, dim=1) for parts in zip(before, agreements, strict=True)]
+        pairs = zip(self.channels, self.read, strict=True)
+        self.cleared = [channel.cleared(part) for channel, part in pairs]
 
     @property
     def draws(self) -> np.ndarray:
         """`Reading.agreement`; of a band whose images are read badly one by one, of its single readings."""
         if not self._loud:
-            return np.asarray(_right(self._read).mean(axis=2))
-        return agreement(wrong_bits(self._read[0]).cpu().numpy(), self._read[0].shape[-1])
+            return np.asarray(_right(self.read).mean(axis=2))
+        return agreement(wrong_bits(self.read[0]).cpu().numpy(), self.read[0].shape[-1])
 
     @property
     def errors(self) -> np.ndarray:
@@ -61,10 +64,6 @@ class BandReading:
         """The p-value of all images so far."""
         self.p_value = sign_flip_p_value(row_scores(self.cleared))
         return self.p_value
-
-    @property
-    def _read(self) -> list[Tensor]:
-        return [torch.cat(seen, dim=1) for seen in self.seen]
 
     def exclude(self, miss: float) -> None:
         """Finds out whether the images exclude a mark; miss: as `mark_excluded` takes it."""

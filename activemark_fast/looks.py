@@ -324,16 +324,18 @@ class Reader:
             for band in read:
                 if band.done:
                     continue
-                for channel, seen in zip(band.channels, band.seen, strict=True):
+                agreements: list[Tensor] = []
+                for channel in band.channels:
                     check()
                     with evaluating(backbone.model):
-                        seen.append(
+                        agreements.append(
                             channel.agreement(
                                 backbone, activations, start, site.block, self._autocast, self._ranks
                             )
                         )
-                    if not bool(torch.isfinite(seen[-1]).all()):
+                    if not bool(torch.isfinite(agreements[-1]).all()):
                         return None
+                band.add(agreements)
                 if policy.exact:
                     p_value = min(p_value, weights[look] * band.test())
                     settled = policy.settled(p_value, excluded=False, hopeless=False)
